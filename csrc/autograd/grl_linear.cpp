@@ -1,0 +1,119 @@
+// grl_linear: F.linear whose gradient to x is scaled by -lambda, the factor riding in the matrix product.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "linear.h"
+#include "node.h"
+#include "scale_negate.h"
+
+namespace grl_ext {
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// -lambda * (grad @ weight)
+Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
+  if (!lambda.tensor) {
+    // With beta = 0 the first argument gives nothing but its shape.
+    return lambda.value == 0 ? grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)})
+                             : at::addmm(grad.new_empty({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+  }
+  if (lambda.tensor->dim() > 0) {
+    return scale_negate(grad.mm(weight), lambda);
+  }
+  // No product takes its factor from a tensor: scale the smaller operand.
+  return grad.sym_numel() <= weight.sym_numel() ? scale_negate(grad, lambda).mm(weight) : grad.mm(scale_negate(weight, lambda));
+}
+
+class GrlLinearBackward : public torch::autograd::Node {
+ public:
+  GrlLinearBackward(const Tensor& x, const Tensor& weight, const Lambda& lambda) : lambda_(lambda) {
+    if (weight.requires_grad()) {
+      x_ = SavedVariable(x, /*is_output=*/false);
+    }
+    if (x.requires_grad()) {
+      weight_ = SavedVariable(weight, /*is_output=*/false);
+    }
+  }
+
+  std::string name() const override {
+    return "GrlLinearBackward";
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const Tensor& grad = grads[0];
+    variable_list result(num_outputs());
+    if (!grad.defined()) {
+      return result;
+    }
+    const auto lambda = lambda_.unpack(mutex_);
+    if (should_compute_output(0)) {
+      result[0] = reversed_product(grad, unpack(weight_), lambda);
+    }
+    if (should_compute_output(1)) {
+      const auto x = unpack(x_);
+      // A gradient of this gradient reaches x through the reversal, as it would layer by layer.
+      const bool twice = at::GradMode::is_enabled();
+      result[1] = grad.t().mm(!twice ? x : lambda.tensor ? gradient_reversal(x, *lambda.tensor) : gradient_reversal_by_value(x, lambda.value));
+    }
+    if (num_outputs() > 2 && should_compute_output(2)) {
+      result[2] = grad.sum(0);
+    }
+    return result;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    lambda_.release();
+    x_.reset_data();
+    weight_.reset_data();
+  }
+
+ private:
+  Tensor unpack(const SavedVariable& saved) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return saved.unpack();
+  }
+
+  SavedLambda lambda_;
+  SavedVariable x_, weight_;
+};
+
+Tensor reversed_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Lambda& lambda) {
+  const auto [inputs_x, weight, bias] = autocast(x_, weight_, bias_);
+  check_linear(inputs_x, weight, bias);
+  const auto x = as_rows(inputs_x);
+  Tensor y;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    y = at::linear(x, weight, bias);
+  }
+  if (any_requires_grad(x, weight, bias)) {
+    auto node = make_node<GrlLinearBackward>(x, weight, lambda);
+    node->set_next_edges(
+        bias ? torch::autograd::collect_next_edges(x, weight, *bias) : torch::autograd::collect_next_edges(x, weight));
+    torch::autograd::set_history(y, node);
+  }
+  return with_leading_sizes(y, inputs_x);
+}
+
+}  // namespace
+
+at::Tensor grl_linear_by_value(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double lambda) {
+  return reversed_linear(x, weight, bias, {lambda, std::nullopt});
+}
+
+at::Tensor grl_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lambda) {
+  refuse_functorch();
+  check_lambda(x, lambda);
+  // One value per row, (..., 1), becomes a column beside the rows.
+  return reversed_linear(x, weight, bias, read_lambda(lambda.dim() == 0 ? lambda : as_rows(lambda.expand_symint(x.sym_sizes()))));
+}
+
+}  // namespace grl_ext

@@ -1,0 +1,47 @@
+// What the operators built on a linear layer share: autocast, and a batch of rows.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+
+#include <optional>
+
+namespace grl_ext {
+
+struct LinearInputs {
+  at::Tensor x, weight;
+  std::optional<at::Tensor> bias;
+};
+
+// As F.linear under autocast: all three in autocast's dtype, float64 left alone.
+inline LinearInputs autocast(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const auto device = x.device().type();
+  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) {
+    return {x, weight, bias};
+  }
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  return {
+      at::autocast::cached_cast(dtype, x, device), at::autocast::cached_cast(dtype, weight, device),
+      bias ? std::optional(at::autocast::cached_cast(dtype, *bias, device)) : std::nullopt};
+}
+
+// (..., D) -> (N, D)
+inline at::Tensor as_rows(const at::Tensor& x) {
+  return x.dim() == 2 ? x : x.reshape_symint({-1, x.sym_size(-1)});
+}
+
+// (N, K) -> (..., K), the leading sizes those of `like`
+inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
+  if (like.dim() == 2) {
+    return rows;
+  }
+  auto sizes = like.sym_sizes().vec();
+  sizes.back() = rows.sym_size(-1);
+  return rows.view_symint(sizes);
+}
+
+inline bool any_requires_grad(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  return at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()));
+}
+
+}  // namespace grl_ext

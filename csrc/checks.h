@@ -1,0 +1,91 @@
+// The argument checks that both languages make. Texts and order are those of grl_ext/_reference.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+namespace grl_ext {
+
+inline std::string dtype_name(const at::Tensor& tensor) {
+  return "torch." + std::string(c10::getDtypeNames(tensor.scalar_type()).first);
+}
+
+inline void check_lambda(const at::Tensor& x, const at::Tensor& lambda) {
+  TORCH_CHECK_TYPE(
+      !lambda.is_complex(), "lambda_ must be a real number or a real tensor, got a tensor of ", dtype_name(lambda));
+  const bool elsewhere = lambda.device() != x.device();
+  TORCH_CHECK_VALUE(
+      !elsewhere || (lambda.dim() == 0 && lambda.device().is_cpu()), "lambda_ is on ", lambda.device(), " but x is on ",
+      x.device(), ": only a 0-d lambda_ may be elsewhere, on the CPU");
+  const auto offset = x.dim() - lambda.dim();
+  bool broadcasts = offset >= 0;
+  for (int64_t d = 0; broadcasts && d < lambda.dim(); ++d) {
+    broadcasts = lambda.sym_size(d) == 1 || lambda.sym_size(d) == x.sym_size(offset + d);
+  }
+  TORCH_CHECK_VALUE(
+      broadcasts, "lambda_ of shape ", lambda.sym_sizes(), " does not broadcast to x of shape ", x.sym_sizes());
+}
+
+inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least one dimension, got shape []");
+  TORCH_CHECK_VALUE(
+      weight.dim() == 2 && weight.sym_size(1) == x.sym_size(-1), "weight must have shape [K, D] with D = x.shape[-1] = ",
+      x.sym_size(-1), ", got ", weight.sym_sizes());
+  TORCH_CHECK_VALUE(weight.device() == x.device(), "weight is on ", weight.device(), " but x is on ", x.device());
+  TORCH_CHECK_TYPE(
+      x.is_floating_point() && weight.scalar_type() == x.scalar_type(), "x and weight must have the same floating-point dtype, got ",
+      dtype_name(x), " and ", dtype_name(weight));
+  if (bias) {
+    TORCH_CHECK_VALUE(
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [", weight.sym_size(0), "], got ",
+        bias->sym_sizes());
+    TORCH_CHECK_VALUE(bias->device() == x.device(), "bias is on ", bias->device(), " but x is on ", x.device());
+    TORCH_CHECK_TYPE(
+        bias->scalar_type() == x.scalar_type(), "bias must have x's dtype ", dtype_name(x), ", got ", dtype_name(*bias));
+  }
+}
+
+inline void check_per_head(const char* name, const at::Tensor& values, const at::Tensor& x, size_t heads) {
+  TORCH_CHECK_VALUE(
+      values.dim() == 1 && values.sym_size(0) == static_cast<int64_t>(heads), name, " must hold one number for each of the ", heads,
+      " heads, got shape ", values.sym_sizes());
+  TORCH_CHECK_VALUE(
+      values.device() == x.device() || values.device().is_cpu(), name, " is on ", values.device(), " but x is on ", x.device());
+}
+
+inline void check_heads(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef head_sizes,
+    const at::Tensor& grad_scale) {
+  check_linear(x, weight, bias);
+  int64_t columns = 0;
+  bool positive = !head_sizes.empty();
+  for (const auto size : head_sizes) {
+    positive = positive && size > 0;
+    columns += size;
+  }
+  TORCH_CHECK_VALUE(
+      positive && weight.sym_size(0) == columns, "head_sizes must be positive and sum to the ", weight.sym_size(0),
+      " rows of weight, got ", head_sizes);
+  check_per_head("grad_scale", grad_scale, x, head_sizes.size());
+}
+
+inline void check_targets(
+    const at::Tensor& x, const at::Tensor& targets, size_t heads, const std::optional<at::Tensor>& loss_weight,
+    double label_smoothing) {
+  TORCH_CHECK_TYPE(targets.scalar_type() == at::kLong, "targets must be torch.int64, got ", dtype_name(targets));
+  auto expected = x.sym_sizes().vec();
+  expected.back() = static_cast<int64_t>(heads);
+  TORCH_CHECK_VALUE(
+      targets.sym_sizes() == c10::SymIntArrayRef(expected), "targets must have shape ", c10::SymIntArrayRef(expected),
+      " (one class per row and head), got ", targets.sym_sizes());
+  TORCH_CHECK_VALUE(targets.device() == x.device(), "targets is on ", targets.device(), " but x is on ", x.device());
+  if (loss_weight) {
+    check_per_head("loss_weight", *loss_weight, x, heads);
+  }
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1], got ", label_smoothing);
+}
+
+}  // namespace grl_ext

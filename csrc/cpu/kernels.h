@@ -1,0 +1,58 @@
+// The CPU kernels as a table of plain functions, one table per instruction set, and the choice among them at run time.
+//
+// The kernels' source (csrc/cpu/kernels/) includes no header at all and is compiled once per instruction set (csrc/cpu/isa/):
+// an inline function shared with ordinary code, compiled here for AVX-512, could be the copy that the linker keeps for all.
+#pragma once
+
+namespace grl_ext::cpu {
+
+// out[i] = -lambda * grad[i] for a number, or with lambda[i] for `scale_each`; zero where lambda is zero. out may be grad.
+// Lambda and the arithmetic are double for double, float otherwise; half types are 16-bit patterns.
+struct ScaleKernels {
+  void (*scale)(void* out, const void* grad, long n, double lambda);
+  void (*scale_each)(void* out, const void* grad, long n, const void* lambda);
+};
+
+// Rows that the heads' kernels take at a time, at most: the distance between two columns of logits.
+constexpr long kMaxBlockRows = 64;
+
+template <class T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using Type = int;
+};
+template <>
+struct IntegerOf<double> {
+  using Type = long;
+};
+template <class T>
+using Integer = typename IntegerOf<T>::Type;  // as wide as T
+
+// A block of at most kMaxBlockRows rows; what each computes is said in csrc/cpu/kernels/heads.h.
+template <class T>
+struct HeadsKernels {
+  void (*logits)(T* z, const T* x, const T* weight, const T* bias, long rows, long features, long columns);
+  double (*cross_entropy)(
+      T* g, T* scaled, const T* z, const Integer<T>* target, long rows, long columns, double weight, double scale, double smoothing);
+  void (*features_gradient)(T* dx, const T* scaled, const T* weight, long rows, long features, long columns);
+  void (*weight_gradient)(T* dw, const T* g, const T* x, long rows, long features, long columns);
+};
+
+struct ConvertKernels {
+  void (*widen)(float* out, const void* in, long n);
+  void (*narrow)(void* out, const float* in, long n);
+};
+
+struct Kernels {
+  const char* isa;
+  ScaleKernels scale_half, scale_bfloat16, scale_float, scale_double;
+  HeadsKernels<float> heads_float;
+  HeadsKernels<double> heads_double;
+  ConvertKernels half, bfloat16;
+};
+
+// The widest table that this machine can run; GRL_EXT_CPU_ISA=avx512|avx2|baseline asks for another that it can.
+const Kernels& kernels();
+
+}  // namespace grl_ext::cpu

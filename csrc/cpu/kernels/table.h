@@ -1,0 +1,30 @@
+// One instruction set's table. Included by the files of csrc/cpu/isa/ only, each of which has set its target before.
+#include "../kernels.h"
+
+// Everything that follows is private to the including file: two instruction sets must not share one symbol.
+namespace grl_ext::cpu {
+namespace {
+#include "convert.h"
+#include "scale_negate.h"
+#include "vector.h"
+//
+#include "heads.h"
+}  // namespace
+
+#define GRL_EXT_JOIN(a, b) a##b
+#define GRL_EXT_TABLE(isa) GRL_EXT_JOIN(kKernels, isa)
+
+extern const Kernels GRL_EXT_TABLE(GRL_EXT_ISA);
+const Kernels GRL_EXT_TABLE(GRL_EXT_ISA) = {
+    GRL_EXT_ISA_NAME,
+    {scale<Half, float>, scale_each<Half, float>},
+    {scale<BFloat16, float>, scale_each<BFloat16, float>},
+    {scale<float, float>, scale_each<float, float>},
+    {scale<double, double>, scale_each<double, double>},
+    {logits<float>, cross_entropy<float>, features_gradient<float>, weight_gradient<float>},
+    {logits<double>, cross_entropy<double>, features_gradient<double>, weight_gradient<double>},
+    {widen_rows<Half>, narrow_rows<Half>},
+    {widen_rows<BFloat16>, narrow_rows<BFloat16>},
+};
+
+}  // namespace grl_ext::cpu

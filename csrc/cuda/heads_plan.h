@@ -1,0 +1,193 @@
+// Every decision about how the heads' kernels are launched, from sizes alone; heads.cuh acts on it. Plain C++: no CUDA, no ATen.
+//
+// A block of threads sweeps over its own rows, a tile of them in shared memory at a time. For the sweep's life the block keeps the
+// weight in shared memory and its part of the weight's gradient in registers. Features too wide for either are swept in slices.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace grl_ext {
+
+// More columns than a warp has lanes go through matrix products: the sweep gives every column of a row its lane.
+constexpr int kMaxSweepColumns = 32;
+
+// The register tile: a thread holds kPiece neighbouring features, kColumnGroup columns and, backward, kRowGroup rows. The tile of
+// the logits is as many numbers as a warp has lanes.
+constexpr int kPiece = 4;
+constexpr int kColumnGroup = 4;
+constexpr int kRowGroup = 8;
+
+// Tiles of kPiece x kColumnGroup of the weight's gradient that a thread owns: D * K up to 16384 in one slice with 512 threads. They
+// take 32 registers in f32, beside which the rest just fits into the 128 that 512 threads may have; with three tiles ptxas spills.
+constexpr int kTilesPerThread = 2;
+
+// The reading of N * H targets that every block may do by itself: it costs less than launching a kernel that counts them once.
+constexpr int64_t kMaxTargetsCountedInPlace = 16384;
+
+constexpr int kCountThreads = 256;
+constexpr int kMaxCountBlocks = 128;
+constexpr int kCrossEntropyThreads = 256;
+constexpr int kTotalThreads = 256;
+constexpr int kSmallBlocksPerSm = 8;  // of the 256 threads of the three above: they fill a multiprocessor's 2048
+
+struct HeadsDevice {
+  int sm_count;
+  int shared_bytes;  // that a block may ask for
+};
+
+struct HeadsProblem {
+  int64_t rows;
+  int features;
+  int columns;
+  int heads;
+  int element_bytes;     // of the tensors
+  int arithmetic_bytes;  // of what they are computed in
+  bool weight_gradient;
+  bool logits_only;
+};
+
+struct Sweep {
+  int threads;
+  int tile_rows;       // a multiple of kRowGroup
+  int stages;          // tiles in shared memory: with two, one is copied while the other is computed with
+  int slice_features;  // a multiple of kPiece
+  int slices;
+  int blocks;
+  int64_t rows_per_block;
+
+  // Where things lie in shared memory, in bytes; the tiles of x come first.
+  int weight_at;
+  int targets_at;
+  int sums_at;
+  int g_at;
+  int scaled_at;
+  int scaled_pitch;
+  int shared_bytes;
+};
+
+constexpr int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int64_t round_up(int64_t a, int64_t multiple) {
+  return divide_up(a, multiple) * multiple;
+}
+
+inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
+  const int64_t row_bytes = int64_t{sweep.slice_features} * problem.element_bytes;
+  const int64_t logits_tiles = sweep.tile_rows / kRowGroup * divide_up(problem.columns, kColumnGroup);
+  int64_t end = 0;
+  const auto place = [&end](int64_t bytes) {
+    const int64_t at = end;
+    end = std::min<int64_t>(round_up(end + bytes, 16), INT32_MAX);
+    return static_cast<int>(at);
+  };
+  place(sweep.stages * sweep.tile_rows * row_bytes);
+  sweep.weight_at = place(problem.columns * row_bytes);
+  sweep.targets_at = place(int64_t{8} * sweep.stages * sweep.tile_rows * problem.heads);
+  sweep.sums_at = place(8 * 32 * std::max<int64_t>(logits_tiles, sweep.threads / 32));
+  sweep.g_at = place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * kMaxSweepColumns);
+  sweep.scaled_pitch = sweep.tile_rows + kPiece;  // the lanes that write a row meet in fewer banks than without the kPiece
+  sweep.scaled_at = place(int64_t{problem.arithmetic_bytes} * sweep.scaled_pitch * kMaxSweepColumns);
+  sweep.shared_bytes = static_cast<int>(end);
+}
+
+// Large tiles divide the traffic of W and of the row phase among more rows; two stages keep the memory busy during arithmetic.
+// Two blocks of 256 threads on a multiprocessor, where they fit, also hide each other's barriers; else one block of 512 threads,
+// which f64, at twice the registers a number, cannot have. To be tuned with bench/compare.py --device cuda.
+inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
+  constexpr int kStaticBytes = 256;  // of the kernel's own shared variables, generously
+  constexpr int kReservedBytes = 1024;  // by the system, for each block
+  const int whole = device.shared_bytes - kStaticBytes;
+  const int half = (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes - kStaticBytes;
+  const int large = problem.arithmetic_bytes == 8 ? 256 : 512;
+  struct Shape {
+    int threads, shared_bytes, tile_rows, stages;
+  };
+  const Shape shapes[] = {
+      {256, half, 32, 2},   {256, half, 16, 2},  {256, half, 8, 2},   {large, whole, 16, 2},
+      {large, whole, 8, 2}, {large, whole, 16, 1}, {large, whole, 8, 1},
+  };
+
+  Sweep sweep{};
+  const int64_t column_groups = divide_up(problem.columns, kColumnGroup);
+  const auto fits = [&](const Shape& shape, int64_t slice_features) {
+    sweep.threads = shape.threads;
+    sweep.tile_rows = shape.tile_rows;
+    sweep.stages = shape.stages;
+    sweep.slice_features = static_cast<int>(slice_features);
+    lay_out_shared_memory(sweep, problem);
+    const int64_t tiles = slice_features / kPiece * column_groups;
+    return sweep.shared_bytes <= shape.shared_bytes &&
+        (!problem.weight_gradient || tiles <= int64_t{kTilesPerThread} * shape.threads);
+  };
+  sweep.slices = 1;
+  bool found = false;
+  for (const Shape& shape : shapes) {
+    found = found || fits(shape, round_up(problem.features, kPiece));
+  }
+  // Slices are whole sectors of 32 bytes for every type. The narrowest fits any GPU.
+  constexpr int64_t kSliceMultiple = 32;
+  while (!found) {
+    ++sweep.slices;
+    const int64_t slice_features = round_up(divide_up(problem.features, sweep.slices), kSliceMultiple);
+    found = fits({large, whole, 8, 2}, slice_features) || slice_features == kSliceMultiple;
+  }
+  sweep.slices = static_cast<int>(std::max<int64_t>(1, divide_up(problem.features, std::max(1, sweep.slice_features))));
+
+  // As many blocks as run at a time, if each gets a row group; but past one a multiprocessor no more than keep the partial sums of
+  // the weight's gradient (written and read once, a block) within a quarter of the features' traffic (read and written once).
+  // A block takes one slice of the features, but all of them where the logits' sums run through the slices.
+  const int64_t resident = int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1);
+  const int64_t across = problem.logits_only ? resident : std::max<int64_t>(1, resident / sweep.slices);
+  int64_t blocks = std::min(divide_up(problem.rows, kRowGroup), across);
+  if (problem.weight_gradient) {
+    const int64_t cheap = problem.rows * problem.element_bytes / (4 * int64_t{problem.columns} * problem.arithmetic_bytes);
+    blocks = std::min(blocks, std::max<int64_t>(device.sm_count, cheap));
+  }
+  sweep.rows_per_block = divide_up(problem.rows, std::max<int64_t>(1, blocks));
+  sweep.blocks = problem.rows == 0 ? 0 : static_cast<int>(divide_up(problem.rows, sweep.rows_per_block));
+  return sweep;
+}
+
+// The form of heads_cross_entropy.
+enum class HeadsForm {
+  kOnePass,    // logits, loss and gradients while a tile of the features is in shared memory: 2 N D elements of traffic
+  kTwoPasses,  // the logits of all features first, then loss and gradients slice by slice: 3 N D
+  kProducts,   // matrix products, and a kernel for the loss between them: 3 N D and some N K
+};
+
+struct HeadsPlan {
+  HeadsForm form;
+  Sweep logits;      // of two passes, the first
+  Sweep gradients;   // the only pass, or the second
+  int count_blocks;  // of the kernel that counts valid targets; 0: every block of the sweep counts them itself
+};
+
+// At least 16 targets a thread.
+inline int count_blocks_for(int64_t targets) {
+  return static_cast<int>(std::min<int64_t>(kMaxCountBlocks, divide_up(targets, 16 * kCountThreads)));
+}
+
+inline HeadsPlan plan_heads(const HeadsProblem& problem, const HeadsDevice& device) {
+  HeadsPlan plan{};
+  const int64_t targets = problem.rows * problem.heads;
+  plan.count_blocks = targets <= kMaxTargetsCountedInPlace ? 0 : count_blocks_for(targets);
+  if (problem.columns > kMaxSweepColumns) {
+    plan.form = HeadsForm::kProducts;
+    return plan;
+  }
+  plan.gradients = plan_sweep(problem, device);
+  plan.form = plan.gradients.slices == 1 ? HeadsForm::kOnePass : HeadsForm::kTwoPasses;
+  if (plan.form == HeadsForm::kTwoPasses) {
+    auto logits = problem;
+    logits.heads = 0;  // no targets
+    logits.weight_gradient = false;
+    logits.logits_only = true;
+    plan.logits = plan_sweep(logits, device);
+  }
+  return plan;
+}
+
+}  // namespace grl_ext

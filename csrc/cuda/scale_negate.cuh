@@ -1,0 +1,128 @@
+// out = -lambda * grad on the GPU: the kernel, its three forms of lambda, and its launch on plain pointers. Knows no ATen, so
+// that tests/cuda_on_cpu runs this text as it is; scale_negate.cu brings the tensors.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "arithmetic.cuh"
+#include "launch.cuh"
+
+namespace grl_ext {
+
+// The forms of lambda. Each gives, for a run of neighbouring elements that begins at element `i`, a walker whose next() is the
+// lambda of one element after the other.
+
+// A number known to the host.
+template <typename A>
+struct LambdaValue {
+  A value;
+  __device__ LambdaValue run_from(int64_t) const { return *this; }
+  __device__ A next() const { return value; }
+};
+
+// A number that the device holds: read there, so that the host never waits for it and a replayed CUDA graph sees its changes.
+template <typename A, typename Stored>
+struct LambdaOnDevice {
+  const Stored* value;
+  __device__ LambdaValue<A> run_from(int64_t) const { return {static_cast<A>(__ldg(value))}; }
+};
+
+// A tensor: element i has values[(i / inner) % period]. A run divides once, where it begins, and only counts from there on.
+// Index is 32 bits wide where the gradient allows: a 64-bit division costs several times as much.
+template <typename A, typename Index>
+struct LambdaBroadcast {
+  const A* values;
+  Index period;
+  Index inner;
+
+  struct Run {
+    LambdaBroadcast lambda;
+    Index position;
+    Index repeat;
+    __device__ A next() {
+      const A value = __ldg(lambda.values + position);
+      if (++repeat == lambda.inner) {
+        repeat = 0;
+        position = position + 1 == lambda.period ? 0 : position + 1;
+      }
+      return value;
+    }
+  };
+
+  __device__ Run run_from(int64_t i) const {
+    const Index index = static_cast<Index>(i);
+    const Index group = index / inner;
+    return {*this, group % period, index - group * inner};
+  }
+};
+
+// lambda == 0 switches the adversary off: zero then, also where the gradient has overflowed.
+template <typename T, typename A>
+__device__ T scale_negate_element(T grad, A lambda) {
+  return Arithmetic<T>::narrow(lambda == A(0) ? A(0) : -lambda * Arithmetic<T>::widen(grad));
+}
+
+// What a thread moves at a time: the widest access there is.
+constexpr int kVectorBytes = 16;
+
+template <typename T>
+struct alignas(kVectorBytes) Vector {
+  static constexpr int kSize = kVectorBytes / sizeof(T);
+  T elements[kSize];
+};
+
+constexpr int kScaleNegateThreads = 256;
+// Eight blocks of 256 threads fill the 2048 thread slots of a multiprocessor, and 2048 loads of 16 bytes each are enough in flight
+// to hide the memory's latency; more blocks would only queue. To be tuned with bench/compare.py --device cuda.
+constexpr int kScaleNegateBlocksPerSm = 8;
+
+// out[i] = -lambda_i * grad[i]; out may be grad.
+// Traffic: one read and one write per element (a broadcast lambda is small and comes from the cache).
+// Launch: one thread per 16 bytes up to full multiprocessors, then each thread strides over the rest. No shared memory: no element
+// meets another. The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all
+// of them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor).
+template <typename T, typename Lambda>
+__global__ void __launch_bounds__(kScaleNegateThreads)
+    scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda lambda) {
+  constexpr int kSize = Vector<T>::kSize;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+
+  const auto past_boundary = [](const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVectorBytes); };
+  const bool together = past_boundary(out) == past_boundary(grad);
+  const int64_t to_boundary = (kVectorBytes - past_boundary(out)) % kVectorBytes / static_cast<int>(sizeof(T));
+  const int64_t head = together && to_boundary < n ? to_boundary : n;
+  const int64_t vectors = (n - head) / kSize;
+  const int64_t tail = head + vectors * kSize;
+
+  for (int64_t v = thread; v < vectors; v += threads) {
+    const int64_t begin = head + v * kSize;
+    auto run = lambda.run_from(begin);
+    auto vector = *reinterpret_cast<const Vector<T>*>(grad + begin);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) {
+      vector.elements[k] = scale_negate_element(vector.elements[k], run.next());
+    }
+    *reinterpret_cast<Vector<T>*>(out + begin) = vector;
+  }
+  for (int64_t j = thread; j < head + n - tail; j += threads) {
+    const int64_t i = j < head ? j : j - head + tail;
+    out[i] = scale_negate_element(grad[i], lambda.run_from(i).next());
+  }
+}
+
+// `n` counts reals: a complex element is two of them under one lambda, for which a broadcast lambda has twice the inner.
+template <typename T, typename Lambda>
+cudaError_t scale_negate(T* out, const T* grad, int64_t n, Lambda lambda, int sm_count, cudaStream_t stream) {
+  if (n == 0) {
+    return cudaSuccess;
+  }
+  constexpr int64_t kPerBlock = kScaleNegateThreads * Vector<T>::kSize;
+  const int64_t blocks = std::min<int64_t>((n + kPerBlock - 1) / kPerBlock, int64_t{sm_count} * kScaleNegateBlocksPerSm);
+  return launch(
+      scale_negate_kernel<T, Lambda>, dim3(static_cast<unsigned>(blocks)), dim3(kScaleNegateThreads), 0, stream, out, grad, n,
+      lambda);
+}
+
+}  // namespace grl_ext
