@@ -1,0 +1,36 @@
+"""`python -m grl_ext`: versions, what is compiled, and which path each operation takes on each device here."""
+
+import platform
+
+import torch
+
+from grl_ext import _backend
+
+
+def main() -> None:
+    info = _backend.C.build_info() if _backend.C else None
+    print(f"grl_ext on torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    if info is None:
+        print(f"compiled: no ({_backend.why_not})")
+    else:
+        print(f"compiled: for torch {info['torch']} with {info['compiler']}")
+        print(f"CPU kernels: {info['cpu_isa']} (GRL_EXT_CPU_ISA asks for another), {torch.get_num_threads()} threads")
+        print(f"CUDA kernels: {info['cuda_archs'] or 'no'}")
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else []) + (["mps"] if torch.backends.mps.is_available() else [])
+    for device in devices:
+        compiled = device in _backend.kernel_devices
+        why = "" if compiled else f" ({'nothing compiled for it' if info else 'nothing compiled'})"
+        layer = "view forward; fused scale backward, in place where unshared" if compiled else "PyTorch operators" + why
+        linear = "PyTorch's matrix products, lambda inside" if info else "PyTorch operators" + why
+        bound = info["max_skinny_columns"] if info and device == "cpu" else 32
+        heads = f"fused kernels up to {bound} columns, matrix products beyond" if compiled else "PyTorch operators" + why
+        print(f"{device}:")
+        print(f"  gradient_reversal                   {layer}")
+        print(f"  grl_linear                          {linear}")
+        print(f"  linear_heads, heads_cross_entropy   {heads}")
+    print("under torch.compile: registered operators; under torch.func: PyTorch operators")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The layers: what holds lambda, and how it travels with a model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from grl_ext import functional
+from grl_ext._reference import check_number
+from grl_ext.functional import HeadsOutput
+
+__all__ = ["GRL", "AdversarialHeads", "GRLLinear"]
+
+
+class _LambdaModule(nn.Module):
+    """Holds lambda in a buffer: saved, moved between devices, set by assignment, never cast.
+
+    The buffer is float64 (float32 on devices without it), because it is a setting and not an activation: a model in half
+    precision still has the lambda its schedule gave it.
+    """
+
+    lambda_: Tensor
+
+    def _register_lambda(self, values: Tensor, device=None) -> None:
+        self.register_buffer("lambda_", _to_supported(values, device))
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "lambda_" and "lambda_" in self.__dict__.get("_buffers", ()):
+            self._set_lambda(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_lambda(self, value: Tensor | float) -> None:
+        if isinstance(value, Tensor):
+            if value.is_complex():
+                raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {value.dtype}")
+            if self.lambda_.is_meta:  # load_state_dict(assign=True)
+                self._buffers["lambda_"] = _to_supported(value.detach(), None)
+                return
+        with torch.no_grad():
+            if isinstance(value, Tensor):
+                self.lambda_.copy_(value)
+            else:
+                self.lambda_.fill_(check_number("lambda_", value))
+
+    def _apply(self, fn, recurse: bool = True):
+        kept = self.lambda_
+        self._buffers["lambda_"] = kept.float()  # every device has float32; only where fn puts it matters
+        super()._apply(fn, recurse)
+        moved = self._buffers["lambda_"]
+        lambda_ = _to_supported(moved if kept.is_meta else kept, moved.device)
+        self._buffers["lambda_"] = lambda_.share_memory_() if moved.is_shared() else lambda_
+        return self
+
+    def _shown_lambda(self):
+        return "meta" if self.lambda_.is_meta else self.lambda_.tolist()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        # Checkpoints written before the layer was ours have no lambda; the present one stays.
+        if prefix + "lambda_" in missing_keys:
+            missing_keys.remove(prefix + "lambda_")
+
+
+def _to_supported(lambda_: Tensor, device) -> Tensor:
+    device = torch.device(device) if device is not None else lambda_.device
+    return lambda_.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def _number(lambda_: float) -> Tensor:
+    return torch.tensor(check_number("lambda_", lambda_), dtype=torch.float64)
+
+
+class GRL(_LambdaModule):
+    r"""Gradient reversal layer: the identity forward, the gradient times :math:`-\lambda` backward.
+
+    Args:
+        lambda_: a finite number. It lives in a float64 0-d buffer: in ``state_dict``, moved by ``.to(device)``, never cast by
+            ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in place, no synchronisation; under
+            ``torch.compile`` no new graph). A checkpoint without it loads strictly and leaves it as it is.
+
+    ``layer(x)`` uses the layer's lambda; ``layer(x, coeff)`` uses ``coeff``, in any form that
+    :func:`grl_ext.gradient_reversal` takes. On a CUDA device the buffer is read when the backward runs.
+
+    Raises:
+        TypeError, ValueError: as :func:`grl_ext.gradient_reversal`.
+
+    Example:
+        >>> adversary = torch.nn.Sequential(grl_ext.GRL(lambda_=0.3), torch.nn.Linear(8, 2))
+        >>> adversary(torch.randn(4, 8)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, lambda_: float = 1.0) -> None:
+        super().__init__()
+        self._register_lambda(_number(lambda_))
+
+    def forward(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor:
+        return functional.gradient_reversal(x, self._buffers["lambda_"] if coeff is None else coeff)
+
+    def extra_repr(self) -> str:
+        return f"lambda_={self._shown_lambda()}"
+
+
+class GRLLinear(_LambdaModule, nn.Linear):
+    r"""``Sequential(GRL(lambda_), Linear(in_features, out_features))`` as one layer that costs what the linear layer alone does.
+
+    Backward, the gradient to the input is :math:`-\lambda\, dy\, W`; those to weight and bias are not reversed. Parameters are
+    named and initialised as in ``nn.Linear``, so that its checkpoints load; lambda is kept as in :class:`GRL`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        lambda_: a finite number.
+
+    Raises:
+        TypeError, ValueError: as :func:`grl_ext.grl_linear`.
+
+    Example:
+        >>> adversary = torch.nn.Sequential(grl_ext.GRLLinear(8, 16, lambda_=0.3), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> adversary(torch.randn(4, 8)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, lambda_: float = 1.0, device=None, dtype=None
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._register_lambda(_number(lambda_), device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.grl_linear(x, self.weight, self.bias, self._buffers["lambda_"])
+
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, lambda_={self._shown_lambda()}"
+
+
+class AdversarialHeads(_LambdaModule):
+    r"""Predictors and adversaries over the same features, in one linear layer that reads them once.
+
+    For head h, :math:`z_h = x W_h^T + b_h`. Backward, the features get the predictors' gradients as they are and the adversaries'
+    times :math:`-\lambda_h`; the heads' own gradients are not scaled.
+
+    Args:
+        in_features: D, the size of the features.
+        predictors: sizes by name, such as ``{"digit": 10}``; size 1 is a binary head with one logit.
+        adversaries: sizes by name, such as ``{"domain": 2}``.
+        bias: whether the heads have one.
+        lambda_: one finite number for all adversaries, or one by name. Kept in a float64 buffer ``(number of adversaries,)``
+            with the rules of :class:`GRL`'s; assign a number, or numbers by name, to change it:
+            ``heads.lambda_ = 0.3``, ``heads.lambda_ = {"domain": 0.3}``.
+        device, dtype: of weight and bias.
+
+    Attributes:
+        weight: ``(K, D)``, the heads' weights one below the other, predictors first; each head is initialised as an ``nn.Linear``.
+        bias: ``(K,)`` or None.
+
+    Raises:
+        ValueError: no head at all, a size below 1, a name used twice, an unknown name, or the input checks of
+            :func:`grl_ext.heads_cross_entropy`.
+
+    Example:
+        >>> heads = grl_ext.AdversarialHeads(8, predictors={"digit": 10}, adversaries={"domain": 2}, lambda_=0.3)
+        >>> features = torch.randn(4, 8, requires_grad=True)
+        >>> out = heads.loss(features, {"digit": torch.tensor([3, 1, 4, 1]), "domain": torch.tensor([0, 0, 1, 1])})
+        >>> out.loss.backward()
+        >>> out.logits["digit"].shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        predictors: Mapping[str, int] | None = None,
+        adversaries: Mapping[str, int] | None = None,
+        bias: bool = True,
+        lambda_: float | Mapping[str, float] = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        predictors, adversaries = dict(predictors or {}), dict(adversaries or {})
+        if not predictors and not adversaries:
+            raise ValueError("predictors and adversaries are both empty: at least one head is needed")
+        if shared := predictors.keys() & adversaries.keys():
+            raise ValueError(f"head names must differ, got {sorted(shared)} among both predictors and adversaries")
+        sizes = predictors | adversaries
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"head {name!r} must have a size of at least 1, got {size!r}")
+        self.in_features = in_features
+        self.predictors, self.adversaries = predictors, adversaries
+        self.head_names, self.head_sizes = tuple(sizes), list(sizes.values())
+        self.weight = nn.Parameter(torch.empty(sum(self.head_sizes), in_features, device=device, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(sum(self.head_sizes), device=device, dtype=dtype)) if bias else None)
+        self._register_lambda(torch.ones(len(adversaries), dtype=torch.float64), device)
+        self._set_lambda(lambda_)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises weight and bias as ``nn.Linear`` would each head's."""
+        bound = self.in_features**-0.5 if self.in_features else 0.0
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _set_lambda(self, value) -> None:
+        if not isinstance(value, Mapping):
+            super()._set_lambda(value)
+            return
+        if unknown := value.keys() - self.adversaries.keys():
+            raise ValueError(f"lambda_ names {sorted(unknown)}, but the adversaries are {list(self.adversaries)}")
+        numbers = {name: check_number(f"lambda_[{name!r}]", number) for name, number in value.items()}
+        with torch.no_grad():
+            for i, name in enumerate(self.adversaries):
+                if name in numbers:
+                    self.lambda_[i].fill_(numbers[name])
+
+    def _grad_scale(self) -> Tensor:
+        return torch.constant_pad_nd(-self._buffers["lambda_"], (len(self.predictors), 0), 1.0)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """The heads' logits by name, ``(..., size)`` each, for features ``(..., D)``; any loss may follow."""
+        logits = functional.linear_heads(features, self.weight, self.bias, self.head_sizes, self._grad_scale())
+        return dict(zip(self.head_names, logits.split_with_sizes(self.head_sizes, -1), strict=True))
+
+    def loss(
+        self,
+        features: Tensor,
+        targets: Mapping[str, Tensor],
+        *,
+        loss_weight: Mapping[str, float] | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> HeadsOutput:
+        """The heads' cross entropy, with all gradients made in one pass: :func:`grl_ext.heads_cross_entropy` by name.
+
+        Args:
+            features: ``(..., D)``.
+            targets: int64 ``(...)`` by head name. A head left out takes no part: no loss, no gradient, not in the output.
+            loss_weight: numbers by head name; 1 for those not named.
+            ignore_index, label_smoothing: as for ``F.cross_entropy``.
+
+        Returns:
+            ``HeadsOutput(loss, head_losses, logits)``, the latter two by name and detached.
+        """
+        for what, given in (("targets", targets), ("loss_weight", loss_weight or {})):
+            if unknown := given.keys() - self.head_names:
+                raise ValueError(f"{what} names {sorted(unknown)}, but the heads are {list(self.head_names)}")
+        if not targets:
+            raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
+        absent = None
+        if len(targets) < len(self.head_names):
+            absent = torch.full_like(next(iter(targets.values())), ignore_index)
+        loss, head_losses, logits = functional.heads_cross_entropy(
+            features,
+            self.weight,
+            self.bias,
+            torch.stack([targets.get(name, absent) for name in self.head_names], -1),
+            self.head_sizes,
+            self._grad_scale(),
+            loss_weight=loss_weight and [float(loss_weight.get(name, 1.0)) for name in self.head_names],
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        each = zip(self.head_names, head_losses.unbind(), logits.split_with_sizes(self.head_sizes, -1), strict=True)
+        present = [head for head in each if head[0] in targets]
+        return HeadsOutput(loss, {name: value for name, value, _ in present}, {name: z for name, _, z in present})
+
+    @classmethod
+    def from_linears(
+        cls,
+        predictors: Mapping[str, nn.Linear] | None = None,
+        adversaries: Mapping[str, nn.Linear] | None = None,
+        lambda_: float | Mapping[str, float] = 1.0,
+    ) -> "AdversarialHeads":
+        """Heads with the weights of stock linear layers, which must agree in in_features, bias, device and dtype."""
+        linears = dict(predictors or {}) | dict(adversaries or {})
+        kinds = {(m.in_features, m.bias is not None, m.weight.device, m.weight.dtype) for m in linears.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"the linear layers must agree in (in_features, bias, device, dtype), got {sorted(kinds, key=str)}")
+        in_features, bias, device, dtype = kinds.pop() if kinds else (0, True, None, None)
+        sizes = [{name: m.out_features for name, m in (heads or {}).items()} for heads in (predictors, adversaries)]
+        heads = cls(in_features, *sizes, bias=bias, lambda_=lambda_, device=device, dtype=dtype)
+        with torch.no_grad():
+            heads.weight.copy_(torch.cat([m.weight for m in linears.values()]))
+            if bias:
+                heads.bias.copy_(torch.cat([m.bias for m in linears.values()]))
+        return heads
+
+    def to_linears(self) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
+        """(predictors, adversaries) as stock linear layers with copies of the weights; put a :class:`GRL` before the adversaries."""
+        weights = self.weight.detach().split(self.head_sizes)
+        biases = self.bias.detach().split(self.head_sizes) if self.bias is not None else [None] * len(weights)
+        linears = {}
+        for name, size, weight, bias in zip(self.head_names, self.head_sizes, weights, biases, strict=True):
+            linear = nn.Linear(self.in_features, size, bias is not None, device=weight.device, dtype=weight.dtype)
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+                if bias is not None:
+                    linear.bias.copy_(bias)
+            linears[name] = linear
+        return {name: linears[name] for name in self.predictors}, {name: linears[name] for name in self.adversaries}
+
+    def extra_repr(self) -> str:
+        lambdas = "meta" if self.lambda_.is_meta else dict(zip(self.adversaries, self.lambda_.tolist(), strict=True))
+        return (
+            f"in_features={self.in_features}, predictors={self.predictors}, adversaries={self.adversaries}, "
+            f"bias={self.bias is not None}, lambda_={lambdas}"
+        )
