@@ -1,0 +1,146 @@
+// scale_negate.cuh over element types, forms of lambda, sizes and alignments, in place and not, against a loop in double precision.
+#include "scale_negate.cuh"
+
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+namespace {
+
+using namespace grl_ext;
+
+struct Case {
+  int64_t n;
+  int grad_offset;  // elements past a 16-byte boundary
+  int out_offset;
+  bool in_place;
+};
+
+int failures = 0;
+
+// Numbers of both signs, and here and there one that has overflowed: an infinity, a NaN.
+template <typename T>
+T gradient(int64_t i) {
+  const double value = i % 11 == 3 ? INFINITY : i % 11 == 6 ? NAN : static_cast<double>(i * 37 % 101 - 50) * 0.173;
+  return Arithmetic<T>::narrow(static_cast<typename Arithmetic<T>::type>(value));
+}
+
+// Half a unit in the last place for every rounding on the way: of the result, and before it of lambda and of the product to f32.
+template <typename T>
+constexpr double kTolerance = 0x1p-53;
+template <>
+constexpr double kTolerance<float> = 0x1p-24 + 0x1p-24;
+template <>
+constexpr double kTolerance<__half> = 0x1p-11 + 0x1p-23;
+template <>
+constexpr double kTolerance<__nv_bfloat16> = 0x1p-8 + 0x1p-23;
+
+template <typename T>
+bool is_scaled(T got_, T grad, double lambda) {
+  const double got = Arithmetic<T>::widen(got_);
+  const double want = -lambda * Arithmetic<T>::widen(grad);
+  if (lambda == 0) {
+    return got == 0 && !std::signbit(got);
+  }
+  return got == want || (std::isnan(got) && std::isnan(want)) || std::fabs(got - want) <= kTolerance<T> * std::fabs(want);
+}
+
+// n elements between two guards of a known pattern, which must be there afterwards.
+template <typename T>
+class Guarded {
+ public:
+  Guarded(int64_t n, int offset) : n_(n), begin_(kGuard + offset), storage_(begin_ + n + kGuard) {
+    std::memset(static_cast<void*>(storage_.data()), kPattern, storage_.size() * sizeof(T));
+    for (int64_t i = 0; i < n; ++i) {
+      data()[i] = gradient<T>(i);
+    }
+  }
+  T* data() { return storage_.data() + begin_; }
+  bool is_untouched(int64_t i) { return same(data()[i], gradient<T>(i)); }
+  bool guards_hold() {
+    T pattern;
+    std::memset(static_cast<void*>(&pattern), kPattern, sizeof(T));
+    bool hold = true;
+    for (int64_t i = 0; i < static_cast<int64_t>(storage_.size()); ++i) {
+      hold &= (i >= begin_ && i < begin_ + n_) || same(storage_[i], pattern);
+    }
+    return hold;
+  }
+
+ private:
+  static constexpr int64_t kGuard = 16;
+  static constexpr int kPattern = 0xa5;
+  static bool same(const T& a, const T& b) { return std::memcmp(&a, &b, sizeof(T)) == 0; }
+  int64_t n_;
+  int64_t begin_;
+  std::vector<T> storage_;
+};
+
+template <typename T, typename Lambda>
+void check(const char* form, const Case& c, Lambda lambda, const std::function<double(int64_t)>& lambda_of) {
+  Guarded<T> grad(c.n, c.grad_offset);
+  Guarded<T> separate(c.n, c.out_offset);
+  Guarded<T>& out = c.in_place ? grad : separate;
+  // As on a GPU of one multiprocessor: more than eight blocks' work makes the threads stride.
+  bool good = scale_negate(out.data(), grad.data(), c.n, lambda, /*sm_count=*/1, nullptr) == cudaSuccess;
+  good &= grad.guards_hold() && separate.guards_hold();
+  for (int64_t i = 0; i < c.n; ++i) {
+    good &= is_scaled(out.data()[i], gradient<T>(i), lambda_of(i)) && (c.in_place ? separate : grad).is_untouched(i);
+  }
+  if (!good) {
+    ++failures;
+    std::printf(
+        "wrong: %s, %zu bytes an element, n %lld, grad at %d, out %s at %d\n", form, sizeof(T), static_cast<long long>(c.n),
+        c.grad_offset, c.in_place ? "in place" : "elsewhere", c.out_offset);
+  }
+}
+
+template <typename T>
+void check_forms(const Case& c) {
+  using A = typename Arithmetic<T>::type;
+  for (const double lambda : {0.3, 0.0}) {
+    const auto single = static_cast<float>(lambda);
+    check<T>("a value", c, LambdaValue<A>{static_cast<A>(lambda)}, [=](int64_t) { return lambda; });
+    check<T>("a double on the device", c, LambdaOnDevice<A, double>{&lambda}, [=](int64_t) { return lambda; });
+    check<T>("a float on the device", c, LambdaOnDevice<A, float>{&single}, [=](int64_t) { return double{single}; });
+  }
+  struct {
+    const char* form;
+    int64_t period, inner;
+  } layouts[] = {{"each element its own", c.n, 1}, {"per column", 3, 1}, {"per channel", 5, 7}, {"per row of complex", 9, 2}};
+  for (const auto [form, period, inner] : layouts) {
+    std::vector<A> values(period);
+    for (int64_t p = 0; p < period; ++p) {
+      values[p] = static_cast<A>(p % 3 == 1 ? 0.0 : 0.1 * static_cast<double>(p) - 0.7);
+    }
+    const auto lambda_of = [&, period = period, inner = inner](int64_t i) { return double{values[i / inner % period]}; };
+    if (inner == 7) {
+      check<T>(form, c, LambdaBroadcast<A, uint64_t>{values.data(), uint64_t(period), uint64_t(inner)}, lambda_of);
+    }
+    check<T>(form, c, LambdaBroadcast<A, uint32_t>{values.data(), uint32_t(period), uint32_t(inner)}, lambda_of);
+  }
+}
+
+template <typename T>
+void check_type() {
+  for (const int64_t n : {0, 1, 7, 8, 129, 1134, 2500}) {
+    for (int offset = 0; offset <= 8; ++offset) {
+      check_forms<T>({n, offset, offset, true});
+      check_forms<T>({n, offset, offset % 2 ? offset : 0, false});  // reaching a boundary together, and not
+    }
+  }
+  const int64_t strided = 8 * kScaleNegateThreads * Vector<T>::kSize + 1001;
+  check_forms<T>({strided, 1, 1, true});
+  check_forms<T>({strided, 1, 0, false});
+}
+
+}  // namespace
+
+int main() {
+  check_type<__half>();
+  check_type<__nv_bfloat16>();
+  check_type<float>();
+  check_type<double>();
+  return failures != 0;
+}

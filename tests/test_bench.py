@@ -1,0 +1,198 @@
+"""The benchmark's own arithmetic and its check, without any timing: a wrong comparison is worse than none."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))  # the benchmark is a set of scripts, not part of the package
+
+import baselines  # noqa: E402
+import cases  # noqa: E402
+import compare  # noqa: E402
+import founding  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+
+
+class FakeClock:
+    """Time passes only when a step says so, and steps take longer from round to round, as on a machine that heats up."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.drift = 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, seconds: float):
+        def run() -> None:
+            self.now += seconds * self.drift
+
+        return run
+
+    def drifting(self, rounds):
+        for round_ in rounds:
+            self.drift = 1.0 + round_ / 10
+            yield round_
+
+
+SETTINGS = cases.Settings("cpu", torch.float32, quick=True)
+
+
+def rows_of(**seconds: float) -> list[cases.Row]:
+    kinds = {"identity": "identity", "naive": "naive", "ours": "ours", "limit": "limit"}
+    return [cases.Row(name, kinds.get(name, "peer"), lambda: None) for name in seconds]
+
+
+def interleaved(clock: FakeClock, rows: list[cases.Row], seconds: dict[str, float]) -> report.Samples:
+    steps = {row: clock.step(seconds[row.name]) for row in rows}
+    return measure.interleave(steps, measure.wall_timer(clock), seconds=0.0, min_rounds=20, progress=clock.drifting)
+
+
+def test_samples_are_seconds_per_call_whatever_the_repeats():
+    clock = FakeClock()
+    samples = measure.interleave(
+        {"short": clock.step(1e-6), "long": clock.step(0.5)}, measure.wall_timer(clock), seconds=5.0, min_rounds=2
+    )
+    # 5 s for rounds of 0.5 s and one sample; the tolerance covers the fake clock's floating-point sum.
+    assert len(samples["short"]) == len(samples["long"]) == int(5.0 / (0.5 + measure.SAMPLE_SECONDS))
+    assert samples["short"] == pytest.approx([1e-6] * 9, rel=1e-9)
+    assert samples["long"] == pytest.approx([0.5] * 9, rel=1e-9)
+
+
+def test_ratios_are_taken_within_a_round_so_that_drift_cancels():
+    seconds = {"identity": 10e-3, "naive": 30e-3, "tuned": 18e-3, "ours": 11e-3, "limit": 2e-3}
+    rows = rows_of(**seconds)
+    samples = interleaved(FakeClock(), rows, seconds)
+    assert max(samples[rows[0]]) > 1.5 * min(samples[rows[0]])  # the drift is there
+    case = cases.Case("fake", "", lambda: None, subtract_identity=True)
+    result = report.summarise(case, cases.Work(rows, lambda: None, ""), samples)
+    by_name = {row.name: row for row in result.rows}
+    assert result.best_peer == {"eager": "tuned"}
+    assert by_name["identity"].cost is None
+    for name, tax in {"naive": 20, "tuned": 8, "ours": 1, "limit": 2}.items():
+        for found, expected in ((by_name[name].to_naive, tax / 20), (by_name[name].to_best_peer, tax / 8)):
+            assert (found.q1, found.median, found.q3) == pytest.approx((expected,) * 3, rel=1e-6)
+    assert result.slower == []
+
+
+def test_a_slower_row_of_ours_is_named():
+    seconds = {"naive": 30e-3, "tuned": 18e-3, "ours": 20e-3}
+    rows = rows_of(**seconds)
+    case = cases.Case("fake", "", lambda: None)
+    result = report.summarise(case, cases.Work(rows, lambda: None, ""), interleaved(FakeClock(), rows, seconds))
+    assert result.slower == ["eager tuned"]
+    assert "grl_ext is above eager tuned" in report.table(result)
+
+
+def test_sections_are_compared_within_themselves():
+    rows = [cases.Row("naive", "naive", lambda: None), cases.Row("naive", "naive", lambda: None, "compiled")]
+    ours = [cases.Row("ours", "ours", lambda: None), cases.Row("ours", "ours", lambda: None, "compiled")]
+    samples = {rows[0]: [4.0] * 3, rows[1]: [2.0] * 3, ours[0]: [1.0] * 3, ours[1]: [1.0] * 3}
+    case = cases.Case("fake", "", lambda: None)
+    result = report.summarise(case, cases.Work(list(samples), lambda: None, ""), samples)
+    found = {(row.section, row.name): row.to_naive.median for row in result.rows}
+    assert found == {("eager", "naive"): 1, ("eager", "ours"): 0.25, ("compiled", "naive"): 1, ("compiled", "ours"): 0.5}
+
+
+def test_no_ratio_to_what_cannot_be_told_from_zero():
+    assert measure.paired_ratio([1.0] * 4, [-0.1, 0.1, -0.1, 0.2]) is None
+    assert measure.paired_ratio([0.0], [0.0]) is None
+
+
+def test_noise_is_no_difference():
+    high_and_low = [1.0, 1.2] * 10
+    assert not measure.is_above(high_and_low, high_and_low[::-1], margin=0.0)
+    assert not measure.is_above([1.001] * 20, [1.0] * 20, margin=0.01)
+    assert measure.is_above([1.1] * 20, [1.0] * 20, margin=0.01)
+
+
+def test_peak_memory_counts_what_is_held_at_a_time():
+    def step() -> None:
+        a = torch.empty(1000, dtype=torch.uint8)
+        b = torch.empty(500, dtype=torch.uint8)
+        del a
+        c = torch.empty(600, dtype=torch.uint8)
+        del b, c
+
+    assert measure.peak_memory(step, "cpu") == 1500
+
+
+@pytest.mark.parametrize("group", ["tax/64", "founding"])
+@pytest.mark.parametrize("wrong", [lambda coeff: baselines.Naive(-coeff), lambda coeff: baselines.Tuned(2 * coeff)])
+def test_check_catches_a_wrong_layer(monkeypatch, group, wrong):
+    if group == "founding":
+        pytest.importorskip("sklearn")
+    layers = [baselines.Layer("identity", "identity", lambda coeff: baselines.Identity()), baselines.Layer("bad", "peer", wrong)]
+    monkeypatch.setattr(baselines, "layers", lambda: (layers, []))
+    (case,) = compare.select([group], SETTINGS)
+    with pytest.raises(cases.WrongResult, match="eager bad: gradient 0"):
+        case.build().check()
+
+
+def test_wrong_result_ends_the_run_with_a_message(monkeypatch, capsys):
+    layers = [
+        baselines.Layer("identity", "identity", lambda coeff: baselines.Identity()),
+        baselines.Layer("grl_ext", "ours", lambda coeff: baselines.Identity()),
+    ]
+    monkeypatch.setattr(baselines, "layers", lambda: (layers, []))
+    assert compare.main(["--quick", "--device", "cpu", "--cases", "tax/64"]) == 1
+    assert "wrong result in tax/64: eager grl_ext: gradient 0" in capsys.readouterr().err
+
+
+def test_half_precision_passes_the_checks():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        (case,) = compare.select(["tax/64"], cases.Settings("cpu", dtype, quick=True))
+        case.build().check()
+
+
+def test_unknown_case_is_refused_with_the_known_ones():
+    with pytest.raises(SystemExit, match="unknown case taxes; there are tax, memory, founding"):
+        compare.main(["--quick", "--device", "cpu", "--cases", "taxes"])
+
+
+def test_command_writes_table_json_and_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = subprocess.run(
+        [sys.executable, BENCH / "compare.py", "--quick", "--device", "cpu", "--threads", "1", "--cases", "tax/64", "memory"]
+        + ["--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert found.returncode == 0, found.stderr
+    document = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    facts = document["environment"]
+    assert facts["device"] == "cpu" and facts["dtype"] == "float32" and facts["threads"] == 1
+    assert facts["torch"] == torch.__version__ and isinstance(facts["grl_ext"]["compiled"], bool)
+    assert [case["name"] for case in document["cases"]] == ["tax/64", "memory/1M"]
+    for case in document["cases"]:
+        rows = {row["name"]: row for row in case["rows"]}
+        assert {"identity", "naive", "tuned", "grl_ext"} <= rows.keys()
+        for row in rows.values():
+            spread = row["total"]
+            assert spread["p5"] <= spread["q1"] <= spread["median"] <= spread["q3"] <= spread["p95"]
+            assert spread["n"] == rows["identity"]["total"]["n"]
+        for name in rows:
+            assert name in found.stdout
+    # One float32 buffer; a number that an operation wraps in a tensor weighs some bytes more.
+    assert rows["naive"]["cost"]["median"] == pytest.approx(2**20 * 4, rel=1e-3)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_hold_what_their_label_says():
+    digits = torch.tensor([0, 0, 3, 7])
+    images = torch.tensor([100.0, 100.0, 1.0, 1.0]).view(4, 1, 1, 1).expand(4, 1, 28, 28)
+    pairs, labels = founding.digit_pairs(images, digits, 50, torch.Generator().manual_seed(0))
+    assert pairs.shape == (50, 1, 28, 28) and 0 < labels.sum() < 50
+    assert torch.equal(pairs[:, 0, 0, 0], torch.where(labels == 1, 101.0, 2.0))
+    features, prediction, adversarial = founding.MnistNN2(baselines.Identity())(pairs[:2])
+    assert features.shape == (2, founding.FEATURES) and prediction.shape == adversarial.shape == (2, 2)
+    assert math.isfinite(sum(founding.losses(founding.MnistNN2(baselines.Identity()), pairs, labels)).item())

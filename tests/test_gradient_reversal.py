@@ -1,0 +1,293 @@
+"""`gradient_reversal` in eager mode: values, gradients, and what becomes of lambda."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import DTYPES, LAMBDAS, LAYOUTS, SHAPE, Emit, assert_same, case, deliver, expected_gradient, sample_inputs
+
+from grl_ext import gradient_reversal
+
+pytestmark = pytest.mark.usefixtures("path")
+
+
+def gradient(x, lambda_, grad, unshared=True):
+    """x's gradient when `grad` arrives at the layer: as a fresh buffer, which the layer may overwrite, or as the caller's own."""
+    y = gradient_reversal(x, lambda_)
+    if unshared:
+        return torch.autograd.grad(deliver(y, grad), x)[0]
+    kept = grad.clone()
+    result = torch.autograd.grad(y, x, grad)[0]
+    assert_same(grad, kept)
+    return result
+
+
+@pytest.mark.parametrize("unshared", [True, False], ids=["fresh gradient", "caller's gradient"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_is_minus_lambda_times_the_incoming_one(device, dtype, unshared):
+    for name, x, lambda_ in sample_inputs(device, dtype):
+        grad = torch.randn_like(x)
+        with case(name):
+            assert_same(gradient(x, lambda_, grad, unshared), expected_gradient(grad, lambda_))
+
+
+@pytest.mark.parametrize("unshared", [True, False], ids=["fresh gradient", "caller's gradient"])
+@pytest.mark.parametrize("lambda_form", ["float", "0-d float32", "per sample", "per channel", "full shape"])
+def test_x_and_gradient_may_lie_in_memory_in_any_way(device, lambda_form, unshared):
+    lambda_ = LAMBDAS[lambda_form](device)
+    for (x_name, x_layout), (grad_name, grad_layout) in product(LAYOUTS.items(), LAYOUTS.items()):
+        x = x_layout(torch.randn(SHAPE, device=device)).detach().requires_grad_()
+        grad = grad_layout(torch.randn(SHAPE, device=device))
+        with case(f"{x_name} x", f"{grad_name} gradient"):
+            assert_same(gradient(x, lambda_, grad, unshared), expected_gradient(grad, lambda_))
+
+
+@pytest.mark.parametrize("lambda_shape", [None, (), (3, 1, 1), (1, 7, 1), (5003,), (3, 7, 5003), (3, 1, 5003)], ids=str)
+def test_gradient_of_a_tensor_large_enough_for_several_threads(device, lambda_shape):
+    # 105063 elements: three of PyTorch's grains of 32768, whose borders fall inside rows.
+    lambda_ = 0.3 if lambda_shape is None else torch.randn(lambda_shape, device=device)
+    for dtype in DTYPES:
+        x = torch.randn(3, 7, 5003, dtype=dtype, device=device, requires_grad=True)
+        grad = torch.randn_like(x)
+        with case(dtype):
+            assert_same(gradient(x, lambda_, grad), expected_gradient(grad, lambda_))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lambda_form", ["by value", "0-d", "full shape"])
+def test_half_types_are_rounded_once(device, dtype, lambda_form):
+    # Every pattern of 16 bits. Lambda has 12 significant bits and the gradient at most 11, so float32 holds the product exactly
+    # (bfloat16 near float32's own underflow excepted, hence not below 2^-100); what remains is one rounding to nearest even.
+    grad = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    grad = grad[~((grad.float().abs() < 2.0**-100) & (grad != 0))]
+    x = torch.zeros_like(grad).requires_grad_()
+    value = 2731 / 4096
+    lambda_ = {"by value": value, "0-d": torch.tensor(value, device=device), "full shape": torch.full(grad.shape, value, device=device)}
+    result = gradient(x, lambda_[lambda_form], grad)
+    exact = grad.double() * -value
+    nearest = torch.from_numpy(_round_half_even(exact.cpu().numpy(), dtype)).to(device)
+    assert_same(result.double(), nearest)
+
+
+def _round_half_even(exact, dtype):
+    """float64 to the nearest half-precision number, by integer scaling alone: independent of every conversion in PyTorch."""
+    mantissa, smallest, largest = (11, -24, 65504.0) if dtype == torch.float16 else (8, -133, torch.finfo(torch.bfloat16).max)
+    finite = np.where(np.isfinite(exact), exact, 0.0)
+    _, exponent = np.frexp(finite)
+    spacing = np.ldexp(1.0, np.maximum(exponent - mantissa, smallest))
+    rounded = np.rint(finite / spacing) * spacing
+    rounded = np.where(np.abs(rounded) > largest, np.copysign(np.inf, rounded), rounded)
+    return np.where(np.isfinite(exact), rounded, exact)
+
+
+# --- lambda = 0 ------------------------------------------------------------------------------------------------------------
+
+ZEROS = {
+    "float": lambda device: 0.0,
+    "negative zero": lambda device: -0.0,
+    "int": lambda device: 0,
+    "0-d on the CPU": lambda device: torch.tensor(0.0),
+    "0-d float64 on the CPU": lambda device: torch.tensor(0.0, dtype=torch.float64),
+    "0-d": lambda device: torch.tensor(0.0, device=device),
+    "0-d int64": lambda device: torch.tensor(0, device=device),
+    "per sample": lambda device: torch.zeros(2, 1, 1, 1, device=device),
+    "per channel": lambda device: torch.zeros(1, 3, 1, 1, device=device),
+    "full shape": lambda device: torch.zeros(SHAPE, device=device),
+    "not neighbours": lambda device: torch.zeros(2, 1, 4, 1, device=device),
+}
+
+
+@pytest.mark.parametrize("form", ZEROS)
+def test_lambda_zero_gives_zeros_whatever_the_gradient_holds(device, form):
+    for dtype, layout in product(DTYPES, ["contiguous", "channels last", "sliced"]):
+        x = torch.randn(SHAPE, dtype=dtype, device=device, requires_grad=True)
+        grad = torch.randn_like(x)
+        grad[0, 0, 0], grad[0, 1], grad[1] = math.inf, -math.inf, math.nan
+        with case(dtype, layout):
+            assert_same(gradient(x, ZEROS[form](device), LAYOUTS[layout](grad)), torch.zeros_like(x))
+
+
+def test_only_the_samples_whose_lambda_is_zero_are_silenced(device):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    grad = torch.full((3, 4), math.inf, device=device)
+    result = gradient(x, torch.tensor([[0.0], [0.5], [-0.5]], device=device), grad)
+    assert_same(result, torch.tensor([[0.0], [-math.inf], [math.inf]], device=device).expand(3, 4))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("lambda_form", ["float", "0-d float32", "per sample", "full shape"])
+def test_infinite_gradients_stay_infinite_where_lambda_is_not_zero(device, lambda_form, layout):
+    x = torch.randn(SHAPE, device=device, requires_grad=True)
+    grad = LAYOUTS[layout](torch.full_like(x, math.inf))
+    lambda_ = LAMBDAS[lambda_form](device)
+    assert_same(gradient(x, lambda_, grad), (grad * -lambda_).expand(SHAPE))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("lambda_form", ["float", "0-d float32", "per sample", "full shape"])
+def test_a_real_lambda_scales_the_parts_of_a_complex_gradient_one_by_one(device, lambda_form, layout):
+    # As a complex product it would make NaN of an infinite part's partner: inf * 0.
+    x = torch.randn(SHAPE, dtype=torch.complex64, device=device, requires_grad=True)
+    grad = LAYOUTS[layout](torch.full_like(x, complex(math.inf, 1)))
+    lambda_ = LAMBDAS[lambda_form](device)
+    assert_same(gradient(x, lambda_, grad), torch.complex((grad.real * -lambda_).expand(SHAPE), (grad.imag * -lambda_).expand(SHAPE)))
+
+
+# --- the forward -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool, torch.uint8], ids=str)
+def test_forward_is_a_view_of_x(device, dtype):
+    for name, layout in LAYOUTS.items():
+        x = layout(torch.randn(SHAPE, device=device).to(dtype)).detach().requires_grad_(dtype in DTYPES)
+        y = gradient_reversal(x, 0.3)
+        with case(name):
+            assert y is not x and y._base is (x if x._base is None else x._base)
+            assert (y.data_ptr(), y.stride(), y.storage_offset()) == (x.data_ptr(), x.stride(), x.storage_offset())
+            assert y.requires_grad == x.requires_grad
+            assert_same(y, x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed"])
+@pytest.mark.parametrize("unshared", [True, False], ids=["fresh gradient", "caller's gradient"])
+@pytest.mark.parametrize("lambda_form", ["float", "0-d float32"])
+def test_the_gradient_keeps_its_memory_format(device, layout, unshared, lambda_form):
+    x = LAYOUTS[layout](torch.randn(SHAPE, device=device)).detach().requires_grad_()
+    grad = torch.randn_like(x)
+    assert gradient(x, LAMBDAS[lambda_form](device), grad, unshared).stride() == x.stride()
+
+
+def test_no_graph_is_built_where_x_needs_no_gradient(device):
+    x = torch.randn(3, device=device)
+    assert gradient_reversal(x).grad_fn is None
+    with torch.no_grad():
+        assert gradient_reversal(x.requires_grad_()).grad_fn is None
+    with torch.inference_mode():
+        assert gradient_reversal(x).grad_fn is None
+        assert gradient_reversal(torch.randn(3, device=device)).is_inference()
+
+
+def test_a_lambda_that_requires_grad_does_not_make_the_output_require_it(device):
+    lambda_ = torch.ones(3, device=device, requires_grad=True)
+    assert not gradient_reversal(torch.randn(3, device=device), lambda_).requires_grad
+
+
+def test_x_may_be_a_view_of_several(device):
+    features = torch.randn(4, 6, device=device, requires_grad=True)
+    left, right = features.chunk(2, dim=1)
+    (gradient_reversal(left, 0.5) * 2 + right * 3).sum().backward()
+    assert_same(features.grad, torch.tensor([-1.0, 3.0], device=device).repeat_interleave(3).expand(4, 6))
+
+
+def test_no_gradient_where_the_consumer_gives_none(device):
+    x = torch.randn(3, device=device, requires_grad=True)
+    Emit.apply(gradient_reversal(x, 0.5), lambda: None).backward()
+    assert x.grad is None or not x.grad.any()
+
+
+def test_sparse_gradients_are_scaled(device):
+    weight = torch.randn(5, 3, device=device, requires_grad=True)
+    rows = torch.tensor([1, 3], device=device)
+    for lambda_ in (0.5, torch.tensor(0.5), torch.tensor(0.5, device=device)):
+        weight.grad = None
+        torch.nn.functional.embedding(rows, gradient_reversal(weight, lambda_), sparse=True).sum().backward()
+        dense = torch.zeros_like(weight)
+        dense[rows] = -0.5
+        assert_same(weight.grad.to_dense(), dense)
+
+
+# --- lambda ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (3, 4)], ids=str)
+def test_no_gradient_reaches_lambda(device, shape):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    lambda_ = torch.ones(shape, device=device, requires_grad=True)
+    gradient_reversal(x, lambda_).square().sum().backward()
+    assert lambda_.grad is None
+    assert_same(x.grad, -2 * x.detach())
+
+
+def test_a_zero_dimensional_cpu_lambda_is_read_by_the_forward(device):
+    x = torch.randn(3, device=device, requires_grad=True)
+    lambda_ = torch.tensor(0.5)
+    y = gradient_reversal(x, lambda_)
+    lambda_.fill_(7.0)
+    y.sum().backward()
+    assert_same(x.grad, torch.full_like(x, -0.5))
+
+
+def test_a_zero_dimensional_device_lambda_is_read_by_the_backward(device):
+    if device.type == "cpu":
+        pytest.skip("needs a device other than the CPU")
+    x = torch.randn(3, device=device, requires_grad=True)
+    lambda_ = torch.tensor(0.5, device=device)
+    y = gradient_reversal(x, lambda_)
+    lambda_.fill_(7.0)
+    y.sum().backward()
+    assert_same(x.grad, torch.full_like(x, -7.0))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (3, 4)], ids=str)
+def test_a_larger_lambda_must_not_change_before_the_backward(device, shape):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    lambda_ = torch.ones(shape, device=device)
+    y = gradient_reversal(x, lambda_)
+    lambda_.add_(1)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_larger_lambda_is_released_with_the_graph(device):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    loss = gradient_reversal(x, torch.ones(3, 1, device=device)).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+# --- properties ------------------------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.sampled_from([0, 1, 1, 2, 3, 5, 17]), max_size=4)
+
+
+@st.composite
+def broadcasting_shapes(draw):
+    """(shape of x, shape of lambda), the second broadcasting to the first."""
+    shape = draw(sizes)
+    kept = shape[draw(st.integers(0, len(shape))) :]
+    return shape, [draw(st.sampled_from([1, size])) for size in kept]
+
+
+@settings(max_examples=100)
+@given(
+    shapes=broadcasting_shapes(),
+    dtype=st.sampled_from(DTYPES),
+    lambda_dtype=st.sampled_from([torch.float16, torch.float32, torch.float64, torch.int64]),
+    order=st.randoms(use_true_random=False),
+    unshared=st.booleans(),
+)
+def test_any_lambda_that_broadcasts_scales_any_gradient(device, shapes, dtype, lambda_dtype, order, unshared):
+    shape, lambda_shape = shapes
+    axes = order.sample(range(len(shape)), len(shape))
+    x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+    grad = torch.randn([shape[a] for a in axes], dtype=dtype, device=device).permute([axes.index(d) for d in range(len(shape))])
+    lambda_ = (torch.randn(lambda_shape, device=device) * 3).to(lambda_dtype)
+    assert_same(gradient(x, lambda_, grad, unshared), expected_gradient(grad, lambda_))
+
+
+@settings(max_examples=100)
+@given(
+    lambda_=st.floats(-1e4, 1e4, allow_subnormal=False).filter(lambda v: v == 0 or abs(v) > 1e-4),
+    dtype=st.sampled_from(DTYPES),
+    as_tensor=st.booleans(),
+)
+def test_any_finite_lambda_scales_the_gradient(device, lambda_, dtype, as_tensor):
+    x = torch.randn(37, dtype=dtype, device=device, requires_grad=True)
+    grad = torch.randn_like(x)
+    given_lambda = torch.tensor(lambda_, dtype=torch.float64, device=device) if as_tensor else lambda_
+    assert_same(gradient(x, given_lambda, grad), expected_gradient(grad, lambda_))
