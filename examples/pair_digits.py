@@ -1,0 +1,239 @@
+"""Does a pair of digits contain a zero? The founding experiment: a predictor, and an adversary that learns the complement.
+
+Two digits are added pixel by pixel. The predictor says whether one of them is a zero; behind the gradient reversal layer, the
+adversary learns to say the opposite. The published claim is that the reversed branch makes the predictor learn faster and better.
+The same network is trained as published (stock layers and `GRL`) and in its fused form (`AdversarialHeads`), with the reversal on
+and off, and without it at twice and half the learning rate; and at every point we ask whether the reversed gradient points
+where the predictor's own does.
+"""
+
+import copy
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import data, experiment
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import grl_ext
+
+FEATURES = 1764  # 36 channels of 7 x 7
+
+
+class MnistNN2(nn.Module):
+    """Two convolutions; a linear predictor; a linear adversary behind `reversal`, which is the only part that varies."""
+
+    def __init__(self, reversal: nn.Module) -> None:
+        super().__init__()
+        self.extractor = nn.Sequential(
+            nn.Conv2d(1, 16, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 36, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
+        self.out = nn.Linear(FEATURES, 2)
+        self.reversal = reversal
+        self.advout = nn.Linear(FEATURES, 2)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 1, 28, 28) -> features (N, 1764), predictor's and adversary's logits (N, 2)."""
+        features = self.extractor(images)
+        return features, self.out(features), self.advout(self.reversal(features))
+
+
+def losses(network: MnistNN2, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The predictor's loss on the label and the adversary's on its complement."""
+    _, prediction, adversarial = network(images)
+    return F.cross_entropy(prediction, labels), F.cross_entropy(adversarial, 1 - labels)
+
+
+class FusedNN2(nn.Module):
+    """The same network with both heads and the reversal in one layer, which reads the features once."""
+
+    def __init__(self, network: MnistNN2, lambda_: float) -> None:
+        super().__init__()
+        self.extractor = network.extractor
+        self.heads = grl_ext.AdversarialHeads.from_linears({"zero": network.out}, {"complement": network.advout}, lambda_)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.heads.loss(self.extractor(images), {"zero": labels, "complement": 1 - labels}).loss
+
+
+@dataclass(frozen=True)
+class Variant:
+    title: str
+    lambda_: float
+    rate: float = 1.0  # times the learning rate
+    fused: bool = False
+    colour: str = "grey"
+    style: str = "-"
+
+
+VARIANTS = {
+    "reversed": Variant("with reversal, published layers", 1.0, colour="orange"),
+    "fused": Variant("with reversal, fused heads", 1.0, fused=True, colour="blue", style=":"),
+    # Lambda 0 is the network without an adversary: nothing of it reaches the features. It still learns, and can be watched.
+    "plain": Variant("no reversal", 0.0, colour="green"),
+    "double": Variant("no reversal, twice the rate", 0.0, rate=2.0, colour="pink", style="--"),
+    "half": Variant("no reversal, half the rate", 0.0, rate=0.5, colour="grey", style="--"),
+}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    images: Tensor
+    labels: Tensor
+
+
+def build(variant: Variant, seed: int) -> tuple[nn.Module, MnistNN2, Callable[[Tensor, Tensor], Tensor]]:
+    """What is trained, the published network (to look into) and the loss; the initial weights depend on the seed alone."""
+    torch.manual_seed(seed)
+    network = MnistNN2(grl_ext.GRL(variant.lambda_))
+    if variant.fused:
+        fused = FusedNN2(copy.deepcopy(network), variant.lambda_)
+        return fused, network, fused.loss
+    return network, network, lambda images, labels: sum(losses(network, images, labels))
+
+
+def train(variant: Variant, seed: int, pairs: Pairs, held_out: Pairs, args: Namespace, progress: tqdm) -> dict[str, list[float]]:
+    """One run. Returns the curves on held-out pairs, a value for every `args.every` epochs."""
+    trained, network, loss_of = build(variant, seed)
+    trained.to(args.device), network.to(args.device)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=args.lr * variant.rate)
+    curves: dict[str, list[float]] = {"loss": [], "accuracy": [], "adversary": [], "agreement": []}
+    for epoch in range(1, args.epochs + 1):
+        for images, labels in zip(pairs.images.split(args.batch), pairs.labels.split(args.batch), strict=True):
+            optimizer.zero_grad()
+            loss_of(images, labels).backward()
+            optimizer.step()
+            progress.update()
+        if epoch % args.every == 0:
+            for name, value in measure(published_form(trained, network), held_out).items():
+                curves[name].append(value)
+    return curves
+
+
+def published_form(trained: nn.Module, network: MnistNN2) -> MnistNN2:
+    """The network as published, with the weights of what is trained."""
+    if isinstance(trained, FusedNN2):
+        predictors, adversaries = trained.heads.to_linears()
+        network.extractor, network.out, network.advout = trained.extractor, predictors["zero"], adversaries["complement"]
+    return network
+
+
+@torch.no_grad()
+def measure(network: MnistNN2, pairs: Pairs) -> dict[str, float]:
+    """Held-out accuracies, both against the label, so that an adversary who succeeds is below 0.5; and the gradients' agreement."""
+    _, prediction, adversarial = network(pairs.images)
+    labels = pairs.labels
+    # What the features are told by each head, in closed form: the softmax's error times the weights; then the reversal's sign.
+    own = (prediction.softmax(1) - F.one_hot(labels, 2)) @ network.out.weight
+    reversed_ = -(adversarial.softmax(1) - F.one_hot(1 - labels, 2)) @ network.advout.weight
+    return {
+        "loss": F.cross_entropy(prediction, labels).item(),
+        "accuracy": (prediction.argmax(1) == labels).float().mean().item(),
+        "adversary": (adversarial.argmax(1) == labels).float().mean().item(),
+        "agreement": F.cosine_similarity(own.flatten(), reversed_.flatten(), dim=0).item(),
+    }
+
+
+def first_epoch_at(level: float, curve: list[float], every: int) -> float:
+    """The first measured epoch with at least that accuracy; past the end if there is none."""
+    return next((every * (i + 1) for i, value in enumerate(curve) if value >= level), every * (len(curve) + 1))
+
+
+def summarise(curves: dict[str, list[dict[str, list[float]]]], args: Namespace) -> dict:
+    """By variant, over the seeds: when it reaches 85 and 90 %, where it ends, and how the two gradients agree."""
+
+    def over_seeds(name: str, value: Callable[[dict[str, list[float]]], float]) -> dict:
+        return experiment.spread([value(run) for run in curves[name]])
+
+    return {
+        name: {
+            "epochs_to_0.85": over_seeds(name, lambda run: first_epoch_at(0.85, run["accuracy"], args.every)),
+            "epochs_to_0.90": over_seeds(name, lambda run: first_epoch_at(0.9, run["accuracy"], args.every)),
+            "final_accuracy": over_seeds(name, lambda run: run["accuracy"][-1]),
+            "final_loss": over_seeds(name, lambda run: run["loss"][-1]),
+            "first_agreement": over_seeds(name, lambda run: run["agreement"][0]),
+            "final_agreement": over_seeds(name, lambda run: run["agreement"][-1]),
+        }
+        for name in curves
+    }
+
+
+def plot(curves: dict[str, list[dict[str, list[float]]]], args: Namespace):
+    figure, axes = experiment.plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
+    epochs = [args.every * (i + 1) for i in range(len(curves["plain"][0]["loss"]))]
+    panels = {
+        "accuracy": "predictor: accuracy on held-out pairs",
+        "adversary": "adversary: accuracy against the label\n(its target is the complement)",
+        "agreement": "cosine of reversed and own gradient\nat the features",
+    }
+    for axis, (quantity, title) in zip(axes, panels.items(), strict=True):
+        for name, variant in VARIANTS.items():
+            experiment.curve(axis, epochs, [run[quantity] for run in curves[name]], variant.title, variant.colour, variant.style)
+        axis.set(title=title, xlabel="epoch")
+    axes[0].set_ylim(0.55, 1.0)
+    axes[1].set_ylim(0.0, 0.5)
+    axes[2].axhline(0, color="black", linewidth=0.8)
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+def largest_differences(runs: list[dict[str, list[float]]], others: list[dict[str, list[float]]]) -> dict[str, float]:
+    """By quantity, over all seeds and epochs."""
+    return {
+        quantity: max(abs(a - b) for run, other in zip(runs, others, strict=True) for a, b in zip(run[quantity], other[quantity], strict=True))
+        for quantity in runs[0]
+    }
+
+
+def verdict(results: dict) -> str:
+    with_, without, double = (results[name] for name in ("reversed", "plain", "double"))
+    epochs = "epochs_to_0.90"
+    return (
+        f"finding: epochs to 90 % {experiment.shown(with_[epochs], 0)} with reversal, {experiment.shown(without[epochs], 0)} without, "
+        f"{experiment.shown(double[epochs], 0)} without at twice the learning rate; final accuracy "
+        f"{experiment.shown(with_['final_accuracy'])}, {experiment.shown(without['final_accuracy'])}, "
+        f"{experiment.shown(double['final_accuracy'])}; the reversed gradient's cosine with the predictor's own goes from "
+        f"{with_['first_agreement']['mean']:+.2f} to {with_['final_agreement']['mean']:+.2f}; published and fused network "
+        f"differ by at most {results['published_to_fused']['accuracy']:.3f} in accuracy, {results['published_to_fused']['loss']:.1g} in loss"
+    )
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    options = experiment.parser("pair_digits", __doc__.splitlines()[0], seeds=5)
+    options.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files (gz or not), instead of scikit-learn's digits")
+    options.add_argument("--pairs", type=int, default=200, help="training pairs")
+    options.add_argument("--batch", type=int, default=100)
+    options.add_argument("--epochs", type=int, default=100)
+    options.add_argument("--every", type=int, default=4, help="epochs between measurements on 500 held-out pairs")
+    options.add_argument("--lr", type=float, default=0.03, help="of plain SGD")
+    args = options.parse_args(arguments)
+    digits = data.load_digits(args.mnist, 28)
+    curves: dict[str, list[dict[str, list[float]]]] = {name: [] for name in VARIANTS}
+    steps = len(VARIANTS) * args.seeds * args.epochs * -(-args.pairs // args.batch)
+    with tqdm(total=steps, unit="step") as progress:
+        for seed in range(args.seed, args.seed + args.seeds):
+            generator = torch.Generator().manual_seed(seed)
+            drawn = data.digit_pairs(digits.train_images, digits.train_digits, args.pairs, generator)
+            pairs = Pairs(*(tensor.to(args.device) for tensor in drawn))
+            drawn = data.digit_pairs(digits.test_images, digits.test_digits, 500, generator)
+            held_out = Pairs(*(tensor.to(args.device) for tensor in drawn))
+            for name, variant in VARIANTS.items():
+                progress.set_description(f"{name}, seed {seed}")
+                curves[name].append(train(variant, seed, pairs, held_out, args, progress))
+    results = summarise(curves, args)
+    results["published_to_fused"] = largest_differences(curves["reversed"], curves["fused"])
+    return experiment.finish(args, {**results, "curves": curves}, plot(curves, args), verdict(results))
+
+
+if __name__ == "__main__":
+    main()
