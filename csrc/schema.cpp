@@ -19,14 +19,15 @@ TORCH_LIBRARY(grl_ext, m) {
       "Tensor? loss_weight=None, int ignore_index=-100, float label_smoothing=0.0) "
       "-> (Tensor loss, Tensor head_losses, Tensor logits)");
 
-  // -lambda * grad; lambda is `value`, or `lambda_` where given.
+  // -lambda * grad; lambda is `value`, times `lambda_` if that has one element, or `lambda_` alone if it has more.
   m.def("_scale_negate(Tensor grad, float value, Tensor? lambda_) -> Tensor");
   m.def("_scale_negate_(Tensor(a!) grad, float value, Tensor? lambda_) -> ()");
 
-  // x (N, D). A gradient that is not needed comes back empty.
+  // x (N, D). A gradient that is not needed comes back empty, and what it alone would read may be left out: x serves grad_weight,
+  // weight grad_x.
   m.def("_heads_logits(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
-      "_heads_gradients(Tensor grad_logits, Tensor x, Tensor weight, int[] head_sizes, Tensor grad_scale, bool[3] needs) "
+      "_heads_gradients(Tensor grad_logits, Tensor? x, Tensor? weight, int[] head_sizes, Tensor grad_scale, bool[3] needs) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "_heads_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor targets, int[] head_sizes, Tensor grad_scale, "

@@ -24,9 +24,13 @@ Tensor needed(const Tensor& like, bool need, c10::SymIntArrayRef sizes) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> heads_gradients(
-    const Tensor&, const Tensor& x, const Tensor& weight, at::IntArrayRef, const Tensor&, std::array<bool, 3> needs) {
+    const Tensor& grad_logits, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, at::IntArrayRef,
+    const Tensor&, std::array<bool, 3> needs) {
+  const auto rows = grad_logits.sym_size(0), columns = grad_logits.sym_size(1);
+  const auto features = needs[0] ? weight->sym_size(1) : needs[1] ? x->sym_size(1) : c10::SymInt(0);
   return {
-      needed(x, needs[0], x.sym_sizes()), needed(x, needs[1], weight.sym_sizes()), needed(x, needs[2], {weight.sym_size(0)})};
+      needed(grad_logits, needs[0], {rows, features}), needed(grad_logits, needs[1], {columns, features}),
+      needed(grad_logits, needs[2], {columns})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> heads_cross_entropy(

@@ -4,6 +4,7 @@ The rules are the compiled operations' own: same results, same errors, same grad
 autograd nodes cannot go: `torch.func` transforms, and devices for which no kernel is compiled.
 """
 
+import contextlib
 import math
 import numbers
 from collections.abc import Sequence
@@ -198,6 +199,16 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors)
 
 
+def without_autocast(device: torch.device):
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., D) -> (N, D), also where D is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: Tensor | float = 1.0) -> Tensor:
     check_tensors(x, weight, bias)
     if isinstance(lambda_, Tensor):
@@ -227,8 +238,7 @@ class _LinearHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, grad_scale = ctx.saved_tensors
-        grad = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
-        rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+        grad, rows = as_rows(grad), as_rows(x)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             heads = zip(grad.split(ctx.head_sizes, 1), weight.split(ctx.head_sizes), grad_scale, strict=True)
@@ -275,7 +285,7 @@ def linear_heads(
     x, weight, bias = autocast(x, weight, bias)
     check_heads(x, weight, bias, head_sizes, grad_scale)
     head_sizes = tuple(head_sizes)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if not torch.compiler.is_compiling():
             return _LinearHeadsWithJvp.apply(x, weight, bias, head_sizes, grad_scale)
         if not torch._C._are_functorch_transforms_active():
@@ -300,14 +310,13 @@ def check_classes(targets: Tensor, head_sizes: Sequence[int], ignore_index: int)
         return
     if torch._C._are_functorch_transforms_active():
         return
-    for h, size in enumerate(head_sizes):
-        classes = max(2, size)
-        target = targets[..., h]
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-        if wrong.numel():
-            raise IndexError(
-                f"targets of head {h} must be in [0, {classes}) or ignore_index ({ignore_index}), got {wrong[0].item()}"
-            )
+    targets, classes = as_rows(targets), torch.tensor([max(2, size) for size in head_sizes])
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
+    if wrong.any():
+        row, h = wrong.nonzero()[0]
+        raise IndexError(
+            f"targets of head {h} must be in [0, {classes[h]}) or ignore_index ({ignore_index}), got {targets[row, h]}"
+        )
 
 
 def heads_cross_entropy(
@@ -332,9 +341,9 @@ def heads_cross_entropy(
     check_classes(targets, head_sizes, ignore_index)
 
     logits = linear_heads(x, weight, bias, head_sizes, grad_scale)
-    with torch.autocast(x.device.type, enabled=False):
-        rows = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
-        columns = targets.reshape(-1, len(head_sizes)).unbind(1)
+    with without_autocast(x.device):
+        rows = as_rows(logits).to(torch.promote_types(logits.dtype, torch.float32))
+        columns = as_rows(targets).unbind(1)
         losses = torch.stack(
             [head_loss(z, t, ignore_index, label_smoothing) for z, t in zip(rows.split(tuple(head_sizes), 1), columns, strict=True)]
         )

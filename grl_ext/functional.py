@@ -20,11 +20,15 @@ def _path() -> str:
     return "traced" if torch.compiler.is_compiling() else "eager"
 
 
+def _linear_path() -> str:
+    """The linear operations' nodes have no forward-mode derivative."""
+    return "reference" if forward_ad._current_level >= 0 else _path()
+
+
 def _heads_path(x: Tensor) -> str:
-    """The heads' nodes have no forward-mode derivative, and their kernels a list of devices."""
-    if not isinstance(x, Tensor) or x.device.type not in _backend.kernel_devices or forward_ad._current_level >= 0:
-        return "reference"
-    return _path()
+    """The heads' kernels have a list of devices."""
+    has_kernels = isinstance(x, Tensor) and x.device.type in _backend.kernel_devices
+    return _linear_path() if has_kernels else "reference"
 
 
 def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
@@ -98,7 +102,7 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
     """
     if has_torch_function((x, weight, bias)):
         return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
-    path = _path()
+    path = _linear_path()
     if path == "eager":
         return _backend.C.grl_linear(x, weight, bias, lambda_)
     if path == "traced" and isinstance(lambda_, Tensor):

@@ -241,7 +241,7 @@ class AdversarialHeads(_LambdaModule):
             ignore_index, label_smoothing: as for ``F.cross_entropy``.
 
         Returns:
-            ``HeadsOutput(loss, head_losses, logits)``, the latter two by name and detached.
+            ``HeadsOutput(loss, head_losses, logits)``, the latter two by name, in the heads' order, and detached.
         """
         for what, given in (("targets", targets), ("loss_weight", loss_weight or {})):
             if unknown := given.keys() - self.head_names:
@@ -258,7 +258,7 @@ class AdversarialHeads(_LambdaModule):
             torch.stack([targets.get(name, absent) for name in self.head_names], -1),
             self.head_sizes,
             self._grad_scale(),
-            loss_weight=loss_weight and [float(loss_weight.get(name, 1.0)) for name in self.head_names],
+            loss_weight=[float(loss_weight.get(name, 1.0)) for name in self.head_names] if loss_weight else None,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )

@@ -308,7 +308,8 @@ def allocated(step) -> int:
 
 
 @pytest.mark.parametrize("frozen, limit", [((), 1.3), ((0,), 0.3), ((1,), 1.3), ((0, 1), 0.3)], ids=["nothing", "features", "weight", "both"])
-def test_a_step_allocates_no_more_than_its_gradients(compiled, device, frozen, limit):
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)  # plain PyTorch holds what its own operators hold
+def test_a_step_allocates_no_more_than_its_gradients(path, device, frozen, limit):
     # In units of the features. All else, N K for the logits and threads K D for the weight's gradient, is small beside them here.
     if device.type != "cpu":
         pytest.skip("reads the CPU allocator's record")

@@ -162,7 +162,8 @@ def test_no_graph_is_built_where_nothing_needs_a_gradient(device):
     assert linear_heads(*(t.detach() for t in sample.inputs), sample.head_sizes, sample.grad_scale).grad_fn is None
 
 
-def test_features_are_not_held_for_frozen_weights(compiled, device):
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)  # plain PyTorch holds what its own operators hold
+def test_features_are_not_held_for_frozen_weights(path, device):
     # As for F.linear: an activation after the heads may then work in place.
     sample = sample_heads(device)
     features = sample.x * 1

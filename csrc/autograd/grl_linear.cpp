@@ -23,11 +23,9 @@ Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& 
     return lambda.value == 0 ? grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)})
                              : at::addmm(grad.new_empty({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
   }
-  if (lambda.tensor->dim() > 0) {
-    return scale_negate(grad.mm(weight), lambda);
-  }
-  // No product takes its factor from a tensor: scale the smaller operand.
-  return grad.sym_numel() <= weight.sym_numel() ? scale_negate(grad, lambda).mm(weight) : grad.mm(scale_negate(weight, lambda));
+  // No product takes its factor from a tensor. Scaling an operand instead of the result would be less work, but no exact zero where
+  // lambda is 0 and the other operand holds an infinity.
+  return scale_negate(grad.mm(weight), lambda);
 }
 
 class GrlLinearBackward : public torch::autograd::Node {
@@ -85,6 +83,7 @@ class GrlLinearBackward : public torch::autograd::Node {
 };
 
 Tensor reversed_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Lambda& lambda) {
+  refuse_forward_mode(x_, weight_, bias_);
   const auto [inputs_x, weight, bias] = autocast(x_, weight_, bias_);
   check_linear(inputs_x, weight, bias);
   const auto x = as_rows(inputs_x);

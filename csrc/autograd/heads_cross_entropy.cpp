@@ -1,6 +1,8 @@
 // heads_cross_entropy: all heads' logits, losses and gradients in one pass over the features.
 //
 // The gradients are made in the forward, while the features are at hand; the backward multiplies them by the incoming number.
+// Float16 is too narrow for that: a gradient that vanishes in it cannot be saved by a loss scale that comes later. There the
+// forward makes the loss only, and the backward goes over the features once more when the scale is known.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -22,7 +24,6 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 struct Options {
-  Tensor targets;  // (N, H)
   std::vector<int64_t> head_sizes;
   Tensor grad_scale;
   std::optional<Tensor> loss_weight;
@@ -32,13 +33,13 @@ struct Options {
 
 // The gradient of the loss for the logits, in ATen operators:
 //   (softmax(z_h) - y_h) * loss_weight_h / valid_h, with y the smoothed targets, 0 in rows that are not valid.
-Tensor grad_logits_composite(const Tensor& logits, const Options& options) {
+Tensor grad_logits_composite(const Tensor& logits, const Tensor& targets, const Options& options) {
   const auto z = logits.to(c10::promoteTypes(logits.scalar_type(), at::kFloat));
   std::vector<Tensor> parts;
   int64_t start = 0;
   for (size_t h = 0; h < options.head_sizes.size(); ++h) {
     const auto size = options.head_sizes[h];
-    const auto target = options.targets.select(1, static_cast<int64_t>(h));
+    const auto target = targets.select(1, static_cast<int64_t>(h));
     const auto valid = target.ne(options.ignore_index);
     auto zh = z.narrow(1, start, size);
     start += size;
@@ -59,12 +60,44 @@ Tensor grad_logits_composite(const Tensor& logits, const Options& options) {
   return at::cat(parts, 1).to(logits.scalar_type());
 }
 
+using Kernel = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, at::IntArrayRef, const Tensor&,
+    const std::optional<Tensor>&, int64_t, double, std::array<bool, 3>);
+
+// loss, head_losses, logits, dx, dw, db
+auto call_kernel(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets, const Options& options,
+    const std::optional<Tensor>& loss_weight, std::array<bool, 3> needs) {
+  static const auto kernel = c10::Dispatcher::singleton().findSchemaOrThrow("grl_ext::_heads_cross_entropy", "").typed<Kernel>();
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return kernel.call(
+      x, weight, bias, targets, options.head_sizes, options.grad_scale, loss_weight, options.ignore_index,
+      options.label_smoothing, needs);
+}
+
+// loss_weight times a number, without a copy between devices.
+Tensor times(const std::optional<Tensor>& loss_weight, const Tensor& number, int64_t heads) {
+  const auto wide = number.to(at::kDouble);
+  if (!loss_weight) {
+    return wide.expand({heads});
+  }
+  if (loss_weight->device() == wide.device()) {
+    return loss_weight->to(at::kDouble) * wide;
+  }
+  std::vector<Tensor> products;
+  for (int64_t h = 0; h < heads; ++h) {
+    products.push_back(wide * loss_weight->select(0, h).item<double>());
+  }
+  return at::stack(products);
+}
+
 class HeadsCrossEntropyBackward : public torch::autograd::Node {
  public:
   HeadsCrossEntropyBackward(
-      const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Options options, variable_list gradients)
-      : x_(x, /*is_output=*/false), weight_(weight, /*is_output=*/false), options_(std::move(options)),
-        gradients_(std::move(gradients)) {
+      const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets, Options options,
+      variable_list gradients)
+      : x_(x, /*is_output=*/false), weight_(weight, /*is_output=*/false), targets_(targets, /*is_output=*/false),
+        options_(std::move(options)), gradients_(std::move(gradients)) {
     if (bias) {
       bias_ = SavedVariable(*bias, /*is_output=*/false);
     }
@@ -81,7 +114,9 @@ class HeadsCrossEntropyBackward : public torch::autograd::Node {
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto x = x_.unpack();  // also where its value is not needed: this is what reports a second backward and changed inputs
-    return at::GradMode::is_enabled() ? differentiable(grad, x) : scaled(grad);
+    const auto targets = targets_.unpack();
+    const bool as_operators = at::GradMode::is_enabled() || (gradients_.empty() && is_batched(grad));
+    return as_operators ? in_operators(grad, x, targets) : gradients_.empty() ? made_now(grad, x, targets) : scaled(grad);
   }
 
   void release_variables() override {
@@ -89,45 +124,64 @@ class HeadsCrossEntropyBackward : public torch::autograd::Node {
     x_.reset_data();
     weight_.reset_data();
     bias_.reset_data();
-    gradients_.clear();
+    targets_.reset_data();
+    for (auto& gradient : gradients_) {
+      gradient.reset();
+    }
   }
 
  private:
   // The gradients times the incoming number: in place where this is their last use.
   variable_list scaled(const Tensor& grad) {
     const bool last = !torch::autograd::get_current_graph_task_keep_graph();
-    const bool is_one = grad.is_cpu() && has_kernel(grad) && grad.item<double>() == 1.0;
-    const Lambda lambda = is_one ? Lambda{-1.0, std::nullopt} : read_lambda(grad.detach().neg());
-    variable_list result;
+    Lambda lambda = read_lambda(grad);
+    lambda.value *= -1;
+    variable_list result(num_outputs());
     for (size_t i = 0; i < num_outputs(); ++i) {
-      const bool wanted = should_compute_output(i) && gradients_[i].defined();
-      if (!wanted) {
-        result.emplace_back();
-      } else if (last) {
-        result.push_back(is_one ? std::move(gradients_[i]) : scale_negate(std::move(gradients_[i]), lambda));
-      } else {
-        result.push_back(is_one ? gradients_[i].clone() : scale_negate(gradients_[i], lambda));
+      if (should_compute_output(i) && gradients_[i].defined()) {
+        result[i] = scale_negate(last ? std::move(gradients_[i]) : gradients_[i], lambda);
       }
     }
     return result;
   }
 
-  // The same once more from the features, in differentiable operators.
-  variable_list differentiable(const Tensor& grad, const Tensor& x) {
-    const auto weight = weight_.unpack();
-    const bool has_bias = num_outputs() > 2;
-    const auto bias = has_bias ? std::optional(bias_.unpack()) : std::nullopt;
-    const auto logits = linear_heads(x, weight, bias, options_.head_sizes, options_.grad_scale);
-    const auto grad_logits = (grad_logits_composite(logits, options_) * grad).to(logits.scalar_type());
-    auto [dx, dw, db] = heads_gradients(
-        grad_logits, x, weight, options_.head_sizes, options_.grad_scale,
-        {should_compute_output(0), should_compute_output(1), has_bias && should_compute_output(2)});
-    return has_bias ? variable_list{dx, dw, db} : variable_list{dx, dw};
+  // The gradients from the features, the incoming number on the heads' weights.
+  variable_list made_now(const Tensor& grad, const Tensor& x, const Tensor& targets) {
+    const auto weights = times(options_.loss_weight, grad, static_cast<int64_t>(options_.head_sizes.size()));
+    const auto [loss, head_losses, logits, dx, dw, db] =
+        call_kernel(x, weight_.unpack(), bias(), targets, options_, weights, needs());
+    return selected({dx, dw, db});
   }
 
-  SavedVariable x_, weight_, bias_;
+  // The same in differentiable operators.
+  variable_list in_operators(const Tensor& grad, const Tensor& x, const Tensor& targets) {
+    const auto weight = weight_.unpack();
+    const auto logits = linear_heads(x, weight, bias(), options_.head_sizes, options_.grad_scale);
+    const auto grad_logits = (grad_logits_composite(logits, targets, options_) * grad).to(logits.scalar_type());
+    const auto [dx, dw, db] = heads_gradients(grad_logits, x, weight, options_.head_sizes, options_.grad_scale, needs());
+    return selected({dx, dw, db});
+  }
+
+  std::optional<Tensor> bias() const {
+    return num_outputs() > 2 ? std::optional(bias_.unpack()) : std::nullopt;
+  }
+
+  std::array<bool, 3> needs() const {
+    return {should_compute_output(0), should_compute_output(1), num_outputs() > 2 && should_compute_output(2)};
+  }
+
+  // Those that are needed.
+  variable_list selected(std::array<Tensor, 3> gradients) const {
+    variable_list result(num_outputs());
+    for (size_t i = 0; i < num_outputs(); ++i) {
+      result[i] = needs()[i] ? std::move(gradients[i]) : Tensor();
+    }
+    return result;
+  }
+
+  SavedVariable x_, weight_, bias_, targets_;
   const Options options_;
-  variable_list gradients_;
+  variable_list gradients_;  // empty: they are made in the backward
 };
 
 }  // namespace
@@ -136,31 +190,27 @@ std::tuple<Tensor, Tensor, Tensor> heads_cross_entropy(
     const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Tensor& targets,
     at::IntArrayRef head_sizes, const Tensor& grad_scale, const std::optional<Tensor>& loss_weight, int64_t ignore_index,
     double label_smoothing) {
-  static const auto kernel =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("grl_ext::_heads_cross_entropy", "")
-          .typed<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-              const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, at::IntArrayRef, const Tensor&,
-              const std::optional<Tensor>&, int64_t, double, std::array<bool, 3>)>();
   refuse_functorch();
+  refuse_forward_mode(x_, weight_, bias_);
   const auto [inputs_x, weight, bias] = autocast(x_, weight_, bias_);
   check_heads(inputs_x, weight, bias, head_sizes, grad_scale);
   check_targets(inputs_x, targets, head_sizes.size(), loss_weight, label_smoothing);
 
   const auto x = as_rows(inputs_x);
-  const Options options{as_rows(targets), head_sizes.vec(), grad_scale.detach(), loss_weight, ignore_index, label_smoothing};
-  const bool enabled = at::GradMode::is_enabled();
+  const auto class_of = as_rows(targets);
+  const Options options{
+      head_sizes.vec(), per_head_now(grad_scale), loss_weight ? std::optional(per_head_now(*loss_weight)) : std::nullopt,
+      ignore_index, label_smoothing};
+  const bool now = at::GradMode::is_enabled() && x.scalar_type() != at::kHalf;
   const std::array<bool, 3> needs{
-      enabled && x.requires_grad(), enabled && weight.requires_grad(), enabled && bias && bias->requires_grad()};
-  Tensor loss, head_losses, logits, dx, dw, db;
-  {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    std::tie(loss, head_losses, logits, dx, dw, db) = kernel.call(
-        x, weight, bias, options.targets, head_sizes, grad_scale, loss_weight, ignore_index, label_smoothing, needs);
-  }
+      now && x.requires_grad(), now && weight.requires_grad(), now && bias && bias->requires_grad()};
+  auto [loss, head_losses, logits, dx, dw, db] = call_kernel(x, weight, bias, class_of, options, options.loss_weight, needs);
   if (any_requires_grad(x, weight, bias)) {
-    variable_list gradients{needs[0] ? dx : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor()};
-    auto node = make_node<HeadsCrossEntropyBackward>(x, weight, bias, options, std::move(gradients));
+    variable_list gradients;
+    if (now) {
+      gradients = {needs[0] ? std::move(dx) : Tensor(), needs[1] ? std::move(dw) : Tensor(), needs[2] ? std::move(db) : Tensor()};
+    }
+    auto node = make_node<HeadsCrossEntropyBackward>(x, weight, bias, class_of, options, std::move(gradients));
     node->set_next_edges(
         bias ? torch::autograd::collect_next_edges(x, weight, *bias) : torch::autograd::collect_next_edges(x, weight));
     torch::autograd::set_history(loss, node);

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 #include <optional>
 
@@ -27,7 +28,14 @@ inline LinearInputs autocast(const at::Tensor& x, const at::Tensor& weight, cons
 
 // (..., D) -> (N, D)
 inline at::Tensor as_rows(const at::Tensor& x) {
-  return x.dim() == 2 ? x : x.reshape_symint({-1, x.sym_size(-1)});
+  if (x.dim() == 2) {
+    return x;
+  }
+  c10::SymInt rows = 1;  // not -1, which is ambiguous without features
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    rows *= x.sym_size(d);
+  }
+  return x.reshape_symint({rows, x.sym_size(-1)});
 }
 
 // (N, K) -> (..., K), the leading sizes those of `like`
@@ -38,6 +46,15 @@ inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& l
   auto sizes = like.sym_sizes().vec();
   sizes.back() = rows.sym_size(-1);
   return rows.view_symint(sizes);
+}
+
+// The nodes of linear operators have no forward-mode derivative: an error beats a tangent lost in silence. The Python functions
+// take their other path; this guards torch.ops.
+inline void refuse_forward_mode(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  using torch::autograd::isFwGradDefined;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !isFwGradDefined(x) && !isFwGradDefined(weight) && !(bias && isFwGradDefined(*bias)),
+      "torch.ops.grl_ext has no forward-mode derivative for linear operators; call the functions of grl_ext instead");
 }
 
 inline bool any_requires_grad(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {

@@ -43,8 +43,14 @@ std::tuple<Tensor, Tensor, Tensor> heads_gradients_composite(
 class LinearHeadsBackward : public torch::autograd::Node {
  public:
   LinearHeadsBackward(const Tensor& x, const Tensor& weight, at::IntArrayRef head_sizes, const Tensor& grad_scale)
-      : x_(x, /*is_output=*/false), weight_(weight, /*is_output=*/false), head_sizes_(head_sizes.vec()),
-        grad_scale_(grad_scale.detach()) {}
+      : head_sizes_(head_sizes.vec()), grad_scale_(per_head_now(grad_scale)) {
+    if (weight.requires_grad()) {
+      x_ = SavedVariable(x, /*is_output=*/false);
+    }
+    if (x.requires_grad()) {
+      weight_ = SavedVariable(weight, /*is_output=*/false);
+    }
+  }
 
   std::string name() const override {
     return "LinearHeadsBackward";
@@ -54,16 +60,15 @@ class LinearHeadsBackward : public torch::autograd::Node {
     if (!grads[0].defined()) {
       return variable_list(num_outputs());
     }
+    const bool has_bias = num_outputs() > 2;
+    const std::array<bool, 3> needs{should_compute_output(0), should_compute_output(1), has_bias && should_compute_output(2)};
     Tensor x, weight;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      x = x_.unpack();
-      weight = weight_.unpack();
+      x = needs[1] ? x_.unpack() : Tensor();
+      weight = needs[0] ? weight_.unpack() : Tensor();
     }
-    const bool has_bias = num_outputs() > 2;
-    auto [dx, dw, db] = heads_gradients(
-        grads[0], x, weight, head_sizes_, grad_scale_,
-        {should_compute_output(0), should_compute_output(1), has_bias && should_compute_output(2)});
+    auto [dx, dw, db] = heads_gradients(grads[0], x, weight, head_sizes_, grad_scale_, needs);
     return has_bias ? variable_list{dx, dw, db} : variable_list{dx, dw};
   }
 
@@ -87,12 +92,14 @@ std::tuple<Tensor, Tensor, Tensor> heads_gradients(
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_gradients", "")
                                  .typed<std::tuple<Tensor, Tensor, Tensor>(
-                                     const Tensor&, const Tensor&, const Tensor&, at::IntArrayRef, const Tensor&, std::array<bool, 3>)>();
-  if (at::GradMode::is_enabled()) {
+                                     const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, at::IntArrayRef,
+                                     const Tensor&, std::array<bool, 3>)>();
+  if (at::GradMode::is_enabled() || is_batched(grad_logits)) {
     return heads_gradients_composite(grad_logits, x, weight, head_sizes, grad_scale, needs);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto [dx, dw, db] = kernel.call(grad_logits, x, weight, head_sizes, grad_scale, needs);
+  const auto given = [](const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
+  auto [dx, dw, db] = kernel.call(grad_logits, given(x), given(weight), head_sizes, grad_scale, needs);
   return {needs[0] ? dx : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor()};
 }
 
@@ -103,6 +110,7 @@ Tensor linear_heads(
                                  .findSchemaOrThrow("grl_ext::_heads_logits", "")
                                  .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>();
   refuse_functorch();
+  refuse_forward_mode(x_, weight_, bias_);
   const auto [inputs_x, weight, bias] = autocast(x_, weight_, bias_);
   check_heads(inputs_x, weight, bias, head_sizes, grad_scale);
   const auto x = as_rows(inputs_x);

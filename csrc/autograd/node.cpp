@@ -8,9 +8,10 @@ namespace {
 
 // Tensors of these kinds are not what their data pointer says.
 constexpr c10::DispatchKeySet kNotPlain{
-    c10::DispatchKey::Python,      c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Functionalize,
-    c10::DispatchKey::Conjugate,   c10::DispatchKey::Negative,          c10::DispatchKey::ZeroTensor,
-    c10::DispatchKey::NestedTensor, c10::DispatchKey::Batched,           c10::DispatchKey::FuncTorchBatched,  c10::DispatchKey::FuncTorchGradWrapper};
+    c10::DispatchKey::Python,       c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Functionalize,
+    c10::DispatchKey::Conjugate,    c10::DispatchKey::Negative,          c10::DispatchKey::ZeroTensor,
+    c10::DispatchKey::NestedTensor, c10::DispatchKey::Batched,           c10::DispatchKey::FuncTorchBatched,
+    c10::DispatchKey::FuncTorchGradWrapper};
 
 bool is_supported_dtype(at::ScalarType dtype) {
   switch (dtype) {
@@ -28,13 +29,21 @@ bool is_supported_dtype(at::ScalarType dtype) {
 
 }  // namespace
 
+bool is_plain(const at::Tensor& tensor) {
+  return !tensor.key_set().has_any(kNotPlain);
+}
+
+bool is_batched(const at::Tensor& tensor) {
+  return tensor.key_set().has_any(c10::DispatchKeySet{c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+}
+
 bool has_kernel(const at::Tensor& tensor) {
 #ifdef GRL_EXT_WITH_CUDA
   const bool on_device = tensor.is_cpu() || tensor.is_cuda();
 #else
   const bool on_device = tensor.is_cpu();
 #endif
-  return on_device && tensor.layout() == at::kStrided && !tensor.key_set().has_any(kNotPlain) &&
+  return on_device && tensor.layout() == at::kStrided && is_plain(tensor) &&
       is_supported_dtype(tensor.scalar_type()) &&
       // A dispatch mode (make_fx, FakeTensorMode, a profiler of ours or yours) is to see plain ATen operators.
       !c10::impl::dispatch_mode_enabled();

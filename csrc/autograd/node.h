@@ -19,6 +19,12 @@ auto make_node(Args&&... args) {
 #endif
 }
 
+// Whether this tensor is what its data pointer says: no subclass, no batch of a transform, no lazy conjugate.
+bool is_plain(const at::Tensor& tensor);
+
+// Whether this tensor stands for many at once: vmap, or gradients taken with is_grads_batched.
+bool is_batched(const at::Tensor& tensor);
+
 // Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for.
 bool has_kernel(const at::Tensor& tensor);
 

@@ -16,7 +16,7 @@ at::ScalarType arithmetic_type(at::ScalarType dtype) {
 
 // The lambda in the form that the kernels read, or nothing where they have none for it.
 std::optional<at::Tensor> for_kernel(const at::Tensor& lambda, const at::Tensor& grad) {
-  if (lambda.key_set().has(c10::DispatchKey::Python)) {
+  if (!is_plain(lambda)) {
     return std::nullopt;
   }
   const auto dtype = arithmetic_type(grad.scalar_type());
@@ -40,7 +40,7 @@ at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda) 
     // Not zeros_like: gradients of gradients need the graph.
     return lambda.value == 0 ? grad.masked_fill(at::ones({}, grad.options().dtype(at::kBool)), 0) : grad.mul(-lambda.value);
   }
-  const auto factor = lambda.tensor->to(grad.options().dtype(arithmetic_type(grad.scalar_type()))).neg();
+  const auto factor = lambda.tensor->to(grad.options().dtype(arithmetic_type(grad.scalar_type()))).mul(-lambda.value);
   const auto scaled = grad.to(c10::promoteTypes(grad.scalar_type(), at::kFloat)).mul(factor).to(grad.scalar_type());
   return at::where(factor.eq(0), at::zeros({}, grad.options()), scaled);
 }

@@ -9,7 +9,7 @@
 
 namespace grl_ext {
 
-// A number, or a tensor for the backward to read.
+// A number; times a tensor for the backward to read, if there is one. Where that has more than one element the number is 1.
 struct Lambda {
   double value = 1.0;
   std::optional<at::Tensor> tensor;

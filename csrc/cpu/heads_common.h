@@ -148,18 +148,17 @@ void to_rows(T* rows, const T* columns, int64_t height, int64_t width) {
 template <class T>
 class ParameterGradients {
  public:
-  ParameterGradients(int64_t threads, const Tensor& weight, bool needs_weight, bool needs_bias)
-      : like_(weight), columns_(weight.size(0)), needs_bias_(needs_bias), bias_(threads * columns_) {
-    if (needs_weight) {
-      weight_ = at::zeros(
-          {threads, weight.size(0), weight.size(1)}, weight.options().dtype(wide_type(weight.scalar_type())));
+  ParameterGradients(
+      int64_t threads, int64_t columns, int64_t features, at::ScalarType dtype, bool needs_weight, bool needs_bias)
+      : columns_(columns), features_(features), dtype_(dtype), needs_bias_(needs_bias), bias_(threads * columns) {
+    for (int64_t t = 0; needs_weight && t < threads; ++t) {
+      weight_.push_back(at::zeros({columns, features}, wide_type(dtype)));
     }
   }
 
   void add(int64_t thread, const T* g, const T* x, int64_t rows) {
-    if (weight_.defined()) {
-      heads_kernels<T>().weight_gradient(
-          weight_.data_ptr<T>() + thread * weight_.stride(0), g, x, rows, weight_.size(2), columns_);
+    if (!weight_.empty()) {
+      heads_kernels<T>().weight_gradient(weight_[thread].template data_ptr<T>(), g, x, rows, features_, columns_);
     }
     for (int64_t c = 0; c < columns_; ++c) {
       T sum = 0;
@@ -172,11 +171,11 @@ class ParameterGradients {
 
   // (dw, db), empty where not needed.
   std::pair<Tensor, Tensor> total() {
-    auto dw = weight_.defined() ? weight_[0] : like_.new_empty({0});
-    for (int64_t t = 1; weight_.defined() && t < weight_.size(0); ++t) {
+    auto dw = weight_.empty() ? at::empty({0}, dtype_) : weight_[0];
+    for (size_t t = 1; t < weight_.size(); ++t) {
       dw.add_(weight_[t]);
     }
-    auto db = at::empty({needs_bias_ ? columns_ : 0}, like_.options().dtype(wide_type(like_.scalar_type())));
+    auto db = at::empty({needs_bias_ ? columns_ : 0}, wide_type(dtype_));
     for (int64_t c = 0; needs_bias_ && c < columns_; ++c) {
       T sum = 0;
       for (size_t i = c; i < bias_.size(); i += columns_) {
@@ -184,14 +183,14 @@ class ParameterGradients {
       }
       db.template data_ptr<T>()[c] = sum;
     }
-    return {dw.to(like_.scalar_type()), db.to(like_.scalar_type())};
+    return {dw.to(dtype_), db.to(dtype_)};
   }
 
  private:
-  const Tensor like_;
-  const int64_t columns_;
+  const int64_t columns_, features_;
+  const at::ScalarType dtype_;
   const bool needs_bias_;
-  Tensor weight_;
+  std::vector<Tensor> weight_;
   std::vector<T> bias_;
 };
 
@@ -206,11 +205,12 @@ std::vector<T> column_scales(at::IntArrayRef head_sizes, const Tensor& grad_scal
   return scales;
 }
 
-// By matrix products, for heads too wide for the skinny kernels; `scaled` is g with each column's scale.
+// By matrix products, for heads too wide for the skinny kernels; `scaled` is g with each column's scale. x and weight where needed.
 inline std::tuple<Tensor, Tensor, Tensor> gradients_by_products(
-    const Tensor& g, const Tensor& scaled, const Tensor& x, const Tensor& weight, std::array<bool, 3> needs) {
-  const auto none = x.new_empty({0});
-  return {needs[0] ? scaled.mm(weight) : none, needs[1] ? g.t().mm(x) : none, needs[2] ? g.sum(0) : none};
+    const Tensor& g, const Tensor& scaled, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+    std::array<bool, 3> needs) {
+  const auto none = [&] { return g.new_empty({0}); };
+  return {needs[0] ? scaled.mm(*weight) : none(), needs[1] ? g.t().mm(*x) : none(), needs[2] ? g.sum(0) : none()};
 }
 
 }  // namespace grl_ext::cpu

@@ -94,7 +94,7 @@ Result fused(
   const Parameters<T> parameters(weight, bias);
   auto logits = at::empty({n, k}, x.options());
   auto dx = needs[0] ? at::empty_like(x) : x.new_empty({0});
-  ParameterGradients<T> of_parameters(threads, weight, needs[1], needs[2]);
+  ParameterGradients<T> of_parameters(threads, k, d, x.scalar_type(), needs[1], needs[2]);
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(dx, d), out(logits, k);
     std::vector<T> z(k * kMaxBlockRows), g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);

@@ -31,23 +31,25 @@ Tensor heads_logits(const Tensor& x_, const Tensor& weight, const std::optional<
 }
 
 std::tuple<Tensor, Tensor, Tensor> heads_gradients(
-    const Tensor& grad_logits, const Tensor& x_, const Tensor& weight, at::IntArrayRef head_sizes, const Tensor& grad_scale,
-    std::array<bool, 3> needs) {
-  const int64_t n = x_.size(0), d = x_.size(1), k = weight.size(0), step = block_rows(d);
-  const auto x = x_.contiguous();
+    const Tensor& grad_logits, const std::optional<Tensor>& x_, const std::optional<Tensor>& weight_, at::IntArrayRef head_sizes,
+    const Tensor& grad_scale, std::array<bool, 3> needs) {
+  const int64_t n = grad_logits.size(0), k = grad_logits.size(1);
+  const int64_t d = needs[1] ? x_->size(1) : needs[0] ? weight_->size(1) : 0, step = block_rows(d);
   const auto grad = grad_logits.contiguous();
-  return dispatch_wide(x.scalar_type(), [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
+  return dispatch_wide(grad.scalar_type(), [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(zero);
     const auto scales = column_scales<T>(head_sizes, grad_scale);
     if (k > kMaxSkinnyColumns) {
-      const auto scale = at::tensor(at::ArrayRef<T>(scales), at::TensorOptions().dtype(wide_type(x.scalar_type())));
+      const auto scale = at::tensor(at::ArrayRef<T>(scales), at::TensorOptions().dtype(wide_type(grad.scalar_type())));
       const auto scaled = at::where(scale.eq(0), at::zeros({}, scale.options()), grad * scale).to(grad.scalar_type());
-      return gradients_by_products(grad, scaled, x, weight, needs);
+      return gradients_by_products(grad, scaled, x_, weight_, needs);
     }
-    const Parameters<T> parameters(weight, std::nullopt);
+    const auto none = grad.new_empty({0});
+    const auto x = needs[1] ? x_->contiguous() : none;
+    const Parameters<T> parameters(needs[0] ? *weight_ : none, std::nullopt);
     const int64_t threads = thread_count(n, d, 2 * k);
-    auto dx = needs[0] ? at::empty_like(x) : x.new_empty({0});
-    ParameterGradients<T> of_parameters(threads, weight, needs[1], needs[2]);
+    auto dx = needs[0] ? grad.new_empty({n, d}) : grad.new_empty({0});
+    ParameterGradients<T> of_parameters(threads, k, d, grad.scalar_type(), needs[1], needs[2]);
     for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
       Rows<T> features(x, d), gradient(dx, d), incoming(grad, k);
       std::vector<T> g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);

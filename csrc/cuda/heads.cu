@@ -118,22 +118,33 @@ const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// The inputs, contiguous.
+struct Sizes {
+  int64_t rows, features, columns;
+};
+
+// The inputs, contiguous. What a kernel does not read may be left out.
 struct Inputs {
+  Sizes sizes;
   Tensor x, weight, bias;
 
-  Inputs(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias = std::nullopt)
-      : x(x.contiguous()), weight(weight.contiguous()), bias(bias ? bias->contiguous() : Tensor()) {
+  Inputs(Sizes sizes, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias)
+      : sizes(sizes), x(contiguous(x)), weight(contiguous(weight)), bias(contiguous(bias)) {
+    constexpr int64_t kMaxFeatures = std::numeric_limits<int>::max() / 64;
     TORCH_CHECK_VALUE(
-        x.size(1) <= std::numeric_limits<int>::max() / 64, "x has ", x.size(1), " features; the CUDA kernels take up to ",
-        std::numeric_limits<int>::max() / 64);
+        sizes.features <= kMaxFeatures, "x has ", sizes.features, " features; the CUDA kernels take up to ", kMaxFeatures);
   }
 
   template <typename T>
   HeadsInput<T> as() const {
+    const auto pointer = [](const Tensor& tensor) { return tensor.defined() ? const_data<T>(tensor) : nullptr; };
     return {
-        const_data<T>(x), const_data<T>(weight), bias.defined() ? const_data<T>(bias) : nullptr, x.size(0),
-        static_cast<int>(x.size(1)), static_cast<int>(weight.size(0))};
+        pointer(x), pointer(weight), pointer(bias), sizes.rows, static_cast<int>(sizes.features),
+        static_cast<int>(sizes.columns)};
+  }
+
+ private:
+  static Tensor contiguous(const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->contiguous() : Tensor();
   }
 };
 
@@ -141,10 +152,10 @@ struct Inputs {
 struct Gradients {
   Tensor dx, dw, db;
 
-  Gradients(const Tensor& x, const Tensor& weight, std::array<bool, 3> needs)
-      : dx(needs[0] ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options())),
-        dw(needs[1] ? at::empty(weight.sizes(), x.options()) : at::empty({0}, x.options())),
-        db(needs[2] ? at::empty({weight.size(0)}, x.options()) : at::empty({0}, x.options())) {}
+  Gradients(Sizes sizes, const at::TensorOptions& options, std::array<bool, 3> needs)
+      : dx(needs[0] ? at::empty({sizes.rows, sizes.features}, options) : at::empty({0}, options)),
+        dw(needs[1] ? at::empty({sizes.columns, sizes.features}, options) : at::empty({0}, options)),
+        db(needs[2] ? at::empty({sizes.columns}, options) : at::empty({0}, options)) {}
 
   template <typename T>
   HeadsGradients<T> as() const {
@@ -152,23 +163,24 @@ struct Gradients {
   }
 };
 
-bool sweeps(const Tensor& weight) {
-  return weight.size(0) <= kMaxSweepColumns;
+Sizes sizes_of(const Tensor& x, const Tensor& weight) {
+  return {x.size(0), x.size(1), weight.size(0)};
 }
 
-// `scaled` is g with each head's gradient scale.
+// `scaled` is g with each head's gradient scale. x and weight where needed.
 std::tuple<Tensor, Tensor, Tensor> gradients_by_products(
-    const Tensor& g, const Tensor& scaled, const Tensor& x, const Tensor& weight, std::array<bool, 3> needs) {
-  const auto none = at::empty({0}, x.options());
-  return {needs[0] ? at::mm(scaled, weight) : none, needs[1] ? at::mm(g.t(), x) : none, needs[2] ? at::sum(g, 0) : none};
+    const Tensor& g, const Tensor& scaled, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+    std::array<bool, 3> needs) {
+  const auto none = [&] { return at::empty({0}, g.options()); };
+  return {needs[0] ? at::mm(scaled, *weight) : none(), needs[1] ? at::mm(g.t(), *x) : none(), needs[2] ? at::sum(g, 0) : none()};
 }
 
 Tensor heads_logits_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const c10::cuda::CUDAGuard guard(x.device());
-  if (!sweeps(weight)) {
+  if (weight.size(0) > kMaxSweepColumns) {
     return at::linear(x, weight, bias);
   }
-  const Inputs inputs(x, weight, bias);
+  const Inputs inputs(sizes_of(x, weight), x, weight, bias);
   auto logits = at::empty({x.size(0), weight.size(0)}, x.options());
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -179,30 +191,31 @@ Tensor heads_logits_cuda(const Tensor& x, const Tensor& weight, const std::optio
 }
 
 std::tuple<Tensor, Tensor, Tensor> heads_gradients_cuda(
-    const Tensor& grad_logits, const Tensor& x, const Tensor& weight, at::IntArrayRef head_sizes, const Tensor& grad_scale,
-    std::array<bool, 3> needs) {
-  const c10::cuda::CUDAGuard guard(x.device());
+    const Tensor& grad_logits, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, at::IntArrayRef head_sizes,
+    const Tensor& grad_scale, std::array<bool, 3> needs) {
+  const c10::cuda::CUDAGuard guard(grad_logits.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto g = grad_logits.contiguous();
   const HeadNumbers scale(grad_scale);
   const auto heads = launches_of(head_sizes, scale, std::nullopt);
-  if (!sweeps(weight)) {
+  if (g.size(1) > kMaxSweepColumns) {
     const auto scaled = at::empty(needs[0] ? g.sizes() : at::IntArrayRef{0}, g.options());
-    dispatch(x.scalar_type(), [&](auto zero) {
+    dispatch(g.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       if (needs[0]) {
         C10_CUDA_CHECK(heads_scale(
-            data<T>(scaled), const_data<T>(g), g.size(0), static_cast<int>(g.size(1)), heads, limits_of(x), stream));
+            data<T>(scaled), const_data<T>(g), g.size(0), static_cast<int>(g.size(1)), heads, limits_of(g), stream));
       }
     });
     return gradients_by_products(g, scaled, x, weight, needs);
   }
-  const Inputs inputs(x, weight);
-  const Gradients gradients(x, weight, needs);
-  dispatch(x.scalar_type(), [&](auto zero) {
+  const Sizes sizes{g.size(0), needs[0] ? weight->size(1) : needs[1] ? x->size(1) : 0, g.size(1)};
+  const Inputs inputs(sizes, x, weight, std::nullopt);
+  const Gradients gradients(sizes, g.options(), needs);
+  dispatch(g.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     C10_CUDA_CHECK(heads_gradients(
-        gradients.as<T>(), const_data<T>(g), inputs.as<T>(), heads.front(), limits_of(x), stream, Scratch(x)));
+        gradients.as<T>(), const_data<T>(g), inputs.as<T>(), heads.front(), limits_of(g), stream, Scratch(g)));
   });
   return {gradients.dx, gradients.dw, gradients.db};
 }
@@ -228,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> heads_cross_entropy_c
   const auto loss_options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const auto loss = at::empty({}, loss_options);
   const auto head_losses = at::empty({count}, loss_options);
-  if (!sweeps(weight)) {
+  if (weight.size(0) > kMaxSweepColumns) {
     const auto logits = at::linear(x, weight, bias).contiguous();
     const auto g = needs[1] || needs[2] ? at::empty_like(logits) : at::empty({0}, logits.options());
     const auto scaled = needs[0] ? at::empty_like(logits) : at::empty({0}, logits.options());
@@ -242,8 +255,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> heads_cross_entropy_c
     const auto [dx, dw, db] = gradients_by_products(g, scaled, x, weight, needs);
     return {loss, head_losses, logits, dx, dw, db};
   }
-  const Inputs inputs(x, weight, bias);
-  const Gradients gradients(x, weight, needs);
+  const Sizes sizes = sizes_of(x, weight);
+  const Inputs inputs(sizes, x, weight, bias);
+  const Gradients gradients(sizes, x.options(), needs);
   const auto logits = at::empty({x.size(0), weight.size(0)}, x.options());
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -31,9 +31,9 @@ void scale_as(const at::Tensor& out, const at::Tensor& grad, double value, const
   if (!lambda) {
     enqueue(LambdaValue<A>{static_cast<A>(value)});
   } else if (lambda->numel() == 1 && lambda->scalar_type() == at::kDouble) {
-    enqueue(LambdaOnDevice<A, double>{lambda->const_data_ptr<double>()});
+    enqueue(LambdaOnDevice<A, double>{lambda->const_data_ptr<double>(), static_cast<A>(value)});
   } else if (lambda->numel() == 1) {
-    enqueue(LambdaOnDevice<A, float>{lambda->const_data_ptr<float>()});
+    enqueue(LambdaOnDevice<A, float>{lambda->const_data_ptr<float>(), static_cast<A>(value)});
   } else {
     const auto layout = *lambda_layout(grad.sizes(), lambda->sizes());
     const auto broadcast = [&](auto index) {

@@ -11,7 +11,7 @@
 namespace grl_ext {
 
 // The forms of lambda. Each gives, for a run of neighbouring elements that begins at element `i`, a walker whose next() is the
-// lambda of one element after the other.
+// lambda of one element after the other; and says whether it would leave a gradient as it is.
 
 // A number known to the host.
 template <typename A>
@@ -19,13 +19,17 @@ struct LambdaValue {
   A value;
   __device__ LambdaValue run_from(int64_t) const { return *this; }
   __device__ A next() const { return value; }
+  __device__ bool changes_nothing() const { return value == A(-1); }
 };
 
-// A number that the device holds: read there, so that the host never waits for it and a replayed CUDA graph sees its changes.
+// A number that the device holds, times one that the host knows: read there, so that the host never waits for it and a replayed
+// CUDA graph sees its changes.
 template <typename A, typename Stored>
 struct LambdaOnDevice {
   const Stored* value;
-  __device__ LambdaValue<A> run_from(int64_t) const { return {static_cast<A>(__ldg(value))}; }
+  A multiplier;
+  __device__ LambdaValue<A> run_from(int64_t) const { return {multiplier * static_cast<A>(__ldg(value))}; }
+  __device__ bool changes_nothing() const { return run_from(0).changes_nothing(); }
 };
 
 // A tensor: element i has values[(i / inner) % period]. A run divides once, where it begins, and only counts from there on.
@@ -55,6 +59,7 @@ struct LambdaBroadcast {
     const Index group = index / inner;
     return {*this, group % period, index - group * inner};
   }
+  __device__ bool changes_nothing() const { return false; }
 };
 
 // lambda == 0 switches the adversary off: zero then, also where the gradient has overflowed.
@@ -81,10 +86,14 @@ constexpr int kScaleNegateBlocksPerSm = 8;
 // Traffic: one read and one write per element (a broadcast lambda is small and comes from the cache).
 // Launch: one thread per 16 bytes up to full multiprocessors, then each thread strides over the rest. No shared memory: no element
 // meets another. The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all
-// of them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor).
+// of them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor). In place by
+// lambda = -1, which is what an unscaled loss's backward asks for, nothing is read or written.
 template <typename T, typename Lambda>
 __global__ void __launch_bounds__(kScaleNegateThreads)
     scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda lambda) {
+  if (out == grad && lambda.changes_nothing()) {
+    return;
+  }
   constexpr int kSize = Vector<T>::kSize;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;

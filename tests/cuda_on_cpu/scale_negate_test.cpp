@@ -99,11 +99,11 @@ void check(const char* form, const Case& c, Lambda lambda, const std::function<d
 template <typename T>
 void check_forms(const Case& c) {
   using A = typename Arithmetic<T>::type;
-  for (const double lambda : {0.3, 0.0}) {
+  for (const double lambda : {0.3, 0.0, -1.0}) {
     const auto single = static_cast<float>(lambda);
     check<T>("a value", c, LambdaValue<A>{static_cast<A>(lambda)}, [=](int64_t) { return lambda; });
-    check<T>("a double on the device", c, LambdaOnDevice<A, double>{&lambda}, [=](int64_t) { return lambda; });
-    check<T>("a float on the device", c, LambdaOnDevice<A, float>{&single}, [=](int64_t) { return double{single}; });
+    check<T>("a double on the device", c, LambdaOnDevice<A, double>{&lambda, A(1)}, [=](int64_t) { return lambda; });
+    check<T>("a float on the device", c, LambdaOnDevice<A, float>{&single, A(-2)}, [=](int64_t) { return -2 * double{single}; });
   }
   struct {
     const char* form;

@@ -206,10 +206,33 @@ void weight_gradient(T* dw, const T* g, const T* x, long rows, long features, lo
   }
 }
 
+// What float holds with room to spare; and double, times one more of them.
+constexpr double kLargestProduct = 1e30;
+
+// The sum of the lanes' logarithms; each lane is between 1 and kLargestProduct, or NaN.
+template <class T>
+inline double sum_of_logarithms(Vector<T> product) {
+  double sum = 0, together = 1;
+  for (int i = 0; i < VectorOf<T>::kLanes; ++i) {
+    together *= product[i];
+    if (together > 1e270) {
+      sum += __builtin_log(together);
+      together = 1;
+    }
+  }
+  return sum + __builtin_log(together);
+}
+
+// y * z, and nothing where y is 0, though z be infinite.
+template <class T>
+inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
+  return y == 0 ? Vector<T>{} : y * z;
+}
+
 // Softmax cross entropy of one head over a block of rows (columns == 1: binary, the softmax over the logits 0 and z).
 //   y = (1 - smoothing) [c == target] + smoothing / classes
-//   loss = sum over valid rows of log sum_c exp z[c] - sum_c y[c] z[c],   g[c] = (softmax(z)[c] - y[c]) * weight
-// A target below zero marks a row that is not valid: no loss, g = 0; so must the rows after the last be marked, up to a whole
+//   loss = sum over valid rows of log sum_c exp(z[c] - top) - sum_c y[c] (z[c] - top),   g[c] = (softmax(z)[c] - y[c]) * weight
+// with top the row's largest logit; where y is 0 a class adds nothing to the loss, though its logit be -infinity. A target below zero marks a row that is not valid: no loss, g = 0; so must the rows after the last be marked, up to a whole
 // vector. Returns the loss.
 template <class T>
 double cross_entropy(
@@ -222,7 +245,9 @@ double cross_entropy(
   const T rest = static_cast<T>(1 - smoothing);
   const Vector<T> zero = {};
   double loss = 0;
-  Vector<T> product = broadcast(T(1));  // of the sums of exponentials: one logarithm serves the whole block
+  // The sums of exponentials, each between 1 and the number of classes, are multiplied up: one logarithm serves many of them.
+  Vector<T> product = broadcast(T(1));
+  double bound = 1;
   for (long r = 0; r < rows; r += kLanes) {
     const Integers wanted = load(target + r);
     const Integers valid = wanted >= 0;
@@ -231,14 +256,19 @@ double cross_entropy(
       const Vector<T> zs = load(z + c * kMaxBlockRows + r);
       top = zs <= top ? top : zs;  // NaN goes through
     }
-    Vector<T> sum = binary ? exp_nonpositive(zero - top) : zero;
-    Vector<T> expected = zero;  // sum_c y[c] z[c]
+    Vector<T> sum = zero;
+    Vector<T> expected = zero;  // sum_c y[c] (z[c] - top)
+    if (binary) {
+      const Integers hit = wanted == 0;
+      sum = exp_nonpositive(zero - top);
+      expected = weighted<T>(share + (hit ? broadcast(rest) : zero), zero - top);
+    }
     for (long c = 0; c < columns; ++c) {
-      const Vector<T> zs = load(z + c * kMaxBlockRows + r);
-      const Vector<T> e = exp_nonpositive(zs - top);
+      const Vector<T> shifted = load(z + c * kMaxBlockRows + r) - top;
+      const Vector<T> e = exp_nonpositive(shifted);
       sum += e;
       const Integers hit = wanted == static_cast<Integer<T>>(binary ? 1 : c);
-      expected += (share + (hit ? broadcast(rest) : zero)) * zs;
+      expected += weighted<T>(share + (hit ? broadcast(rest) : zero), shifted);
       store(g + c * kMaxBlockRows + r, e);
     }
     const Vector<T> one_over_sum = T(1) / sum;
@@ -249,14 +279,16 @@ double cross_entropy(
       store(g + c * kMaxBlockRows + r, dz);
       store(scaled + c * kMaxBlockRows + r, scale == 0 ? zero : dz * static_cast<T>(scale));
     }
+    bound *= columns + 1;
+    if (bound > kLargestProduct) {
+      loss += sum_of_logarithms<T>(product);
+      product = broadcast(T(1));
+      bound = columns + 1;
+    }
     product *= valid ? sum : broadcast(T(1));
-    loss += sum_lanes<T>(valid ? top - expected : zero);
+    loss -= sum_lanes<T>(valid ? expected : zero);
   }
-  double all = 1;
-  for (int i = 0; i < kLanes; ++i) {
-    all *= product[i];
-  }
-  return loss + __builtin_log(all);
+  return loss + sum_of_logarithms<T>(product);
 }
 
 // Rows of a half type to float and back.
