@@ -12,7 +12,7 @@ CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(lastword $(sort $(wildcar
 
 TORCH = torch==2.13.0
 OLDEST_TORCH = torch==2.11.0
-BUILD_TOOLS = setuptools wheel ninja pybind11 numpy
+BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
 TEST_TOOLS = pytest hypothesis expecttest scikit-learn matplotlib tqdm pillow
 # pytorch-adapt's layer alone: its full requirements include torchvision, which the layer does not need.
 PEERS = pytorch-revgrad pytorch-adapt==0.0.83 pytorch-metric-learning==2.9.0 torchmetrics==1.9.0 lightning-utilities==0.15.3

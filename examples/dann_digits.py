@@ -192,7 +192,7 @@ def plot(trained: dict[str, Training], domains: Domains, results: dict):
         _, _, directions = torch.pca_lowrank(features, 2)
         points = (features - features.mean(0)) @ directions
         for name, tint, part in (("source", "blue", points[:400]), ("target", "orange", points[400:])):
-            axis.scatter(*part.T, s=7, alpha=0.6, color=experiment.COLOURS[tint], label=name)
+            axis.scatter(*part.T.numpy(), s=7, alpha=0.6, color=experiment.COLOURS[tint], label=name)
         axis.set(title=f"{method}: features\n(first two principal components)", xticks=[], yticks=[])
     axes[3].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2)
     return figure

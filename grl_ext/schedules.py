@@ -113,10 +113,10 @@ class LambdaScheduler:
         self._set_step(self.last_step + 1)
 
     def _set_step(self, step: int) -> None:
-        self.last_step = step
-        self.last_lambda = self.schedule(step / self.total_steps)
+        lambda_ = self.schedule(step / self.total_steps)
         for layer in self.layers:
-            layer.lambda_ = self.last_lambda
+            layer.lambda_ = lambda_  # refuses what is not a finite number, before anything has changed
+        self.last_step, self.last_lambda = step, lambda_
 
     def state_dict(self) -> dict[str, int]:
         """Where on the curve the training is. The schedule itself is code: give the same one when resuming."""

@@ -1,0 +1,160 @@
+"""Lambda schedules, and the scheduler that applies them to the layers."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from grl_ext import GRL, AdversarialHeads, GRLLinear, LambdaScheduler, schedules
+
+PROGRESS = [i / 16 for i in range(17)]
+
+# The published formulas, as their authors wrote them.
+FORMULAS = {
+    "dann": (schedules.dann(), lambda p: 2 / (1 + math.exp(-10 * p)) - 1),
+    "dann, gamma 5": (schedules.dann(gamma=5.0), lambda p: 2 / (1 + math.exp(-5 * p)) - 1),
+    "warm start": (schedules.warm_start(), lambda p: 2.0 / (1.0 + math.exp(-p)) - 1.0),
+    "warm start with all": (
+        schedules.warm_start(alpha=3.0, lo=0.1, hi=0.7),
+        lambda p: 2.0 * (0.7 - 0.1) / (1.0 + math.exp(-3.0 * p)) - (0.7 - 0.1) + 0.1,
+    ),
+    "linear": (schedules.linear(0.5, -1.5), lambda p: 0.5 - 2 * p),
+    "constant": (schedules.constant(0.3), lambda p: 0.3),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_schedule_is_its_published_formula(name):
+    schedule, formula = FORMULAS[name]
+    for p in PROGRESS:
+        assert schedule(p) == pytest.approx(formula(p), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_progress_is_clamped_to_its_range(name):
+    schedule, _ = FORMULAS[name]
+    assert schedule(-0.5) == schedule(0.0)
+    assert schedule(1.5) == schedule(1.0)
+
+
+def test_the_ends_are_exact():
+    assert schedules.dann()(0.0) == 0.0
+    assert schedules.warm_start(lo=0.2, hi=0.9)(0.0) == 0.2
+    assert schedules.linear(0.1, 0.7)(0.0) == 0.1
+    assert schedules.dann(gamma=1e6)(1.0) == 1.0  # exp of so much would overflow
+
+
+class Model(nn.Module):
+    """All layers that have a lambda, some deep inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Sequential(GRL(), nn.Linear(4, 2)), nn.Sequential(nn.ReLU(), GRLLinear(4, 2))])
+        self.heads = AdversarialHeads(4, {"digit": 3}, {"domain": 2, "speaker": 5})
+
+
+def lambdas(model: nn.Module) -> list[float]:
+    return [value for name, buffer in model.named_buffers() if name.endswith("lambda_") for value in buffer.flatten().tolist()]
+
+
+def test_every_layer_is_set_from_the_start_and_at_every_step():
+    model = Model()
+    scheduler = LambdaScheduler(model, schedules.linear(0.25, 1.0), total_steps=3)
+    for expected in (0.25, 0.5, 0.75, 1.0, 1.0):
+        assert lambdas(model) == [expected] * 4
+        assert scheduler.last_lambda == expected
+        scheduler.step()
+
+
+def test_several_modules_may_be_given_and_share_layers():
+    layer, heads = GRL(), AdversarialHeads(4, adversaries={"domain": 2})
+    scheduler = LambdaScheduler([nn.Sequential(layer), layer, heads], schedules.constant(0.3), total_steps=1)
+    assert scheduler.layers == [layer, heads]
+    assert layer.lambda_.item() == heads.lambda_.item() == 0.3
+
+
+def test_lambda_is_written_in_place_and_a_forward_never_advances_it():
+    model = Model()
+    buffers = dict(model.named_buffers())
+    scheduler = LambdaScheduler(model, schedules.dann(), total_steps=10)
+    for _ in range(3):
+        model.branches[0](torch.ones(1, 4))
+    assert scheduler.last_step == 0
+    scheduler.step()
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name]
+
+
+def test_a_compiled_model_keeps_its_one_graph_over_all_steps():
+    model = nn.Sequential(nn.Linear(4, 4), GRL(), GRLLinear(4, 2))
+    scheduler = LambdaScheduler(model, schedules.dann(), total_steps=5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(5):
+            compiled(torch.ones(3, 4)).sum().backward()
+            scheduler.step()
+    torch._dynamo.reset()
+
+
+def test_a_resumed_run_continues_the_very_same_curve():
+    def fresh(total_steps: int = 7) -> LambdaScheduler:
+        return LambdaScheduler(GRL(), schedules.dann(), total_steps)
+
+    whole = fresh()
+    curve = []
+    for _ in range(9):
+        whole.step()
+        curve.append(whole.last_lambda)
+    first = fresh()
+    for _ in range(4):
+        first.step()
+    resumed = fresh(total_steps=1000)  # the saved length of the training counts
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.layers[0].lambda_.item() == resumed.last_lambda == curve[3]
+    for expected in curve[4:]:
+        resumed.step()
+        assert resumed.last_lambda == expected
+
+
+def test_the_state_survives_a_checkpoint_file(tmp_path):
+    scheduler = LambdaScheduler(GRL(), schedules.dann(), total_steps=7)
+    scheduler.step()
+    torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")
+    other = LambdaScheduler(GRL(), schedules.dann(), total_steps=7)
+    other.load_state_dict(torch.load(tmp_path / "scheduler.pt", weights_only=True))
+    assert (other.last_step, other.last_lambda) == (1, scheduler.last_lambda)
+
+
+def test_lambda_in_the_layer_leaves_the_adversarys_own_gradient_alone_and_on_the_loss_it_does_not():
+    x = torch.randn(5, 4)
+    for where, factor in (("layer", 1.0), ("loss", 0.25)):
+        layer = GRLLinear(4, 2, lambda_=0.25 if where == "layer" else 1.0)
+        with torch.no_grad():
+            layer.weight.fill_(0.5)
+        features = x.clone().requires_grad_()
+        loss = layer(features).square().sum() * (0.25 if where == "loss" else 1.0)
+        loss.backward()
+        plain = nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer.weight.grad, factor * 2 * plain.detach().T @ x)
+        torch.testing.assert_close(features.grad, -0.25 * 2 * plain.detach() @ layer.weight.detach())
+
+
+@pytest.mark.parametrize(
+    "layers, total_steps, message",
+    [
+        (nn.Linear(2, 2), 5, "layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in Linear"),
+        ([], 5, "layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in an empty list"),
+        (GRL(), 0, "total_steps must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(layers, total_steps, message):
+    with pytest.raises(ValueError) as caught:
+        LambdaScheduler(layers, schedules.dann(), total_steps)
+    assert str(caught.value) == message
+
+
+def test_a_schedule_that_gives_no_number_is_refused():
+    with pytest.raises(ValueError, match="lambda_ must be finite, got nan"):
+        LambdaScheduler(GRL(), lambda p: math.nan, total_steps=5)
