@@ -1,4 +1,5 @@
 // The eager entry points, past torch.ops' argument parser, and what this build is.
+#include <ATen/ops/tensor.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>

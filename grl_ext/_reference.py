@@ -168,7 +168,10 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
         if lambda_.dim() == 0 and lambda_.device.type == "cpu" and not (lambda_.requires_grad or compiling or functorch):
             if type(lambda_) is Tensor:
                 lambda_ = lambda_.item()  # read now: later changes cannot reach into a graph already built
-    elif not compiling:
+    elif compiling:
+        # One graph serves all values of a changing number only if it becomes a tensor, and that by a product.
+        lambda_ = torch.ones((), dtype=torch.float64) * lambda_
+    else:
         lambda_ = check_number("lambda_", lambda_)
 
     if compiling and functorch:
@@ -189,10 +192,15 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not know the function inside
+def has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As F.linear under autocast: floating-point tensors in autocast's dtype, float64 left alone."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float16, torch.bfloat16, torch.float32)
@@ -200,8 +208,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def without_autocast(device: torch.device):
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else contextlib.nullcontext()
 
 
 def as_rows(x: Tensor) -> Tensor:

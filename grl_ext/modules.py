@@ -244,7 +244,7 @@ class AdversarialHeads(_LambdaModule):
             ``HeadsOutput(loss, head_losses, logits)``, the latter two by name, in the heads' order, and detached.
         """
         for what, given in (("targets", targets), ("loss_weight", loss_weight or {})):
-            if unknown := given.keys() - self.head_names:
+            if unknown := set(given) - set(self.head_names):
                 raise ValueError(f"{what} names {sorted(unknown)}, but the heads are {list(self.head_names)}")
         if not targets:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
