@@ -63,7 +63,12 @@ def linear(start: float, end: float) -> Schedule:
 
 
 def constant(value: float) -> Schedule:
-    """The same lambda throughout."""
+    """The same lambda throughout.
+
+    Example:
+        >>> grl_ext.schedules.constant(0.3)(0.9)
+        0.3
+    """
     return lambda p: value
 
 

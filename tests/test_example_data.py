@@ -1,0 +1,194 @@
+"""The examples' data: what the loaders read from files, and what they say of a file that is missing or damaged."""
+
+import gzip
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # scripts, not part of the package
+
+from common import data  # noqa: E402
+
+
+def sentence(error: pytest.ExceptionInfo) -> str:
+    """What the user sees: one line, and a program that ends with it."""
+    assert isinstance(error.value, SystemExit)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# --- digits ----------------------------------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder: Path, compressed: bool, train: int = 7, test: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", train), ("t10k", test)):
+        arrays[f"{split}-images-idx3-ubyte"] = rng.integers(0, 256, (n, 28, 28))
+        arrays[f"{split}-labels-idx1-ubyte"] = rng.integers(0, 10, n)
+    for name, array in arrays.items():
+        content = idx(array)
+        (folder / (name + ".gz" * compressed)).write_bytes(gzip.compress(content) if compressed else content)
+    return arrays
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+def test_mnist_is_read_as_published_or_unpacked(tmp_path, compressed):
+    arrays = write_mnist(tmp_path, compressed)
+    digits = data.load_digits(tmp_path, 28)
+    assert digits.train_images.shape == (7, 1, 28, 28) and digits.test_images.shape == (3, 1, 28, 28)
+    expected = torch.from_numpy(arrays["train-images-idx3-ubyte"]).float().unsqueeze(1) / 255
+    torch.testing.assert_close(digits.train_images, expected)
+    assert digits.test_digits.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
+    assert data.load_digits(tmp_path, 16).train_images.shape == (7, 1, 16, 16)
+
+
+def test_a_missing_mnist_file_is_named(tmp_path):
+    write_mnist(tmp_path, compressed=True)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(data.DataError) as error:
+        data.read_mnist(tmp_path)
+    assert sentence(error) == f"{tmp_path} holds neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte.gz"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is not an IDX file of unsigned bytes: it begins with nothing"),
+        (b"\x89PNG", "is not an IDX file of unsigned bytes: it begins with 89504e47"),
+        (idx(np.zeros((2, 3)))[:-1], "is damaged: for [2, 3] it should have 18 bytes, it has 17"),
+        (idx(np.zeros((2, 3)))[:7], "is damaged"),
+        (gzip.compress(idx(np.zeros((200, 3))))[:-9], "cannot be read: Compressed file ended before the end-of-stream marker"),
+        (gzip.compress(b"text"), "is not an IDX file"),
+    ],
+    ids=["empty", "a picture", "cut short", "cut in the sizes", "gzip cut short", "gzip of something else"],
+)
+def test_a_damaged_idx_file_is_told(tmp_path, content, message):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(data.DataError) as error:
+        data.read_idx(path)
+    assert str(path) in sentence(error) and message in sentence(error)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    write_mnist(tmp_path, compressed=False)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(6)))
+    with pytest.raises(data.DataError, match="the train files do not belong together"):
+        data.read_mnist(tmp_path)
+
+
+def test_the_shipped_digits_are_split_without_overlap():
+    digits = data.load_digits(None, 28)
+    assert len(digits.train_digits) == 1297 and len(digits.test_digits) == 500
+    assert 0 <= digits.train_images.min() and digits.train_images.max() <= 1
+    train, test = ({tuple(image.flatten().tolist()) for image in images} for images in (digits.train_images, digits.test_images))
+    assert not train & test
+
+
+def test_pairs_are_a_zero_and_another_or_two_others():
+    images = torch.arange(10.0).view(10, 1, 1, 1)  # every digit's picture is its value
+    digits = torch.arange(10)
+    pairs, labels = data.digit_pairs(images, digits, 500, torch.Generator().manual_seed(0))
+    assert 200 < labels.sum() < 300
+    sums = pairs.flatten()
+    assert set(sums[labels == 1].tolist()) <= set(range(1, 10))  # 0 + another
+    assert set(sums[labels == 0].tolist()) <= set(range(2, 19))
+    again, _ = data.digit_pairs(images, digits, 500, torch.Generator().manual_seed(0))
+    assert torch.equal(pairs, again)
+
+
+# --- photographs -----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_read_as_rgb_in_the_order_of_their_names(tmp_path):
+    Image.fromarray(np.full((9, 12), 51, dtype=np.uint8)).save(tmp_path / "b.png")
+    Image.fromarray(np.full((8, 10, 3), (255, 0, 102), dtype=np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    first, second = data.load_photos(tmp_path)
+    assert first.shape == (3, 8, 10) and second.shape == (3, 9, 12)
+    torch.testing.assert_close(first[:, 0, 0], torch.tensor([1.0, 0.0, 0.4]))
+    torch.testing.assert_close(second[:, 0, 0], torch.full((3,), 0.2))
+
+
+def test_a_folder_without_pictures_and_a_damaged_picture_are_told(tmp_path):
+    with pytest.raises(data.DataError, match="holds no pictures"):
+        data.load_photos(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG and then nothing of the kind")
+    with pytest.raises(data.DataError) as error:
+        data.load_photos(tmp_path)
+    assert f"{tmp_path / 'a.png'} is not a readable picture" in sentence(error)
+
+
+def test_a_blend_is_the_absolute_difference_to_a_crop():
+    photo = torch.rand(3, 20, 30)
+    images = torch.rand(4, 1, 8, 8)
+    for image, blended in zip(images, data.blend(images, [photo], torch.Generator().manual_seed(0)), strict=True):
+        crops = photo.unfold(1, 8, 1).unfold(2, 8, 1)  # (3, tops, lefts, 8, 8)
+        differences = (crops - image[:, None, None]).abs().transpose(0, 2).flatten(0, 1)  # one candidate a position
+        assert any(torch.allclose(candidate, blended) for candidate in differences)
+
+
+def test_photos_smaller_than_a_crop_are_refused():
+    with pytest.raises(data.DataError, match=re.escape("a photo of [5, 30] pixels is too small: crops are 8 x 8")):
+        data.blend(torch.rand(1, 1, 8, 8), [torch.rand(3, 5, 30)], torch.Generator())
+
+
+# --- prices ----------------------------------------------------------------------------------------------------------------
+
+
+def write_csv(folder: Path, text: str) -> Path:
+    path = folder / "prices.csv"
+    path.write_text(text)
+    return path
+
+
+def test_returns_are_those_of_the_tickers_with_every_date(tmp_path):
+    rows = ["date,ticker,close,volume", "2024-01-03,A,121,1", "2024-01-01,A,100,1", "2024-01-02,A,110,1"]
+    rows += ["2024-01-01,B,50,1", "2024-01-02,B,25,1", "2024-01-03,B,50,1", "2024-01-01,C,7,1"]
+    returns = data.read_returns(write_csv(tmp_path, "\n".join(rows)))
+    torch.testing.assert_close(returns, torch.tensor([[0.1, -0.5], [0.1, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("date,close\n2024-01-01,5\n", "has no column ticker; its first line is ['date', 'close']"),
+        ("", "has no column close, date, ticker; its first line is None"),
+        ("date,ticker,close\n2024-01-01,A,5\n2024-01-02,A,x\n", ", line 3: close must be a positive number, got 'x'"),
+        ("date,ticker,close\n2024-01-01,A,-5\n", ", line 2: close must be a positive number, got '-5'"),
+        ("date,ticker,close\n2024-01-01,A\n", ", line 2: close must be a positive number, got None"),
+        ("date,ticker,close\n2024-01-01,A,5\n2024-01-02,A,6\n", "has 1 tickers with a price on all of its 2 dates; at least 2 of each are needed"),
+    ],
+    ids=["no ticker", "empty", "no number", "negative", "row cut short", "one ticker"],
+)
+def test_a_csv_that_cannot_serve_is_told(tmp_path, text, message):
+    path = write_csv(tmp_path, text)
+    with pytest.raises(data.DataError) as error:
+        data.read_returns(path)
+    assert sentence(error).startswith(str(path)) and message in sentence(error)
+
+
+def test_a_csv_that_is_not_there_or_is_no_text_is_told(tmp_path):
+    with pytest.raises(data.DataError, match="cannot be read: .*No such file"):
+        data.read_returns(tmp_path / "none.csv")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(data.DataError, match="cannot be read"):
+        data.read_returns(tmp_path / "binary.csv")
+
+
+def test_too_few_days_are_told():
+    import market
+
+    with pytest.raises(data.DataError, match="99 days of returns are too few: at least 100 are needed"):
+        market.samples(torch.rand(99, 4))
