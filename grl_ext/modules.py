@@ -221,7 +221,7 @@ class AdversarialHeads(_LambdaModule):
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """The heads' logits by name, ``(..., size)`` each, for features ``(..., D)``; any loss may follow."""
         logits = functional.linear_heads(features, self.weight, self.bias, self.head_sizes, self._grad_scale())
-        return dict(zip(self.head_names, logits.split_with_sizes(self.head_sizes, -1), strict=True))
+        return self._by_name(logits)
 
     def loss(
         self,
@@ -243,28 +243,40 @@ class AdversarialHeads(_LambdaModule):
         Returns:
             ``HeadsOutput(loss, head_losses, logits)``, the latter two by name, in the heads' order, and detached.
         """
-        for what, given in (("targets", targets), ("loss_weight", loss_weight or {})):
-            if unknown := set(given) - set(self.head_names):
-                raise ValueError(f"{what} names {sorted(unknown)}, but the heads are {list(self.head_names)}")
+        names = self.head_names
+        self._check_names("targets", targets)
         if not targets:
-            raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
+            raise ValueError(f"targets is empty; the heads are {list(names)}")
         absent = None
-        if len(targets) < len(self.head_names):
+        if len(targets) < len(names):
             absent = torch.full_like(next(iter(targets.values())), ignore_index)
+        weights = None
+        if loss_weight:
+            self._check_names("loss_weight", loss_weight)
+            weights = [float(loss_weight.get(name, 1.0)) for name in names]
         loss, head_losses, logits = functional.heads_cross_entropy(
             features,
             self.weight,
             self.bias,
-            torch.stack([targets.get(name, absent) for name in self.head_names], -1),
+            torch.stack([targets.get(name, absent) for name in names], -1),
             self.head_sizes,
             self._grad_scale(),
-            loss_weight=[float(loss_weight.get(name, 1.0)) for name in self.head_names] if loss_weight else None,
+            loss_weight=weights,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
-        each = zip(self.head_names, head_losses.unbind(), logits.split_with_sizes(self.head_sizes, -1), strict=True)
-        present = [head for head in each if head[0] in targets]
-        return HeadsOutput(loss, {name: value for name, value, _ in present}, {name: z for name, _, z in present})
+        by_name = dict(zip(names, head_losses.unbind(), strict=True)), self._by_name(logits)
+        if absent is not None:
+            by_name = [{name: value for name, value in values.items() if name in targets} for values in by_name]
+        return HeadsOutput(loss, *by_name)
+
+    def _check_names(self, what: str, given: Mapping[str, object]) -> None:
+        for name in given:
+            if name not in self.head_names:
+                raise ValueError(f"{what} names {name!r}, but the heads are {list(self.head_names)}")
+
+    def _by_name(self, logits: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.head_names, logits.split_with_sizes(self.head_sizes, -1), strict=True))
 
     @classmethod
     def from_linears(

@@ -12,13 +12,14 @@
 
 #include "heads_limits.h"
 #include "kernels.h"
+#include "result.h"
 
 namespace grl_ext::cpu {
 
 using at::Tensor;
 
 // Multiply-adds below which another thread costs more than it saves.
-constexpr int64_t kWorkPerThread = 1 << 18;
+constexpr int64_t kWorkPerThread = 1 << 20;
 
 inline int64_t thread_count(int64_t rows, int64_t features, int64_t columns) {
   const int64_t useful = rows * features * columns / kWorkPerThread;
@@ -110,6 +111,11 @@ class Rows {
     return convert_ ? copy_.data() : reinterpret_cast<T*>(data_ + row * row_bytes_);
   }
 
+  // What reading or writing from this row on will touch first: for the kernels to ask for ahead of time. Null for no rows.
+  const T* ahead(int64_t row) const {
+    return reinterpret_cast<const T*>(data_ + row * row_bytes_);
+  }
+
   void written(int64_t row, int64_t rows) {
     if constexpr (std::is_same_v<T, float>) {
       if (convert_) {
@@ -150,16 +156,18 @@ class ParameterGradients {
  public:
   ParameterGradients(
       int64_t threads, int64_t columns, int64_t features, at::ScalarType dtype, bool needs_weight, bool needs_bias)
-      : columns_(columns), features_(features), dtype_(dtype), needs_bias_(needs_bias), bias_(threads * columns) {
+      : columns_(columns), dtype_(dtype), needs_bias_(needs_bias), bias_(threads * columns) {
     for (int64_t t = 0; needs_weight && t < threads; ++t) {
       weight_.push_back(at::zeros({columns, features}, wide_type(dtype)));
     }
   }
 
-  void add(int64_t thread, const T* g, const T* x, int64_t rows) {
-    if (!weight_.empty()) {
-      heads_kernels<T>().weight_gradient(weight_[thread].template data_ptr<T>(), g, x, rows, features_, columns_);
-    }
+  // The thread's sums for the weight; null if it needs none.
+  T* weight(int64_t thread) {
+    return weight_.empty() ? nullptr : weight_[thread].template data_ptr<T>();
+  }
+
+  void add_to_bias(int64_t thread, const T* g, int64_t rows) {
     for (int64_t c = 0; c < columns_; ++c) {
       T sum = 0;
       for (int64_t r = 0; r < rows; ++r) {
@@ -187,7 +195,7 @@ class ParameterGradients {
   }
 
  private:
-  const int64_t columns_, features_;
+  const int64_t columns_;
   const at::ScalarType dtype_;
   const bool needs_bias_;
   std::vector<Tensor> weight_;

@@ -93,7 +93,7 @@ Result fused(
   const int64_t n = x.size(0), d = x.size(1), k = weight.size(0), step = block_rows(d);
   const Parameters<T> parameters(weight, bias);
   auto logits = at::empty({n, k}, x.options());
-  auto dx = needs[0] ? at::empty_like(x) : x.new_empty({0});
+  auto dx = needs[0] ? in_large_pages(at::empty_like(x)) : x.new_empty({0});
   ParameterGradients<T> of_parameters(threads, k, d, x.scalar_type(), needs[1], needs[2]);
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(dx, d), out(logits, k);
@@ -101,16 +101,22 @@ Result fused(
     for (int64_t r = begin; r < end; r += step) {
       const int64_t rows = std::min(step, end - r);
       const T* block = features.read(r, rows);
-      heads_kernels<T>().logits(z.data(), block, parameters.weight(), parameters.bias(), rows, d, k);
+      const T* next = features.ahead(std::min(r + rows, end - 1));
+      heads_kernels<T>().logits(
+          z.data(), block, needs[0] ? gradient.ahead(r) : next, parameters.weight(), parameters.bias(), rows, d, k);
       to_rows(out.write(r), z.data(), rows, k);
       out.written(r, rows);
       loss.block(t, r, rows, z.data(), g.data(), scaled.data());
+      if (needs[0] || needs[1]) {
+        heads_kernels<T>().gradients(
+            needs[0] ? gradient.write(r) : nullptr, of_parameters.weight(t), g.data(), scaled.data(), block, next,
+            parameters.weight(), rows, d, k);
+      }
       if (needs[0]) {
-        heads_kernels<T>().features_gradient(gradient.write(r), scaled.data(), parameters.weight(), rows, d, k);
         gradient.written(r, rows);
       }
-      if (needs[1] || needs[2]) {
-        of_parameters.add(t, g.data(), block, rows);
+      if (needs[2]) {
+        of_parameters.add_to_bias(t, g.data(), rows);
       }
     }
   });

@@ -21,7 +21,9 @@ Tensor heads_logits(const Tensor& x_, const Tensor& weight, const std::optional<
       std::vector<T> z(k * kMaxBlockRows);
       for (int64_t r = begin; r < end; r += step) {
         const int64_t rows = std::min(step, end - r);
-        heads_kernels<T>().logits(z.data(), features.read(r, rows), parameters.weight(), parameters.bias(), rows, d, k);
+        heads_kernels<T>().logits(
+            z.data(), features.read(r, rows), features.ahead(std::min(r + rows, end - 1)), parameters.weight(), parameters.bias(),
+            rows, d, k);
         to_rows(out.write(r), z.data(), rows, k);
         out.written(r, rows);
       }
@@ -48,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> heads_gradients(
     const auto x = needs[1] ? x_->contiguous() : none;
     const Parameters<T> parameters(needs[0] ? *weight_ : none, std::nullopt);
     const int64_t threads = thread_count(n, d, 2 * k);
-    auto dx = needs[0] ? grad.new_empty({n, d}) : grad.new_empty({0});
+    auto dx = needs[0] ? in_large_pages(grad.new_empty({n, d})) : grad.new_empty({0});
     ParameterGradients<T> of_parameters(threads, k, d, grad.scalar_type(), needs[1], needs[2]);
     for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
       Rows<T> features(x, d), gradient(dx, d), incoming(grad, k);
@@ -61,10 +63,19 @@ std::tuple<Tensor, Tensor, Tensor> heads_gradients(
             const T scale = scales[i / kMaxBlockRows];
             scaled[i] = scale == 0 ? T(0) : g[i] * scale;
           }
-          heads_kernels<T>().features_gradient(gradient.write(r), scaled.data(), parameters.weight(), rows, d, k);
+        }
+        if (needs[0] || needs[1]) {
+          heads_kernels<T>().gradients(
+              needs[0] ? gradient.write(r) : nullptr, of_parameters.weight(t), g.data(), scaled.data(),
+              needs[1] ? features.read(r, rows) : nullptr, (needs[1] ? features : gradient).ahead(std::min(r + rows, end - 1)),
+              parameters.weight(), rows, d, k);
+        }
+        if (needs[0]) {
           gradient.written(r, rows);
         }
-        of_parameters.add(t, g.data(), needs[1] ? features.read(r, rows) : nullptr, rows);
+        if (needs[2]) {
+          of_parameters.add_to_bias(t, g.data(), rows);
+        }
       }
     });
     const auto [dw, db] = of_parameters.total();

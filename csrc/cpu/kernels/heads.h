@@ -1,20 +1,20 @@
 // The skinny matrix products of the heads and their cross entropy, for one block of rows at a time.
 //
 // With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K and the least traffic 2 N D elements.
-// A block of rows stays in the L2 cache from the product forward to the one backward, so that memory sees the features once.
+// A block of rows stays in the L2 cache from the product forward to the one backward, so that memory sees the features once. The
+// products wait for memory unless it works all the time: each asks, row by row, for the memory that comes `ahead`, the product
+// forward for where the gradient of the features will be written, the one backward for the features of the next block.
 // z, g: K x kMaxBlockRows, one column after the other, so that the cross entropy's vectors run over rows.
 
 // Tiles: as many sums as the registers hold beside what the loops need (32 registers of AVX-512, 16 of the others).
 #if GRL_EXT_VECTOR_BYTES == 64
-constexpr int kForwardColumns = 6;  // times kTileRows
-constexpr int kTileVectors = 4;     // times kTileRows
-constexpr int kWeightColumns = 12;
-constexpr int kWeightSums = 24;
+constexpr int kForwardColumns = 6;    // times kTileRows
+constexpr int kBackwardColumns = 12;  // times two: the weight and the sums of its gradient
+constexpr int kRegisters = 32;
 #else
 constexpr int kForwardColumns = 3;
-constexpr int kTileVectors = 2;
-constexpr int kWeightColumns = 6;
-constexpr int kWeightSums = 12;
+constexpr int kBackwardColumns = 6;
+constexpr int kRegisters = 16;
 #endif
 constexpr int kTileRows = 4;
 
@@ -30,9 +30,10 @@ struct Constant {
   static constexpr int kValue = N;
 };
 
-// Calls f with the compile-time constant equal to n, 1 <= n <= Max.
+// Calls f with the compile-time constant equal to n, 1 <= n <= Max. By reference: copying a large closure that was just written
+// stalls until the stores are through.
 template <int Max, class F>
-inline void with_constant(int n, F f) {
+inline void with_constant(int n, const F& f) {
   if constexpr (Max > 1) {
     if (n < Max) {
       return with_constant<Max - 1>(n, f);
@@ -43,26 +44,38 @@ inline void with_constant(int n, F f) {
 
 // z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: R * C accumulators in registers, R + C loads a step.
 template <class T, int R, int C>
-void logits_tile(T* z, const T* x, const T* w, const T* bias, long features) {
+void logits_tile(T* z, const T* x, const T* ahead, const T* w, const T* bias, long features) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   Vector<T> sum[R][C] = {};
-  long d = 0;
-  for (; d + kLanes <= features; d += kLanes) {
+  const auto multiply = [&](auto lanes, long d) {
     Vector<T> xs[R];
     GRL_EXT_UNROLL
     for (int r = 0; r < R; ++r) {
-      xs[r] = load(x + r * features + d);
+      xs[r] = lanes.fresh_or(lanes.get(x + r * features + d), Vector<T>{});
     }
     GRL_EXT_UNROLL
     for (int c = 0; c < C; ++c) {
-      const Vector<T> ws = load(w + c * features + d);
+      const Vector<T> ws = lanes.fresh_or(lanes.get(w + c * features + d), Vector<T>{});
       GRL_EXT_UNROLL
       for (int r = 0; r < R; ++r) {
         sum[r][c] += xs[r] * ws;
       }
     }
+  };
+  // The rest first: what comes after the loop must not need the sums, or the compiler gives up registers in it.
+  const long rest = features % kLanes;
+  if (rest > 0 && features > kLanes) {
+    multiply(Lanes<T, Edge::kOverlap>(rest), features - kLanes);
+  } else if (rest > 0) {
+    multiply(Lanes<T, Edge::kShort>(rest), 0);
   }
-  // Out of the registers before anything else happens: a value that lives on makes the compiler give up registers in the loop.
+  for (long d = 0; d + kLanes <= features; d += kLanes) {
+    multiply(Lanes<T, Edge::kNone>(0), d);
+    GRL_EXT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(ahead + r * features + d, 0, 2);
+    }
+  }
   T lanes[R][C][kLanes];
   GRL_EXT_UNROLL
   for (int c = 0; c < C; ++c) {
@@ -73,136 +86,138 @@ void logits_tile(T* z, const T* x, const T* w, const T* bias, long features) {
   }
   for (int c = 0; c < C; ++c) {
     for (int r = 0; r < R; ++r) {
-      T total = sum_lanes<T, kLanes>(lanes[r][c]) + (bias ? bias[c] : T(0));
-      for (long rest = d; rest < features; ++rest) {
-        total += x[r * features + rest] * w[c * features + rest];
-      }
-      z[c * kMaxBlockRows + r] = total;
+      z[c * kMaxBlockRows + r] = sum_lanes<T, kLanes>(lanes[r][c]) + (bias ? bias[c] : T(0));
     }
   }
 }
 
+// Columns outside, rows inside: the weight of some columns stays in the L1 cache while the block's rows pass by from L2.
 template <class T>
-void logits(T* z, const T* x, const T* w, const T* bias, long rows, long features, long columns) {
-  for (long r = 0; r < rows;) {
-    const int height = rows - r >= kTileRows ? kTileRows : 1;
-    for (long c = 0; c < columns; c += kForwardColumns) {
-      const long width = columns - c < kForwardColumns ? columns - c : kForwardColumns;
-      with_constant<kForwardColumns>(width, [&](auto constant) {
-        constexpr int C = decltype(constant)::kValue;
+void logits(T* z, const T* x, const T* ahead, const T* w, const T* bias, long rows, long features, long columns) {
+  for (long c = 0; c < columns; c += kForwardColumns) {
+    const long width = columns - c < kForwardColumns ? columns - c : kForwardColumns;
+    with_constant<kForwardColumns>(width, [&](auto constant) {
+      constexpr int C = decltype(constant)::kValue;
+      for (long r = 0; r < rows;) {
+        const int height = rows - r >= kTileRows ? kTileRows : 1;
         const auto tile = height == 1 ? logits_tile<T, 1, C> : logits_tile<T, kTileRows, C>;
-        tile(z + c * kMaxBlockRows + r, x + r * features, w + c * features, bias ? bias + c : nullptr, features);
-      });
-    }
-    r += height;
-  }
-}
-
-// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features, the sums in registers over all columns: dx is written
-// once. kPart: one vector of which only `part` features exist.
-template <class T, int R, int S, bool kPart>
-void features_tile(T* dx, const T* scaled, const T* w, long features, long columns, long part) {
-  constexpr int kLanes = VectorOf<T>::kLanes;
-  Vector<T> sum[R][S] = {};
-  for (long c = 0; c < columns; ++c) {
-    GRL_EXT_UNROLL
-    for (int s = 0; s < S; ++s) {
-      const T* from = w + c * features + s * kLanes;
-      const Vector<T> ws = kPart ? load_part(from, part) : load(from);
-      GRL_EXT_UNROLL
-      for (int r = 0; r < R; ++r) {
-        sum[r][s] += scaled[c * kMaxBlockRows + r] * ws;
+        tile(
+            z + c * kMaxBlockRows + r, x + r * features, ahead + r * features, w + c * features, bias ? bias + c : nullptr,
+            features);
+        r += height;
       }
-    }
-  }
-  GRL_EXT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    GRL_EXT_UNROLL
-    for (int s = 0; s < S; ++s) {
-      T* to = dx + r * features + s * kLanes;
-      kPart ? store_part(to, sum[r][s], part) : store(to, sum[r][s]);
-    }
+    });
   }
 }
 
-// Row by row, not strip by strip: the stores run along memory, where the processor fetches the lines ahead of them; down a
-// column each store would wait for its own line. The weights, read again for each tile of rows, come from the L2 cache.
-template <class T, int R>
-void features_rows(T* dx, const T* scaled, const T* w, long features, long columns) {
+// For C columns and S vectors of features, row after row, with the weight and the sums of its gradient in registers:
+//   dx[r] = sum_c scaled[c][r] w[c]    if kDx; added to what is there unless `first`
+//   dw[c] += sum_r g[c][r] x[r]        if kDw
+template <class T, int C, int S, bool kDx, bool kDw, Edge kEdge>
+void gradients_strip(
+    T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* ahead, const T* w, long rows, long features, bool first,
+    long part) {
   constexpr int kLanes = VectorOf<T>::kLanes;
-  long d = 0;
-  for (; d + kTileVectors * kLanes <= features; d += kTileVectors * kLanes) {
-    features_tile<T, R, kTileVectors, false>(dx + d, scaled, w + d, features, columns, 0);
-  }
-  for (; d + kLanes <= features; d += kLanes) {
-    features_tile<T, R, 1, false>(dx + d, scaled, w + d, features, columns, 0);
-  }
-  if (d < features) {
-    features_tile<T, R, 1, true>(dx + d, scaled, w + d, features, columns, features - d);
-  }
-}
-
-template <class T>
-void features_gradient(T* dx, const T* scaled, const T* w, long rows, long features, long columns) {
-  long r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows) {
-    features_rows<T, kTileRows>(dx + r * features, scaled + r, w, features, columns);
-  }
-  for (; r < rows; ++r) {
-    features_rows<T, 1>(dx + r * features, scaled + r, w, features, columns);
-  }
-}
-
-// dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features, the sums in registers over all rows of the block.
-template <class T, int C, int S, bool kPart>
-void weight_tile(T* dw, const T* g, const T* x, long rows, long features, long part) {
-  constexpr int kLanes = VectorOf<T>::kLanes;
-  const auto get = [part](const T* from) { return kPart ? load_part(from, part) : load(from); };
+  const Lanes<T, kEdge> lanes(part);
+  Vector<T> ws[C][S];
   Vector<T> sum[C][S] = {};
-  for (long r = 0; r < rows; ++r) {
+  GRL_EXT_UNROLL
+  for (int c = 0; c < C; ++c) {
     GRL_EXT_UNROLL
     for (int s = 0; s < S; ++s) {
-      const Vector<T> xs = get(x + r * features + s * kLanes);
+      ws[c][s] = kDx ? lanes.get(w + c * features + s * kLanes) : Vector<T>{};
+    }
+  }
+  for (long r = 0; r < rows; ++r) {
+    Vector<T> xs[S], out[S];
+    GRL_EXT_UNROLL
+    for (int s = 0; s < S; ++s) {
+      const long at = r * features + s * kLanes;
+      xs[s] = kDw ? lanes.get(x + at) : Vector<T>{};
+      out[s] = kDx && !first ? lanes.get(dx + at) : Vector<T>{};
+      __builtin_prefetch(ahead + at, 0, 2);
+    }
+    GRL_EXT_UNROLL
+    for (int c = 0; c < C; ++c) {
+      const Vector<T> from_x = broadcast(g[c * kMaxBlockRows + r]);
+      const Vector<T> to_x = broadcast(scaled[c * kMaxBlockRows + r]);
       GRL_EXT_UNROLL
-      for (int c = 0; c < C; ++c) {
-        sum[c][s] += g[c * kMaxBlockRows + r] * xs;
+      for (int s = 0; s < S; ++s) {
+        if constexpr (kDx) {
+          out[s] += to_x * ws[c][s];
+        }
+        if constexpr (kDw) {
+          sum[c][s] += from_x * xs[s];
+        }
       }
+    }
+    GRL_EXT_UNROLL
+    for (int s = 0; kDx && s < S; ++s) {
+      lanes.put(dx + r * features + s * kLanes, out[s]);  // of lanes done before, the same once more
     }
   }
   GRL_EXT_UNROLL
   for (int c = 0; c < C; ++c) {
     GRL_EXT_UNROLL
-    for (int s = 0; s < S; ++s) {
+    for (int s = 0; kDw && s < S; ++s) {
       T* to = dw + c * features + s * kLanes;
-      const Vector<T> total = get(to) + sum[c][s];
-      kPart ? store_part(to, total, part) : store(to, total);
+      lanes.put(to, lanes.get(to) + lanes.fresh_or(sum[c][s], Vector<T>{}));
     }
   }
 }
 
-template <class T, int C>
-void weight_columns(T* dw, const T* g, const T* x, long rows, long features) {
+// As wide a strip as the registers hold: weights, sums, and a row's features and gradient, beside two factors.
+constexpr int strip_vectors(int columns) {
+  const auto fits = [columns](int vectors) { return 2 * columns * vectors + 2 * vectors + 2 <= kRegisters; };
+  return fits(4) ? 4 : fits(2) ? 2 : 1;
+}
+
+// Strip by strip over the features, so that the weight and its gradient move once a block; within a strip all columns, while its
+// rows are in the L1 cache.
+template <class T, bool kDx, bool kDw>
+void gradients_of_block(
+    T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* ahead, const T* w, long rows, long features, long columns) {
   constexpr int kLanes = VectorOf<T>::kLanes;
-  constexpr int kVectors = C <= kWeightSums / 4 ? 4 : C <= kWeightSums / 2 ? 2 : 1;  // few columns leave registers for more features
-  long d = 0;
-  for (; d + kVectors * kLanes <= features; d += kVectors * kLanes) {
-    weight_tile<T, C, kVectors, false>(dw + d, g, x + d, rows, features, 0);
-  }
-  for (; d + kLanes <= features; d += kLanes) {
-    weight_tile<T, C, 1, false>(dw + d, g, x + d, rows, features, 0);
-  }
-  if (d < features) {
-    weight_tile<T, C, 1, true>(dw + d, g, x + d, rows, features, features - d);
+  const long groups = (columns + kBackwardColumns - 1) / kBackwardColumns;
+  for (long d = 0; d < features;) {
+    long step = kLanes;
+    for (long group = 0, c = 0, left = columns; group < groups; ++group) {
+      const long width = (left + groups - group - 1) / (groups - group);
+      with_constant<kBackwardColumns>(width, [&](auto constant) {
+        constexpr int C = decltype(constant)::kValue;
+        constexpr int S = strip_vectors(C);
+        const auto run = [&](auto strip, long at, long part) {
+          strip(
+              dx + at, dw + c * features + at, g + c * kMaxBlockRows, scaled + c * kMaxBlockRows, x + at, ahead + at,
+              w + c * features + at, rows, features, group == 0, part);
+        };
+        if (groups == 1 && d + S * kLanes <= features) {
+          run(gradients_strip<T, C, S, kDx, kDw, Edge::kNone>, d, 0);
+          step = S * kLanes;
+        } else if (d + kLanes <= features) {
+          run(gradients_strip<T, C, 1, kDx, kDw, Edge::kNone>, d, 0);
+        } else if (features > kLanes) {
+          run(gradients_strip<T, C, 1, kDx, kDw, Edge::kOverlap>, features - kLanes, features - d);
+        } else {
+          run(gradients_strip<T, C, 1, kDx, kDw, Edge::kShort>, 0, features);
+        }
+      });
+      c += width;
+      left -= width;
+    }
+    d += step;
   }
 }
 
 template <class T>
-void weight_gradient(T* dw, const T* g, const T* x, long rows, long features, long columns) {
-  for (long c = 0; c < columns; c += kWeightColumns) {
-    const long width = columns - c < kWeightColumns ? columns - c : kWeightColumns;
-    with_constant<kWeightColumns>(width, [&](auto constant) {
-      weight_columns<T, decltype(constant)::kValue>(dw + c * features, g + c * kMaxBlockRows, x, rows, features);
-    });
+void gradients(
+    T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* ahead, const T* w, long rows, long features, long columns) {
+  if (dx && dw) {
+    gradients_of_block<T, true, true>(dx, dw, g, scaled, x, ahead, w, rows, features, columns);
+  } else if (dx) {
+    gradients_of_block<T, true, false>(dx, dw, g, scaled, x, ahead, w, rows, features, columns);
+  } else {
+    gradients_of_block<T, false, true>(dx, dw, g, scaled, x, ahead, w, rows, features, columns);
   }
 }
 

@@ -21,18 +21,59 @@ inline void store(T* to, Vector<T> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
-// The first n lanes; the others are 0 (load) or left alone (store).
+// Where in a row a vector lies.
+enum class Edge {
+  kNone,     // well inside
+  kOverlap,  // at the row's end, over lanes that the vector before has done: only its last `part` lanes are fresh
+  kShort,    // in a row shorter than a vector: only its first `part` lanes exist
+};
+
+// Zeros, then ones: read from a position on, they tell the last lanes from the others.
 template <class T>
-inline Vector<T> load_part(const T* from, long n) {
-  Vector<T> v = {};
-  __builtin_memcpy(&v, from, n * sizeof(T));
-  return v;
-}
+struct Ramp {
+  Integer<T> steps[2 * VectorOf<T>::kLanes];
+  constexpr Ramp() : steps() {
+    for (int i = VectorOf<T>::kLanes; i < 2 * VectorOf<T>::kLanes; ++i) {
+      steps[i] = -1;
+    }
+  }
+};
 
 template <class T>
-inline void store_part(T* to, Vector<T> v, long n) {
-  __builtin_memcpy(to, &v, n * sizeof(T));
-}
+constexpr Ramp<T> kRamp;
+
+// A vector's way between memory and register, by where it lies.
+template <class T, Edge kEdge>
+class Lanes {
+ public:
+  explicit Lanes(long part) : part_(part), fresh_(load(kRamp<T>.steps + part)) {}
+
+  Vector<T> get(const T* from) const {
+    if constexpr (kEdge == Edge::kShort) {
+      Vector<T> v = {};
+      __builtin_memcpy(&v, from, part_ * sizeof(T));
+      return v;
+    }
+    return load(from);
+  }
+
+  void put(T* to, Vector<T> v) const {
+    if constexpr (kEdge == Edge::kShort) {
+      __builtin_memcpy(to, &v, part_ * sizeof(T));
+    } else {
+      store(to, v);
+    }
+  }
+
+  // a in the lanes to be done, b in those that the vector before has done.
+  Vector<T> fresh_or(Vector<T> a, Vector<T> b) const {
+    return kEdge == Edge::kOverlap ? fresh_ ? a : b : a;
+  }
+
+ private:
+  const long part_;
+  const Vector<Integer<T>> fresh_;
+};
 
 template <class T>
 inline Vector<T> broadcast(T x) {
