@@ -271,9 +271,8 @@ class AdversarialHeads(_LambdaModule):
         return HeadsOutput(loss, *by_name)
 
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
-        for name in given:
-            if name not in self.head_names:
-                raise ValueError(f"{what} names {name!r}, but the heads are {list(self.head_names)}")
+        if unknown := [name for name in given if name not in self.head_names]:
+            raise ValueError(f"{what} names {unknown}, but the heads are {list(self.head_names)}")
 
     def _by_name(self, logits: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.head_names, logits.split_with_sizes(self.head_sizes, -1), strict=True))
