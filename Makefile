@@ -50,7 +50,7 @@ bench: build
 	$(RUN) bench/compare.py
 
 examples: build
-	for name in moons pair_digits dann_digits market; do $(RUN) examples/$$name.py || exit 1; done
+	for name in moons pair_digits dann_digits market; do $(RUN) examples/$$name.py --out examples/results/$$name || exit 1; done
 
 # The tests run from their own folder, so that they see the installed package and not the source tree. Those of the examples and
 # the benchmark do not depend on the build.

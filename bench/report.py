@@ -116,15 +116,16 @@ def _cell(spread: Spread | None, size: float, width: int) -> str:
 def table(result: CaseResult) -> str:
     unit, size = _scale(result)
     taxed = result.cost != "step"
+    width = max(len(row.name) for row in result.rows)
     lines = [f"{result.name}: {result.title}"]
-    header = f"  {'':<16}{f'step, {unit}':>24}" + (f"{f'{result.cost}, {unit}':>28}" if taxed else "")
+    header = f"  {'':<{width}}{f'step, {unit}':>24}" + (f"{f'{result.cost}, {unit}':>28}" if taxed else "")
     lines.append(header + f"{'/ naive':>24}{'/ best peer':>24}")
     for section, best in result.best_peer.items():
         lines.append(f"{section} (best peer: {best})")
         for row in (row for row in result.rows if row.section == section):
             mark = ">" if row.kind == "ours" else " "
             total = _cell(None if taxed and row.kind == "limit" else row.total, size, 24)
-            line = f"{mark} {row.name:<16}{total}" + (_cell(row.cost, size, 28) if taxed else "")
+            line = f"{mark} {row.name:<{width}}{total}" + (_cell(row.cost, size, 28) if taxed else "")
             lines.append(line + _cell(row.to_naive, 1.0, 24) + _cell(row.to_best_peer, 1.0, 24))
     rounds = max(row.total.n for row in result.rows)
     lines.append(f"  {f'median [quartiles] of {rounds} rounds, paired within a round' if rounds > 1 else 'counted exactly'}")

@@ -175,7 +175,7 @@ def plot(trained: dict[str, Training], domains: Domains, results: dict):
     figure, axes = experiment.plt.subplots(1, 4, figsize=(15, 3.9), layout="constrained", width_ratios=[0.8, 0.9, 1, 1])
     rows = [torch.cat(list(images[:5].cpu()), 2) for images in (domains.source, domains.target, domains.target_test)]
     picture = torch.cat(rows, 1).permute(1, 2, 0)
-    axes[0].imshow((picture - picture.min()) / (picture.max() - picture.min()))
+    axes[0].imshow(((picture - picture.min()) / (picture.max() - picture.min())).numpy())
     size = domains.source.shape[-1]
     axes[0].set_yticks([size * (i + 0.5) for i in range(3)], ["source", "target,\ntraining", "target,\ntest"])
     axes[0].set(xticks=[], title="the data")
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     options.add_argument("--crops", type=int, default=4, help="target images made of each digit (1 in MNIST-M)")
     options.add_argument("--steps", type=int, default=2500)
     options.add_argument("--batch", type=int, default=128, help="half from each domain")
-    options.add_argument("--lr", type=float, default=0.03, help="at the start; falls as lr / (1 + 10 p)^0.75")
+    options.add_argument("--lr", type=float, default=0.01, help="at the start; falls as lr / (1 + 10 p)^0.75")
     options.add_argument("--gamma", type=float, default=10.0, help="how fast lambda rises")
     options.add_argument("--lambda", dest="lambda_", type=float, default=1.0, help="where lambda rises to")
     options.add_argument("--resume", action="store_true", help="continue from the checkpoints in the output folder")

@@ -130,13 +130,19 @@ def test_a_folder_without_pictures_and_a_damaged_picture_are_told(tmp_path):
     assert f"{tmp_path / 'a.png'} is not a readable picture" in sentence(error)
 
 
-def test_a_blend_is_the_absolute_difference_to_a_crop():
-    photo = torch.rand(3, 20, 30)
-    images = torch.rand(4, 1, 8, 8)
-    for image, blended in zip(images, data.blend(images, [photo], torch.Generator().manual_seed(0)), strict=True):
-        crops = photo.unfold(1, 8, 1).unfold(2, 8, 1)  # (3, tops, lefts, 8, 8)
-        differences = (crops - image[:, None, None]).abs().transpose(0, 2).flatten(0, 1)  # one candidate a position
-        assert any(torch.allclose(candidate, blended) for candidate in differences)
+def test_a_blend_is_each_channels_absolute_difference_to_a_crop():
+    photos = [torch.rand(3, 20, 30), torch.rand(3, 9, 9)]
+    images = torch.rand(20, 1, 8, 8)
+    found = set()
+    for image, blended in zip(images, data.blend(images, photos, torch.Generator().manual_seed(0)), strict=True):
+        for channel in range(3):
+            hits = []
+            for which, photo in enumerate(photos):
+                crops = photo[channel].unfold(0, 8, 1).unfold(1, 8, 1).flatten(0, 1)  # one candidate a position
+                hits += [(which, channel, at) for at, crop in enumerate(crops) if torch.allclose((crop - image[0]).abs(), blended[channel])]
+            assert len(hits) == 1
+            found |= set(hits)
+    assert {which for which, _, _ in found} == {0, 1} and len(found) > 30
 
 
 def test_photos_smaller_than_a_crop_are_refused():

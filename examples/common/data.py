@@ -143,7 +143,7 @@ def load_photos(folder: Path | None) -> list[Tensor]:
 
 
 def blend(images: Tensor, photos: list[Tensor], generator: torch.Generator) -> Tensor:
-    """MNIST-M's recipe: each image (1, size, size) and a random crop of a random photo, their absolute difference per channel.
+    """MNIST-M's recipe: the absolute difference of each image (1, size, size) and random crops of random photos, one per channel.
 
     Returns (N, 3, size, size).
     """
@@ -151,10 +151,11 @@ def blend(images: Tensor, photos: list[Tensor], generator: torch.Generator) -> T
     if small := [list(photo.shape[1:]) for photo in photos if min(photo.shape[1:]) < size]:
         raise DataError(f"a photo of {small[0]} pixels is too small: crops are {size} x {size}")
     blended = torch.empty(len(images), 3, size, size)
-    for image, out in zip(images, blended, strict=True):
-        photo = photos[int(torch.randint(len(photos), (), generator=generator))]
-        top, left = (int(torch.randint(extent - size + 1, (), generator=generator)) for extent in photo.shape[1:])
-        torch.sub(photo[:, top : top + size, left : left + size], image, out=out).abs_()
+    for image, channels in zip(images, blended, strict=True):
+        for channel, out in enumerate(channels):
+            photo = photos[int(torch.randint(len(photos), (), generator=generator))][channel]
+            top, left = (int(torch.randint(extent - size + 1, (), generator=generator)) for extent in photo.shape)
+            torch.sub(photo[top : top + size, left : left + size], image[0], out=out).abs_()
     return blended
 
 
