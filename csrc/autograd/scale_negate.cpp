@@ -65,7 +65,9 @@ at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda) {
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   if (is_unshared(grad)) {
-    in_place.call(grad, lambda.value, factor);
+    if (factor || lambda.value != -1) {
+      in_place.call(grad, lambda.value, factor);
+    }
     return grad;
   }
   return out_of_place.call(grad.is_non_overlapping_and_dense() ? grad : grad.contiguous(), lambda.value, factor);

@@ -39,9 +39,6 @@ void scale(const at::Tensor& out, const at::Tensor& grad, double value, const st
 
   if (!lambda || lambda->numel() == 1) {
     const double number = lambda ? value * lambda->item<double>() : value;
-    if (number == -1 && to == from) {
-      return;
-    }
     at::parallel_for(0, grad.numel() * parts, kGrain, [&](int64_t begin, int64_t end) {
       kernels.scale(to + begin * size, from + begin * size, end - begin, number);
     });
