@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     options.add_argument("--crops", type=int, default=4, help="target images made of each digit (1 in MNIST-M)")
     options.add_argument("--steps", type=int, default=2500)
     options.add_argument("--batch", type=int, default=128, help="half from each domain")
-    options.add_argument("--lr", type=float, default=0.01, help="at the start; falls as lr / (1 + 10 p)^0.75")
+    options.add_argument("--lr", type=float, default=0.03, help="at the start; falls as lr / (1 + 10 p)^0.75")
     options.add_argument("--gamma", type=float, default=10.0, help="how fast lambda rises")
     options.add_argument("--lambda", dest="lambda_", type=float, default=1.0, help="where lambda rises to")
     options.add_argument("--resume", action="store_true", help="continue from the checkpoints in the output folder")
