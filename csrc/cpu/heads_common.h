@@ -12,7 +12,6 @@
 
 #include "heads_limits.h"
 #include "kernels.h"
-#include "result.h"
 
 namespace grl_ext::cpu {
 
@@ -218,12 +217,7 @@ inline std::tuple<Tensor, Tensor, Tensor> gradients_by_products(
     const Tensor& g, const Tensor& scaled, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
     std::array<bool, 3> needs) {
   const auto none = [&] { return g.new_empty({0}); };
-  auto dx = none();
-  if (needs[0]) {
-    dx = in_large_pages(g.new_empty({g.size(0), weight->size(1)}));
-    at::mm_out(dx, scaled, *weight);
-  }
-  return {dx, needs[1] ? g.t().mm(*x) : none(), needs[2] ? g.sum(0) : none()};
+  return {needs[0] ? scaled.mm(*weight) : none(), needs[1] ? g.t().mm(*x) : none(), needs[2] ? g.sum(0) : none()};
 }
 
 }  // namespace grl_ext::cpu

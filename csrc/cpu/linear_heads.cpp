@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> heads_gradients(
     const auto x = needs[1] ? x_->contiguous() : none;
     const Parameters<T> parameters(needs[0] ? *weight_ : none, std::nullopt);
     const int64_t threads = thread_count(n, d, 2 * k);
-    auto dx = needs[0] ? in_large_pages(grad.new_empty({n, d})) : grad.new_empty({0});
+    auto dx = needs[0] ? grad.new_empty({n, d}) : grad.new_empty({0});
     ParameterGradients<T> of_parameters(threads, k, d, grad.scalar_type(), needs[1], needs[2]);
     for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
       Rows<T> features(x, d), gradient(dx, d), incoming(grad, k);

@@ -7,7 +7,6 @@
 
 #include "../lambda_layout.h"
 #include "kernels.h"
-#include "result.h"
 
 namespace grl_ext {
 namespace {
@@ -70,7 +69,7 @@ void scale(const at::Tensor& out, const at::Tensor& grad, double value, const st
 }
 
 at::Tensor scale_negate(const at::Tensor& grad, double value, const std::optional<at::Tensor>& lambda) {
-  auto out = cpu::in_large_pages(at::empty_like(grad));
+  auto out = at::empty_like(grad);
   scale(out, grad, value, lambda);
   return out;
 }
