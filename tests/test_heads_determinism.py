@@ -70,7 +70,7 @@ def test_every_instruction_set_equals_the_layers(compiled, isa):
     result = subprocess.run(
         [*command, here / "test_linear_heads.py", here / "test_heads_cross_entropy.py"],
         env={**os.environ, "GRL_EXT_CPU_ISA": isa},
-        cwd=here.parent,
+        cwd=here,  # not the source tree: an installed package is to be found before it
         capture_output=True,
         text=True,
     )
