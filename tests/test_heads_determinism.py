@@ -10,6 +10,7 @@ import torch
 from head_samples import SWITCH, sample_heads
 from samples import assert_same
 
+import grl_ext
 from grl_ext import grl_linear, heads_cross_entropy, linear_heads
 
 
@@ -69,8 +70,8 @@ def test_every_instruction_set_equals_the_layers(compiled, isa):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "compiled and cpu and (equals or classes or masked)"]
     result = subprocess.run(
         [*command, here / "test_linear_heads.py", here / "test_heads_cross_entropy.py"],
-        env={**os.environ, "GRL_EXT_CPU_ISA": isa},
-        cwd=here,  # not the source tree: an installed package is to be found before it
+        env={**os.environ, "GRL_EXT_CPU_ISA": isa, "PYTHONPATH": str(Path(grl_ext.__file__).parents[1])},  # the very same package
+        cwd=here,
         capture_output=True,
         text=True,
     )
