@@ -35,9 +35,12 @@ inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const st
       weight.dim() == 2 && weight.sym_size(1) == x.sym_size(-1), "weight must have shape [K, D] with D = x.shape[-1] = ",
       x.sym_size(-1), ", got ", weight.sym_sizes());
   TORCH_CHECK_VALUE(weight.device() == x.device(), "weight is on ", weight.device(), " but x is on ", x.device());
+  const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(
-      x.is_floating_point() && weight.scalar_type() == x.scalar_type(), "x and weight must have the same floating-point dtype, got ",
-      dtype_name(x), " and ", dtype_name(weight));
+      (dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble) &&
+          weight.scalar_type() == dtype,
+      "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got ", dtype_name(x), " and ",
+      dtype_name(weight));
   if (bias) {
     TORCH_CHECK_VALUE(
         bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [", weight.sym_size(0), "], got ",

@@ -69,8 +69,10 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight must have shape [K, D] with D = x.shape[-1] = {x.shape[-1]}, got {list(weight.shape)}")
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device} but x is on {x.device}")
-    if not x.is_floating_point() or weight.dtype != x.dtype:
-        raise TypeError(f"x and weight must have the same floating-point dtype, got {x.dtype} and {weight.dtype}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dtype != x.dtype:
+        raise TypeError(
+            f"x and weight must have the same dtype, float16, bfloat16, float32 or float64, got {x.dtype} and {weight.dtype}"
+        )
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
@@ -278,7 +280,8 @@ class _LinearHeadsWithJvp(_LinearHeads):
 
 def _per_head(name: str, values: Tensor | Sequence[float]) -> Tensor:
     if isinstance(values, Tensor):
-        return values.detach()
+        # What is on the CPU may change before the backward; what is on a device is read there.
+        return values.detach().clone() if values.device.type == "cpu" else values.detach()
     if not torch.compiler.is_compiling():
         values = check_numbers(name, values)
     return torch.tensor(values, dtype=torch.float64)

@@ -145,7 +145,7 @@ def linear_heads(
     if path == "eager":
         return _backend.C.linear_heads(x, weight, bias, head_sizes, grad_scale)
     if path == "traced":
-        return torch.ops.grl_ext.linear_heads(x, weight, bias, head_sizes, _as_tensor(grad_scale))
+        return torch.ops.grl_ext.linear_heads(x, weight, bias, head_sizes, _on_device(grad_scale, x))
     return _reference.linear_heads(x, weight, bias, head_sizes, grad_scale)
 
 
@@ -174,14 +174,16 @@ def heads_cross_entropy(
 ) -> HeadsOutput:
     r"""The cross entropy of several heads over the same features: logits, losses and all gradients in one pass over ``x``.
 
+    With float16 features in two: their gradients wait for the backward, where the loss scale that saves the small ones is known.
+
     .. math:: L = \sum_h w_h \frac{1}{|V_h|} \sum_{n \in V_h} \mathrm{CE}(z_{nh}, t_{nh}), \qquad z = x W^T + b
 
     with :math:`V_h` the rows whose target is not ``ignore_index``. Backward, the gradient to ``x`` counts each head with its
     ``grad_scale``, as in :func:`linear_heads`; those to ``weight`` and ``bias`` are not scaled.
 
     Equivalent to a linear layer and ``F.cross_entropy`` for each head (``F.binary_cross_entropy_with_logits`` for a head of size
-    1), with one difference: a head without a valid row has loss 0 and no gradient, instead of NaN. So has every head if ``x`` has
-    no rows.
+    1), with two differences: a head without a valid row has loss 0 and no gradient, instead of NaN, and so has every head if ``x``
+    has no rows; and an incoming gradient of 0 gives zeros, also where the loss is NaN.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
@@ -226,13 +228,14 @@ def heads_cross_entropy(
         )
     path = _heads_path(x)
     if path == "traced":
-        grad_scale = _as_tensor(grad_scale)
-        loss_weight = None if loss_weight is None else _as_tensor(loss_weight)
+        grad_scale = _on_device(grad_scale, x)
+        loss_weight = None if loss_weight is None else _on_device(loss_weight, x)
         compute = torch.ops.grl_ext.heads_cross_entropy
     else:
         compute = (_backend.C if path == "eager" else _reference).heads_cross_entropy
     return HeadsOutput(*compute(x, weight, bias, targets, head_sizes, grad_scale, loss_weight, ignore_index, label_smoothing))
 
 
-def _as_tensor(numbers: Tensor | Sequence[float]) -> Tensor:
-    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64)
+def _on_device(numbers: Tensor | Sequence[float], x: Tensor) -> Tensor:
+    """Tracing allows no CPU tensor beside those of another device, unless it is 0-d."""
+    return numbers.to(x.device) if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64, device=x.device)

@@ -232,7 +232,7 @@ class AdversarialHeads(_LambdaModule):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> HeadsOutput:
-        """The heads' cross entropy, with all gradients made in one pass: :func:`grl_ext.heads_cross_entropy` by name.
+        """The heads' cross entropy, fused with its gradients: :func:`grl_ext.heads_cross_entropy` by name.
 
         Args:
             features: ``(..., D)``.

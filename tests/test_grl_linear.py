@@ -178,6 +178,17 @@ def test_inputs_that_the_backward_needs_must_not_change(device, changed):
         loss.backward()
 
 
+def test_vmap_over_a_graph_never_reads_memory_that_was_not_written(device):
+    x, weight, _ = sample_heads(device).inputs
+    y = grl_linear(x, weight, None, 0.5)
+    grads = torch.randn(3, *y.shape, device=device)
+    expected = torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in grads])
+    for _ in range(50):
+        torch.full((1, 1), math.nan, device=device)  # freed at once: what the next small tensor is made of
+        batched = torch.func.vmap(lambda g: torch.autograd.grad(y, x, g, retain_graph=True)[0])(grads)
+        torch.testing.assert_close(batched, expected)
+
+
 # --- the layer -------------------------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,19 @@ def test_batched_gradients_are_the_gradients_one_by_one(device, operation):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_vmap_over_a_graph_gives_the_gradients_one_by_one(device, operation, dtype):
+    sample = sample_heads(device, dtype)
+    y = linear_heads(*sample.inputs, *sample[4:]) if operation == "linear_heads" else heads_cross_entropy(*sample).loss
+    grads = torch.randn(3, *y.shape, dtype=y.dtype, device=device)
+    batched = torch.func.vmap(lambda g: torch.autograd.grad(y, sample.inputs, g, retain_graph=True))(grads)
+    single = [torch.autograd.grad(y, sample.inputs, g, retain_graph=True) for g in grads]
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {}
+    for a, b in zip(batched, map(torch.stack, zip(*single, strict=True)), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
 # --- graphs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +187,28 @@ def test_a_single_gradient_may_be_asked_for(device, operation, wanted):
     ours, _ = networks(operation, sample)
     every = torch.autograd.grad(ours(*sample.inputs), sample.inputs)
     assert_same(torch.autograd.grad(ours(*sample.inputs), sample.inputs[wanted])[0], every[wanted])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_backward_that_failed_on_the_way_may_be_repeated(device, dtype):
+    sample = sample_heads(device, dtype)
+    expected = torch.autograd.grad(heads_cross_entropy(*sample).loss, sample.inputs)
+    loss = heads_cross_entropy(*sample).loss
+
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    hook = loss.grad_fn.register_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        loss.backward()
+    hook.remove()
+    try:
+        loss.backward()
+    except RuntimeError as error:  # plain PyTorch's nodes have let go of what they saved
+        assert "backward through the graph a second time" in str(error)
+    else:
+        for t, g in zip(sample.inputs, expected, strict=True):
+            assert_same(t.grad, g)
 
 
 def test_head_losses_and_logits_are_detached(device):
@@ -263,3 +298,12 @@ def test_a_scaled_loss_saves_gradients_that_float16_alone_would_lose(device, und
     assert held.sum() > 10000
     worst = ((ours - exact).abs() / exact.abs().amax(1, keepdim=True))[held].max().item()
     assert worst < 0.05, worst
+
+
+def test_a_gradient_of_a_gradient_knows_the_loss_scale_before_it_rounds_to_float16(device):
+    sample = sample_heads(device, torch.float16, (64,), 8)
+    loss = heads_cross_entropy(*sample, loss_weight=[1e-6, 1e-6]).loss * 1e6
+    once = torch.autograd.grad(loss, sample.x, retain_graph=True)[0]
+    twice = torch.autograd.grad(loss, sample.x, create_graph=True)[0].detach()
+    assert once.any()
+    torch.testing.assert_close(twice, once, rtol=1e-2, atol=1e-4)

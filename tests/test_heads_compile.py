@@ -5,7 +5,7 @@ import torch
 from head_samples import sample_heads
 from torch import nn
 
-from grl_ext import AdversarialHeads, GRLLinear, grl_linear, heads_cross_entropy, linear_heads
+from grl_ext import AdversarialHeads, GRLLinear, functional, grl_linear, heads_cross_entropy, linear_heads
 
 pytestmark = [
     pytest.mark.usefixtures("path"),
@@ -120,3 +120,18 @@ def test_autocast_inside_the_graph(device):
         assert y.dtype == torch.float32
         results.append([y.detach(), *torch.autograd.grad(y, sample.inputs)])
     torch.testing.assert_close(*results, rtol=0.02, atol=0.02)  # bfloat16 on both sides, rounded at other places
+
+
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)  # about the registered operators
+def test_numbers_on_the_cpu_may_be_traced_beside_features_elsewhere(path):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, weight = torch.empty(4, 8, device="cuda"), torch.empty(5, 8, device="cuda")
+        for numbers in ([1.0, -0.3], torch.tensor([1.0, -0.3])):
+            assert functional._on_device(numbers, x).device == x.device
+        targets = torch.zeros(4, 2, dtype=torch.int64, device="cuda")
+        scale = functional._on_device([1.0, -0.3], x)
+        loss = torch.ops.grl_ext.heads_cross_entropy(x, weight, None, targets, [3, 2], scale, functional._on_device([1.0, 0.5], x))[0]
+        assert loss.device == x.device
+        assert torch.ops.grl_ext.linear_heads(x, weight, None, [3, 2], scale).shape == (4, 5)

@@ -22,17 +22,22 @@ LINEAR = {
     "weight: other dtype": (
         {"weight": torch.ones(5, 7, dtype=torch.float64)},
         TypeError,
-        "x and weight must have the same floating-point dtype, got torch.float32 and torch.float64",
+        "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got torch.float32 and torch.float64",
     ),
     "integers": (
         {"x": torch.ones(5, 7, dtype=torch.int64), "weight": torch.ones(5, 7, dtype=torch.int64)},
         TypeError,
-        "x and weight must have the same floating-point dtype, got torch.int64 and torch.int64",
+        "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got torch.int64 and torch.int64",
+    ),
+    "float8": (
+        {"x": torch.ones(5, 7).to(torch.float8_e5m2), "weight": torch.ones(5, 7).to(torch.float8_e5m2)},
+        TypeError,
+        "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got torch.float8_e5m2 and torch.float8_e5m2",
     ),
     "complex": (
         {"x": torch.ones(5, 7, dtype=torch.complex64), "weight": torch.ones(5, 7, dtype=torch.complex64)},
         TypeError,
-        "x and weight must have the same floating-point dtype, got torch.complex64 and torch.complex64",
+        "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got torch.complex64 and torch.complex64",
     ),
     "bias: wrong size": ({"bias": torch.ones(4)}, ValueError, "bias must have shape [5], got [4]"),
     "bias: 2-d": ({"bias": torch.ones(1, 5)}, ValueError, "bias must have shape [5], got [1, 5]"),

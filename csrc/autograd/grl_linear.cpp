@@ -19,9 +19,9 @@ using torch::autograd::variable_list;
 // -lambda * (grad @ weight)
 Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
   if (!lambda.tensor) {
-    // With beta = 0 the first argument gives nothing but its shape.
+    // With beta = 0 the first argument gives nothing but its shape; under vmap it is multiplied all the same, hence zeros.
     return lambda.value == 0 ? grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)})
-                             : at::addmm(grad.new_empty({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+                             : at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
   }
   // No product takes its factor from a tensor. Scaling an operand instead of the result would be less work, but no exact zero where
   // lambda is 0 and the other operand holds an infinity.
@@ -111,8 +111,13 @@ at::Tensor grl_linear_by_value(const Tensor& x, const Tensor& weight, const std:
 at::Tensor grl_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lambda) {
   refuse_functorch();
   check_lambda(x, lambda);
+  if (lambda.dim() == 0) {
+    return reversed_linear(x, weight, bias, read_lambda(lambda));
+  }
   // One value per row, (..., 1), becomes a column beside the rows.
-  return reversed_linear(x, weight, bias, read_lambda(lambda.dim() == 0 ? lambda : as_rows(lambda.expand_symint(x.sym_sizes()))));
+  auto sizes = x.sym_sizes().vec();
+  sizes.back() = lambda.sym_size(-1);
+  return reversed_linear(x, weight, bias, read_lambda(as_rows(lambda.expand_symint(sizes))));
 }
 
 }  // namespace grl_ext

@@ -33,6 +33,7 @@ struct Options {
 
 // The gradient of the loss for the logits, in ATen operators:
 //   (softmax(z_h) - y_h) * loss_weight_h / valid_h, with y the smoothed targets, 0 in rows that are not valid.
+// Not rounded to half types: the loss scale comes later.
 Tensor grad_logits_composite(const Tensor& logits, const Tensor& targets, const Options& options) {
   const auto z = logits.to(c10::promoteTypes(logits.scalar_type(), at::kFloat));
   std::vector<Tensor> parts;
@@ -57,7 +58,7 @@ Tensor grad_logits_composite(const Tensor& logits, const Tensor& targets, const 
     const auto dz = (zh.softmax(1) - y) * weight.unsqueeze(1);
     parts.push_back(size == 1 ? dz.narrow(1, 1, 1) : dz);
   }
-  return at::cat(parts, 1).to(logits.scalar_type());
+  return at::cat(parts, 1);
 }
 
 using Kernel = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
@@ -115,8 +116,9 @@ class HeadsCrossEntropyBackward : public torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto x = x_.unpack();  // also where its value is not needed: this is what reports a second backward and changed inputs
     const auto targets = targets_.unpack();
-    const bool as_operators = at::GradMode::is_enabled() || (gradients_.empty() && is_batched(grad));
-    return as_operators ? in_operators(grad, x, targets) : gradients_.empty() ? made_now(grad, x, targets) : scaled(grad);
+    const bool made = has_gradients();
+    const bool as_operators = at::GradMode::is_enabled() || (!made && is_batched(grad));
+    return as_operators ? in_operators(grad, x, targets) : made ? scaled(grad) : made_now(grad, x, targets);
   }
 
   void release_variables() override {
@@ -131,6 +133,16 @@ class HeadsCrossEntropyBackward : public torch::autograd::Node {
   }
 
  private:
+  // Whether all that are needed were made in the forward and are still here: a backward that fails on the way may have used them up.
+  bool has_gradients() const {
+    for (size_t i = 0; i < num_outputs(); ++i) {
+      if (needs()[i] && (gradients_.empty() || !gradients_[i].defined())) {
+        return false;
+      }
+    }
+    return true;
+  }
+
   // The gradients times the incoming number: in place where this is their last use.
   variable_list scaled(const Tensor& grad) {
     const bool last = !torch::autograd::get_current_graph_task_keep_graph();
@@ -138,7 +150,7 @@ class HeadsCrossEntropyBackward : public torch::autograd::Node {
     lambda.value *= -1;
     variable_list result(num_outputs());
     for (size_t i = 0; i < num_outputs(); ++i) {
-      if (should_compute_output(i) && gradients_[i].defined()) {
+      if (needs()[i]) {
         result[i] = scale_negate(last ? std::move(gradients_[i]) : gradients_[i], lambda);
       }
     }
@@ -156,7 +168,9 @@ class HeadsCrossEntropyBackward : public torch::autograd::Node {
   // The same in differentiable operators.
   variable_list in_operators(const Tensor& grad, const Tensor& x, const Tensor& targets) {
     const auto weight = weight_.unpack();
-    const auto logits = linear_heads(x, weight, bias(), options_.head_sizes, options_.grad_scale);
+    const auto logits = at::GradMode::is_enabled()
+        ? linear_heads(x, weight, bias(), options_.head_sizes, options_.grad_scale)
+        : at::linear(x, weight, bias());
     const auto grad_logits = (grad_logits_composite(logits, targets, options_) * grad).to(logits.scalar_type());
     const auto [dx, dw, db] = heads_gradients(grad_logits, x, weight, options_.head_sizes, options_.grad_scale, needs());
     return selected({dx, dw, db});

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> heads_gradients_composite(
       dx = dx.defined() ? dx + part : part;
     }
     if (needs[1]) {
-      dw.push_back(dz.t().mm(gradient_reversal(x, lambda)));
+      dw.push_back(dz.t().mm(at::GradMode::is_enabled() ? gradient_reversal(x, lambda) : x));
     }
     start += head_sizes[h];
   }

@@ -50,6 +50,8 @@ inline at::ScalarType wide_type(at::ScalarType dtype) {
 // f(T()) with the type that a dtype is computed in.
 template <class F>
 auto dispatch_wide(at::ScalarType dtype, const F& f) {
+  TORCH_CHECK_TYPE(
+      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, "no kernel for ", dtype);
   return dtype == at::kDouble ? f(double()) : f(float());
 }
 

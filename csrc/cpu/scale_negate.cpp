@@ -25,6 +25,7 @@ const cpu::ScaleKernels& scale_kernels(at::ScalarType dtype) {
     case at::kComplexDouble:
       return kernels.scale_double;
     default:
+      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kComplexFloat, "no kernel for ", dtype);
       return kernels.scale_float;
   }
 }

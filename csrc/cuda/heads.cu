@@ -104,6 +104,7 @@ auto dispatch(at::ScalarType dtype, const F& f) {
     case at::kDouble:
       return f(double());
     default:
+      TORCH_CHECK_TYPE(dtype == at::kFloat, "no kernel for ", dtype);
       return f(float());
   }
 }

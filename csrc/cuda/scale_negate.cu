@@ -60,6 +60,8 @@ void scale(const at::Tensor& out, const at::Tensor& grad, double value, const st
     case at::kComplexDouble:
       return scale_as<double>(out, grad, value, lambda);
     default:
+      TORCH_CHECK_TYPE(
+          grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kComplexFloat, "no kernel for ", grad.scalar_type());
       return scale_as<float>(out, grad, value, lambda);
   }
 }
