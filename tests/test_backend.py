@@ -19,8 +19,10 @@ from grl_ext import _backend
 PACKAGE = Path(grl_ext.__file__).parent
 
 # Warnings go to stdout, one a line, so that all that a process says is in one place and in order.
+# An editable install would find its own extension for a copy of the package that has none.
 PRELUDE = """
 import sys, warnings
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 warnings.simplefilter("always")
 warnings.showwarning = lambda message, category, *_: print(f"{category.__name__}: {message}") if "grl_ext" in str(message) else None
 """
