@@ -79,7 +79,8 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
 
     .. math:: y = x W^T + b, \qquad dx = -\lambda\, dy\, W, \quad dW = dy^T x, \quad db = \textstyle\sum dy
 
-    The factor rides in the matrix product for :math:`dx`; the layer's own gradients are not reversed.
+    A lambda that the host knows (a number, a 0-d CPU tensor) rides in the matrix product for :math:`dx`; any other scales its result
+    in place. The layer's own gradients are not reversed.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64.

@@ -1,4 +1,4 @@
-// grl_linear: F.linear whose gradient to x is scaled by -lambda, the factor riding in the matrix product.
+// grl_linear: F.linear whose gradient to x is scaled by -lambda; a number rides in the matrix product.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
