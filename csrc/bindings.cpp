@@ -83,6 +83,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> heads_cross_entropy_eager(
       label_smoothing);
 }
 
+at::Tensor adversarial_heads_logits_eager(
+    py::handle x, py::handle weight, py::handle bias, const std::vector<int64_t>& head_sizes, const at::Tensor& lambda) {
+  return adversarial_heads_logits(
+      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), head_sizes, lambda);
+}
+
+auto adversarial_heads_loss_eager(
+    py::handle x, py::handle weight, py::handle bias, const std::vector<at::Tensor>& targets, const std::vector<int64_t>& head_sizes,
+    const at::Tensor& lambda, py::handle loss_weight, int64_t ignore_index, double label_smoothing) {
+  return adversarial_heads_loss(
+      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), targets, head_sizes, lambda,
+      loss_weight.is_none() ? std::nullopt : std::optional(to_per_head("loss_weight", loss_weight)), ignore_index,
+      label_smoothing);
+}
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
@@ -100,6 +115,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("grl_linear", torch::wrap_pybind_function(grl_linear_eager));
   m.def("linear_heads", torch::wrap_pybind_function(linear_heads_eager));
   m.def("heads_cross_entropy", torch::wrap_pybind_function(heads_cross_entropy_eager));
+  m.def("adversarial_heads_logits", torch::wrap_pybind_function(adversarial_heads_logits_eager));
+  m.def("adversarial_heads_loss", torch::wrap_pybind_function(adversarial_heads_loss_eager));
   m.def("build_info", build_info);
 }
 

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace grl_ext {
 
@@ -25,5 +26,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> heads_cross_entropy(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& targets,
     at::IntArrayRef head_sizes, const at::Tensor& grad_scale, const std::optional<at::Tensor>& loss_weight,
     int64_t ignore_index, double label_smoothing);
+
+// The two on AdversarialHeads' terms, for eager mode: the adversaries' lambda, whose heads are the last; targets and results by head.
+at::Tensor adversarial_heads_logits(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef head_sizes,
+    const at::Tensor& lambda);
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> adversarial_heads_loss(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::TensorList targets,
+    at::IntArrayRef head_sizes, const at::Tensor& lambda, const std::optional<at::Tensor>& loss_weight, int64_t ignore_index,
+    double label_smoothing);
 
 }  // namespace grl_ext

@@ -237,6 +237,53 @@ def heads_cross_entropy(
     return HeadsOutput(*compute(x, weight, bias, targets, head_sizes, grad_scale, loss_weight, ignore_index, label_smoothing))
 
 
+def adversarial_heads_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], lambda_: Tensor
+) -> Tensor:
+    """:func:`linear_heads` with 1 for the first heads and -lambda for the last, as many as ``lambda_`` ``(A,)`` has elements."""
+    if _in_eager(x, weight, bias):
+        return _backend.C.adversarial_heads_logits(x, weight, bias, head_sizes, lambda_)
+    return linear_heads(x, weight, bias, head_sizes, _grad_scale(lambda_, head_sizes))
+
+
+def adversarial_heads_loss(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Sequence[Tensor],
+    head_sizes: Sequence[int],
+    lambda_: Tensor,
+    loss_weight: Sequence[float] | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """:func:`heads_cross_entropy` in the same terms, with targets ``(...)`` for each head; the results but the loss by head."""
+    if _in_eager(x, weight, bias, *targets):
+        return _backend.C.adversarial_heads_loss(
+            x, weight, bias, targets, head_sizes, lambda_, loss_weight, ignore_index, label_smoothing
+        )
+    loss, head_losses, logits = heads_cross_entropy(
+        x,
+        weight,
+        bias,
+        torch.stack(targets, -1),
+        head_sizes,
+        _grad_scale(lambda_, head_sizes),
+        loss_weight=loss_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    return loss, head_losses.unbind(), logits.split_with_sizes(head_sizes, -1)
+
+
+def _in_eager(x: Tensor, *others: Tensor | None) -> bool:
+    return not has_torch_function((x, *others)) and _heads_path(x) == "eager"
+
+
+def _grad_scale(lambda_: Tensor, head_sizes: Sequence[int]) -> Tensor:
+    return torch.constant_pad_nd(-lambda_, (len(head_sizes) - lambda_.numel(), 0), 1.0)
+
+
 def _on_device(numbers: Tensor | Sequence[float], x: Tensor) -> Tensor:
     """Tracing allows no CPU tensor beside those of another device, unless it is 0-d."""
     return numbers.to(x.device) if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64, device=x.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from grl_ext import functional
-from grl_ext._reference import check_number
+from grl_ext._reference import check_number, check_tensor
 from grl_ext.functional import HeadsOutput
 
 __all__ = ["GRL", "AdversarialHeads", "GRLLinear"]
@@ -215,13 +215,11 @@ class AdversarialHeads(_LambdaModule):
                 if name in numbers:
                     self.lambda_[i].fill_(numbers[name])
 
-    def _grad_scale(self) -> Tensor:
-        return torch.constant_pad_nd(-self._buffers["lambda_"], (len(self.predictors), 0), 1.0)
-
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """The heads' logits by name, ``(..., size)`` each, for features ``(..., D)``; any loss may follow."""
-        logits = functional.linear_heads(features, self.weight, self.bias, self.head_sizes, self._grad_scale())
-        return self._by_name(logits)
+        lambda_ = self._buffers["lambda_"]
+        logits = functional.adversarial_heads_logits(features, self.weight, self.bias, self.head_sizes, lambda_)
+        return dict(zip(self.head_names, logits.split_with_sizes(self.head_sizes, -1), strict=True))
 
     def loss(
         self,
@@ -245,6 +243,8 @@ class AdversarialHeads(_LambdaModule):
         """
         names = self.head_names
         self._check_names("targets", targets)
+        for name, target in targets.items():
+            check_tensor(f"targets[{name!r}]", target)
         if not targets:
             raise ValueError(f"targets is empty; the heads are {list(names)}")
         absent = None
@@ -254,18 +254,18 @@ class AdversarialHeads(_LambdaModule):
         if loss_weight:
             self._check_names("loss_weight", loss_weight)
             weights = [float(loss_weight.get(name, 1.0)) for name in names]
-        loss, head_losses, logits = functional.heads_cross_entropy(
+        loss, *by_head = functional.adversarial_heads_loss(
             features,
             self.weight,
             self.bias,
-            torch.stack([targets.get(name, absent) for name in names], -1),
+            [targets.get(name, absent) for name in names],
             self.head_sizes,
-            self._grad_scale(),
-            loss_weight=weights,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
+            self._buffers["lambda_"],
+            weights,
+            ignore_index,
+            label_smoothing,
         )
-        by_name = dict(zip(names, head_losses.unbind(), strict=True)), self._by_name(logits)
+        by_name = [dict(zip(names, values, strict=True)) for values in by_head]
         if absent is not None:
             by_name = [{name: value for name, value in values.items() if name in targets} for values in by_name]
         return HeadsOutput(loss, *by_name)
@@ -273,9 +273,6 @@ class AdversarialHeads(_LambdaModule):
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
         if unknown := [name for name in given if name not in self.head_names]:
             raise ValueError(f"{what} names {unknown}, but the heads are {list(self.head_names)}")
-
-    def _by_name(self, logits: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.head_names, logits.split_with_sizes(self.head_sizes, -1), strict=True))
 
     @classmethod
     def from_linears(

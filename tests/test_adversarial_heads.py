@@ -115,6 +115,20 @@ def test_no_loss_weight_by_name_is_no_loss_weight(device):
     assert_same(heads.loss(x, targets, loss_weight={}).loss, heads.loss(x, targets).loss)
 
 
+def test_targets_may_be_laid_out_in_any_way(device):
+    heads, (x, targets) = make(device=device), batch(device)
+    expected = heads.loss(x, targets)
+    table = torch.stack(list(targets.values()), 1)
+    for columns in (table, table.repeat_interleave(2, 0)[::2], table.flip(0).T.flip(1).T):
+        assert_same(heads.loss(x, dict(zip(SIZES, columns.unbind(1), strict=True))).loss, expected.loss)
+    cubes = {name: target.view(2, 3) for name, target in targets.items()}
+    output = heads.loss(x.view(2, 3, 7), cubes)
+    assert_same(output.loss, expected.loss)
+    assert_same(output.logits["speaker"], expected.logits["speaker"].view(2, 3, 4))
+    one = {name: target[:1].expand(6) for name, target in targets.items() if name != "digit"}
+    assert_same(heads.loss(x, one).loss, heads.loss(x, {name: target.contiguous() for name, target in one.items()}).loss)
+
+
 @pytest.mark.parametrize("given", [["digit"], ["domain"], ["speaker", "digit"], ["domain", "speaker"]], ids=str)
 def test_a_head_left_out_takes_no_part(device, given):
     heads = make(device=device)
@@ -402,6 +416,8 @@ def test_unknown_names_and_no_names_are_refused():
 
 def test_targets_are_checked_as_by_the_function(device):
     heads, (x, targets) = make(device=device), batch(device)
+    with pytest.raises(TypeError, match=r"^targets\['speaker'\] must be a tensor, got list$"):
+        heads.loss(x, {**targets, "speaker": [0] * 6})
     with pytest.raises(TypeError, match=r"^targets must be torch.int64, got torch.float32$"):
         heads.loss(x, {"domain": targets["domain"].float()})
     if device.type == "cpu":

@@ -221,23 +221,6 @@ void gradients(
   }
 }
 
-// What float holds with room to spare; and double, times one more of them.
-constexpr double kLargestProduct = 1e30;
-
-// The sum of the lanes' logarithms; each lane is between 1 and kLargestProduct, or NaN.
-template <class T>
-inline double sum_of_logarithms(Vector<T> product) {
-  double sum = 0, together = 1;
-  for (int i = 0; i < VectorOf<T>::kLanes; ++i) {
-    together *= product[i];
-    if (together > 1e270) {
-      sum += __builtin_log(together);
-      together = 1;
-    }
-  }
-  return sum + __builtin_log(together);
-}
-
 // y * z, and nothing where y is 0, though z be infinite.
 template <class T>
 inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
@@ -259,10 +242,7 @@ double cross_entropy(
   const T share = static_cast<T>(smoothing / (binary ? 2 : columns));
   const T rest = static_cast<T>(1 - smoothing);
   const Vector<T> zero = {};
-  double loss = 0;
-  // The sums of exponentials, each between 1 and the number of classes, are multiplied up: one logarithm serves many of them.
-  Vector<T> product = broadcast(T(1));
-  double bound = 1;
+  Vector<T> loss = zero;
   for (long r = 0; r < rows; r += kLanes) {
     const Integers wanted = load(target + r);
     const Integers valid = wanted >= 0;
@@ -294,16 +274,9 @@ double cross_entropy(
       store(g + c * kMaxBlockRows + r, dz);
       store(scaled + c * kMaxBlockRows + r, scale == 0 ? zero : dz * static_cast<T>(scale));
     }
-    bound *= columns + 1;
-    if (bound > kLargestProduct) {
-      loss += sum_of_logarithms<T>(product);
-      product = broadcast(T(1));
-      bound = columns + 1;
-    }
-    product *= valid ? sum : broadcast(T(1));
-    loss -= sum_lanes<T>(valid ? expected : zero);
+    loss += valid ? log_at_least_one(sum) - expected : zero;
   }
-  return loss + sum_of_logarithms<T>(product);
+  return sum_lanes<T>(loss);
 }
 
 // Rows of a half type to float and back.
