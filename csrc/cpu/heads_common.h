@@ -112,7 +112,7 @@ class Rows {
     return convert_ ? copy_.data() : reinterpret_cast<T*>(data_ + row * row_bytes_);
   }
 
-  // What reading or writing from this row on will touch first: for the kernels to ask for ahead of time. Null for no rows.
+  // What reading from this row on will touch first: for the kernels to ask for ahead of time. Null for no rows.
   const T* ahead(int64_t row) const {
     return reinterpret_cast<const T*>(data_ + row * row_bytes_);
   }

@@ -102,14 +102,13 @@ Result fused(
       const int64_t rows = std::min(step, end - r);
       const T* block = features.read(r, rows);
       const T* next = features.ahead(std::min(r + rows, end - 1));
-      heads_kernels<T>().logits(
-          z.data(), block, needs[0] ? gradient.ahead(r) : next, parameters.weight(), parameters.bias(), rows, d, k);
+      heads_kernels<T>().logits(z.data(), block, next, parameters.weight(), parameters.bias(), rows, d, k);
       to_rows(out.write(r), z.data(), rows, k);
       out.written(r, rows);
       loss.block(t, r, rows, z.data(), g.data(), scaled.data());
       if (needs[0] || needs[1]) {
         heads_kernels<T>().gradients(
-            needs[0] ? gradient.write(r) : nullptr, of_parameters.weight(t), g.data(), scaled.data(), block, next,
+            needs[0] ? gradient.write(r) : nullptr, of_parameters.weight(t), g.data(), scaled.data(), block,
             parameters.weight(), rows, d, k);
       }
       if (needs[0]) {

@@ -32,12 +32,11 @@ using Integer = typename IntegerOf<T>::Type;  // as wide as T
 // A block of at most kMaxBlockRows rows; what each computes is said in csrc/cpu/kernels/heads.h.
 template <class T>
 struct HeadsKernels {
-  void (*logits)(T* z, const T* x, const T* ahead, const T* weight, const T* bias, long rows, long features, long columns);
+  void (*logits)(T* z, const T* x, const T* next, const T* weight, const T* bias, long rows, long features, long columns);
   double (*cross_entropy)(
       T* g, T* scaled, const T* z, const Integer<T>* target, long rows, long columns, double weight, double scale, double smoothing);
   void (*gradients)(
-      T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* ahead, const T* weight, long rows, long features,
-      long columns);
+      T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* weight, long rows, long features, long columns);
 };
 
 struct ConvertKernels {

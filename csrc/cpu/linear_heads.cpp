@@ -21,9 +21,8 @@ Tensor heads_logits(const Tensor& x_, const Tensor& weight, const std::optional<
       std::vector<T> z(k * kMaxBlockRows);
       for (int64_t r = begin; r < end; r += step) {
         const int64_t rows = std::min(step, end - r);
-        heads_kernels<T>().logits(
-            z.data(), features.read(r, rows), features.ahead(std::min(r + rows, end - 1)), parameters.weight(), parameters.bias(),
-            rows, d, k);
+        const T* next = features.ahead(std::min(r + rows, end - 1));
+        heads_kernels<T>().logits(z.data(), features.read(r, rows), next, parameters.weight(), parameters.bias(), rows, d, k);
         to_rows(out.write(r), z.data(), rows, k);
         out.written(r, rows);
       }
@@ -67,8 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> heads_gradients(
         if (needs[0] || needs[1]) {
           heads_kernels<T>().gradients(
               needs[0] ? gradient.write(r) : nullptr, of_parameters.weight(t), g.data(), scaled.data(),
-              needs[1] ? features.read(r, rows) : nullptr, (needs[1] ? features : gradient).ahead(std::min(r + rows, end - 1)),
-              parameters.weight(), rows, d, k);
+              needs[1] ? features.read(r, rows) : nullptr, parameters.weight(), rows, d, k);
         }
         if (needs[0]) {
           gradient.written(r, rows);

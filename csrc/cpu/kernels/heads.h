@@ -1,22 +1,21 @@
 // The skinny matrix products of the heads and their cross entropy, for one block of rows at a time.
 //
 // With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K and the least traffic 2 N D elements.
-// A block of rows stays in the L2 cache from the product forward to the one backward, so that memory sees the features once. The
-// products wait for memory unless it works all the time: each asks, row by row, for the memory that comes `ahead`, the product
-// forward for where the gradient of the features will be written, the one backward for the features of the next block.
+// A block of rows stays in the L2 cache from the product forward to those backward, so that memory sees the features once.
+// Memory is kept at work meanwhile: the product forward asks, row by row, for the features of the next block, that for the weight's
+// gradient for where the features' gradient will be written.
 // z, g: K x kMaxBlockRows, one column after the other, so that the cross entropy's vectors run over rows.
 
-// Tiles: as many sums as the registers hold beside what the loops need (32 registers of AVX-512, 16 of the others).
+// Tiles: as many sums as the registers hold beside a step's operands (32 registers of AVX-512, 16 of the others).
 #if GRL_EXT_VECTOR_BYTES == 64
-constexpr int kForwardColumns = 6;    // times kTileRows
-constexpr int kBackwardColumns = 12;  // times two: the weight and the sums of its gradient
-constexpr int kRegisters = 32;
+constexpr int kForwardColumns = 6;  // times kTileRows
+constexpr int kStripVectors = 4;    // times kTileRows for the features' gradient, kWeightColumns for the weight's
 #else
 constexpr int kForwardColumns = 3;
-constexpr int kBackwardColumns = 6;
-constexpr int kRegisters = 16;
+constexpr int kStripVectors = 2;
 #endif
 constexpr int kTileRows = 4;
+constexpr int kWeightColumns = 6;
 
 // An array of vectors is registers only if every loop over it is unrolled.
 #if defined(__clang__)
@@ -44,7 +43,7 @@ inline void with_constant(int n, const F& f) {
 
 // z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: R * C accumulators in registers, R + C loads a step.
 template <class T, int R, int C>
-void logits_tile(T* z, const T* x, const T* ahead, const T* w, const T* bias, long features) {
+void logits_tile(T* z, const T* x, const T* next, const T* w, const T* bias, long features) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   Vector<T> sum[R][C] = {};
   const auto multiply = [&](auto lanes, long d) {
@@ -73,7 +72,7 @@ void logits_tile(T* z, const T* x, const T* ahead, const T* w, const T* bias, lo
     multiply(Lanes<T, Edge::kNone>(0), d);
     GRL_EXT_UNROLL
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(ahead + r * features + d, 0, 2);
+      __builtin_prefetch(next + r * features + d, 0, 2);
     }
   }
   T lanes[R][C][kLanes];
@@ -93,131 +92,124 @@ void logits_tile(T* z, const T* x, const T* ahead, const T* w, const T* bias, lo
 
 // Columns outside, rows inside: the weight of some columns stays in the L1 cache while the block's rows pass by from L2.
 template <class T>
-void logits(T* z, const T* x, const T* ahead, const T* w, const T* bias, long rows, long features, long columns) {
+void logits(T* z, const T* x, const T* next, const T* w, const T* bias, long rows, long features, long columns) {
   for (long c = 0; c < columns; c += kForwardColumns) {
-    const long width = columns - c < kForwardColumns ? columns - c : kForwardColumns;
-    with_constant<kForwardColumns>(width, [&](auto constant) {
+    with_constant<kForwardColumns>(columns - c < kForwardColumns ? columns - c : kForwardColumns, [&](auto constant) {
       constexpr int C = decltype(constant)::kValue;
       for (long r = 0; r < rows;) {
         const int height = rows - r >= kTileRows ? kTileRows : 1;
         const auto tile = height == 1 ? logits_tile<T, 1, C> : logits_tile<T, kTileRows, C>;
         tile(
-            z + c * kMaxBlockRows + r, x + r * features, ahead + r * features, w + c * features, bias ? bias + c : nullptr,
-            features);
+            z + c * kMaxBlockRows + r, x + r * features, next + r * features, w + c * features, bias ? bias + c : nullptr, features);
         r += height;
       }
     });
   }
 }
 
-// For C columns and S vectors of features, row after row, with the weight and the sums of its gradient in registers:
-//   dx[r] = sum_c scaled[c][r] w[c]    if kDx; added to what is there unless `first`
-//   dw[c] += sum_r g[c][r] x[r]        if kDw
-template <class T, int C, int S, bool kDx, bool kDw, Edge kEdge>
-void gradients_strip(
-    T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* ahead, const T* w, long rows, long features, bool first,
-    long part) {
+// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step's S + R loads serve S * R products.
+template <class T, int R, int S, Edge kEdge>
+void features_gradient_tile(T* dx, const T* scaled, const T* w, long features, long columns, Lanes<T, kEdge> lanes) {
   constexpr int kLanes = VectorOf<T>::kLanes;
-  const Lanes<T, kEdge> lanes(part);
-  Vector<T> ws[C][S];
-  Vector<T> sum[C][S] = {};
-  GRL_EXT_UNROLL
-  for (int c = 0; c < C; ++c) {
+  Vector<T> sum[R][S] = {};
+  for (long c = 0; c < columns; ++c) {
+    Vector<T> ws[S];
     GRL_EXT_UNROLL
     for (int s = 0; s < S; ++s) {
-      ws[c][s] = kDx ? lanes.get(w + c * features + s * kLanes) : Vector<T>{};
-    }
-  }
-  for (long r = 0; r < rows; ++r) {
-    Vector<T> xs[S], out[S];
-    GRL_EXT_UNROLL
-    for (int s = 0; s < S; ++s) {
-      const long at = r * features + s * kLanes;
-      xs[s] = kDw ? lanes.get(x + at) : Vector<T>{};
-      out[s] = kDx && !first ? lanes.get(dx + at) : Vector<T>{};
-      __builtin_prefetch(ahead + at, 0, 2);
+      ws[s] = lanes.get(w + c * features + s * kLanes);
     }
     GRL_EXT_UNROLL
-    for (int c = 0; c < C; ++c) {
-      const Vector<T> from_x = broadcast(g[c * kMaxBlockRows + r]);
-      const Vector<T> to_x = broadcast(scaled[c * kMaxBlockRows + r]);
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> factor = broadcast(scaled[c * kMaxBlockRows + r]);
       GRL_EXT_UNROLL
       for (int s = 0; s < S; ++s) {
-        if constexpr (kDx) {
-          out[s] += to_x * ws[c][s];
-        }
-        if constexpr (kDw) {
-          sum[c][s] += from_x * xs[s];
-        }
+        sum[r][s] += factor * ws[s];
+      }
+    }
+  }
+  GRL_EXT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    GRL_EXT_UNROLL
+    for (int s = 0; s < S; ++s) {
+      lanes.put(dx + r * features + s * kLanes, sum[r][s]);  // of lanes done before, the same once more
+    }
+  }
+}
+
+// dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features: a step's S + C loads serve S * C products. Asks for the memory
+// at `next`, which lies like x and will be written, unless null.
+template <class T, int C, int S, Edge kEdge>
+void weight_gradient_tile(
+    T* dw, const T* g, const T* x, const T* next, long rows, long features, Lanes<T, kEdge> lanes) {
+  constexpr int kLanes = VectorOf<T>::kLanes;
+  Vector<T> sum[C][S] = {};
+  for (long r = 0; r < rows; ++r) {
+    Vector<T> xs[S];
+    GRL_EXT_UNROLL
+    for (int s = 0; s < S; ++s) {
+      xs[s] = lanes.get(x + r * features + s * kLanes);
+      if (next) {
+        __builtin_prefetch(next + r * features + s * kLanes, 1);
       }
     }
     GRL_EXT_UNROLL
-    for (int s = 0; kDx && s < S; ++s) {
-      lanes.put(dx + r * features + s * kLanes, out[s]);  // of lanes done before, the same once more
+    for (int c = 0; c < C; ++c) {
+      const Vector<T> factor = broadcast(g[c * kMaxBlockRows + r]);
+      GRL_EXT_UNROLL
+      for (int s = 0; s < S; ++s) {
+        sum[c][s] += factor * xs[s];
+      }
     }
   }
   GRL_EXT_UNROLL
   for (int c = 0; c < C; ++c) {
     GRL_EXT_UNROLL
-    for (int s = 0; kDw && s < S; ++s) {
+    for (int s = 0; s < S; ++s) {
       T* to = dw + c * features + s * kLanes;
       lanes.put(to, lanes.get(to) + lanes.fresh_or(sum[c][s], Vector<T>{}));
     }
   }
 }
 
-// As wide a strip as the registers hold: weights, sums, and a row's features and gradient, beside two factors.
-constexpr int strip_vectors(int columns) {
-  const auto fits = [columns](int vectors) { return 2 * columns * vectors + 2 * vectors + 2 <= kRegisters; };
-  return fits(4) ? 4 : fits(2) ? 2 : 1;
-}
-
-// Strip by strip over the features, so that the weight and its gradient move once a block; within a strip all columns, while its
-// rows are in the L1 cache.
-template <class T, bool kDx, bool kDw>
-void gradients_of_block(
-    T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* ahead, const T* w, long rows, long features, long columns) {
-  constexpr int kLanes = VectorOf<T>::kLanes;
-  const long groups = (columns + kBackwardColumns - 1) / kBackwardColumns;
-  for (long d = 0; d < features;) {
-    long step = kLanes;
-    for (long group = 0, c = 0, left = columns; group < groups; ++group) {
-      const long width = (left + groups - group - 1) / (groups - group);
-      with_constant<kBackwardColumns>(width, [&](auto constant) {
-        constexpr int C = decltype(constant)::kValue;
-        constexpr int S = strip_vectors(C);
-        const auto run = [&](auto strip, long at, long part) {
-          strip(
-              dx + at, dw + c * features + at, g + c * kMaxBlockRows, scaled + c * kMaxBlockRows, x + at, ahead + at,
-              w + c * features + at, rows, features, group == 0, part);
-        };
-        if (groups == 1 && d + S * kLanes <= features) {
-          run(gradients_strip<T, C, S, kDx, kDw, Edge::kNone>, d, 0);
-          step = S * kLanes;
-        } else if (d + kLanes <= features) {
-          run(gradients_strip<T, C, 1, kDx, kDw, Edge::kNone>, d, 0);
-        } else if (features > kLanes) {
-          run(gradients_strip<T, C, 1, kDx, kDw, Edge::kOverlap>, features - kLanes, features - d);
-        } else {
-          run(gradients_strip<T, C, 1, kDx, kDw, Edge::kShort>, 0, features);
-        }
-      });
-      c += width;
-      left -= width;
-    }
-    d += step;
+// S vectors of features, from `at` on: all columns, then all rows, while the strip of both is in the L1 cache. With few columns memory
+// is slower than arithmetic, and dx is better asked for a little before it is written.
+template <class T, int S, Edge kEdge>
+void gradients_strip(
+    T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* w, long rows, long features, long columns, long at,
+    Lanes<T, kEdge> lanes) {
+  const T* next = dx && columns <= kWeightColumns ? dx + at : nullptr;
+  for (long c = 0; dw && c < columns; c += kWeightColumns) {
+    with_constant<kWeightColumns>(columns - c < kWeightColumns ? columns - c : kWeightColumns, [&](auto constant) {
+      constexpr int C = decltype(constant)::kValue;
+      weight_gradient_tile<T, C, S>(dw + c * features + at, g + c * kMaxBlockRows, x + at, next, rows, features, lanes);
+    });
+  }
+  for (long r = 0; dx && r < rows;) {
+    const int height = rows - r >= kTileRows ? kTileRows : 1;
+    const auto tile = height == 1 ? features_gradient_tile<T, 1, S, kEdge> : features_gradient_tile<T, kTileRows, S, kEdge>;
+    tile(dx + r * features + at, scaled + r, w + at, features, columns, lanes);
+    r += height;
   }
 }
 
+// dx = scaled^T w and dw += g x, each unless null, strip by strip over the features.
 template <class T>
-void gradients(
-    T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* ahead, const T* w, long rows, long features, long columns) {
-  if (dx && dw) {
-    gradients_of_block<T, true, true>(dx, dw, g, scaled, x, ahead, w, rows, features, columns);
-  } else if (dx) {
-    gradients_of_block<T, true, false>(dx, dw, g, scaled, x, ahead, w, rows, features, columns);
-  } else {
-    gradients_of_block<T, false, true>(dx, dw, g, scaled, x, ahead, w, rows, features, columns);
+void gradients(T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* w, long rows, long features, long columns) {
+  constexpr int kLanes = VectorOf<T>::kLanes;
+  const auto strip = [&](auto vectors, long at, auto lanes) {
+    gradients_strip<T, decltype(vectors)::kValue>(dx, dw, g, scaled, x, w, rows, features, columns, at, lanes);
+  };
+  long d = 0;
+  for (; d + kStripVectors * kLanes <= features; d += kStripVectors * kLanes) {
+    strip(Constant<kStripVectors>{}, d, Lanes<T, Edge::kNone>(0));
+  }
+  for (; d + kLanes <= features; d += kLanes) {
+    strip(Constant<1>{}, d, Lanes<T, Edge::kNone>(0));
+  }
+  if (d < features && features > kLanes) {
+    strip(Constant<1>{}, features - kLanes, Lanes<T, Edge::kOverlap>(features - d));
+  } else if (d < features) {
+    strip(Constant<1>{}, 0, Lanes<T, Edge::kShort>(features));
   }
 }
 
