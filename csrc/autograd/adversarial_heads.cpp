@@ -1,7 +1,7 @@
 // AdversarialHeads' operations on the heads' operators, in eager mode.
 //
-// What surrounds those is small: a scale for each head, the targets side by side. It is done here with plain loops: behind a pass over
-// the features nothing else is left in the caches, and an ATen operator that takes 2 us in a loop of its own takes 15 there.
+// What surrounds those is small: a scale for each head, the targets side by side. It is done here with plain loops: behind a pass
+// over the features nothing else is left in the caches, and an ATen operator that takes 2 us in a loop of its own takes 15 there.
 #include <ATen/ATen.h>
 
 #include <algorithm>

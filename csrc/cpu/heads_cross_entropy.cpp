@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "heads_common.h"
+#include "kept_memory.h"
 
 namespace grl_ext::cpu {
 namespace {
@@ -93,7 +94,7 @@ Result fused(
   const int64_t n = x.size(0), d = x.size(1), k = weight.size(0), step = block_rows(d);
   const Parameters<T> parameters(weight, bias);
   auto logits = at::empty({n, k}, x.options());
-  auto dx = needs[0] ? at::empty_like(x) : x.new_empty({0});
+  auto dx = needs[0] ? empty_kept({n, d}, x.scalar_type()) : x.new_empty({0});
   ParameterGradients<T> of_parameters(threads, k, d, x.scalar_type(), needs[1], needs[2]);
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(dx, d), out(logits, k);

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "heads_common.h"
+#include "kept_memory.h"
 
 namespace grl_ext::cpu {
 namespace {
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> heads_gradients(
     const auto x = needs[1] ? x_->contiguous() : none;
     const Parameters<T> parameters(needs[0] ? *weight_ : none, std::nullopt);
     const int64_t threads = thread_count(n, d, 2 * k);
-    auto dx = needs[0] ? grad.new_empty({n, d}) : grad.new_empty({0});
+    auto dx = needs[0] ? empty_kept({n, d}, grad.scalar_type()) : none;
     ParameterGradients<T> of_parameters(threads, k, d, grad.scalar_type(), needs[1], needs[2]);
     for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
       Rows<T> features(x, d), gradient(dx, d), incoming(grad, k);

@@ -99,8 +99,8 @@ void logits(T* z, const T* x, const T* next, const T* w, const T* bias, long row
       for (long r = 0; r < rows;) {
         const int height = rows - r >= kTileRows ? kTileRows : 1;
         const auto tile = height == 1 ? logits_tile<T, 1, C> : logits_tile<T, kTileRows, C>;
-        tile(
-            z + c * kMaxBlockRows + r, x + r * features, next + r * features, w + c * features, bias ? bias + c : nullptr, features);
+        const T* of_bias = bias ? bias + c : nullptr;
+        tile(z + c * kMaxBlockRows + r, x + r * features, next + r * features, w + c * features, of_bias, features);
         r += height;
       }
     });
@@ -136,8 +136,8 @@ void features_gradient_tile(T* dx, const T* scaled, const T* w, long features, l
   }
 }
 
-// dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features: a step's S + C loads serve S * C products. Asks for the memory
-// at `next`, which lies like x and will be written, unless null.
+// dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features: a step's S + C loads serve S * C products. `next`, unless null,
+// lies like x and will be written soon: it is asked for.
 template <class T, int C, int S, Edge kEdge>
 void weight_gradient_tile(
     T* dw, const T* g, const T* x, const T* next, long rows, long features, Lanes<T, kEdge> lanes) {
@@ -171,8 +171,8 @@ void weight_gradient_tile(
   }
 }
 
-// S vectors of features, from `at` on: all columns, then all rows, while the strip of both is in the L1 cache. With few columns memory
-// is slower than arithmetic, and dx is better asked for a little before it is written.
+// S vectors of features, from `at` on: all columns, then all rows, while the strip of both is in the L1 cache. With few columns
+// memory is slower than arithmetic, and dx is better asked for a little before it is written.
 template <class T, int S, Edge kEdge>
 void gradients_strip(
     T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* w, long rows, long features, long columns, long at,

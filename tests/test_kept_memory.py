@@ -1,0 +1,137 @@
+"""The memory of a large feature gradient waits for the next one (csrc/cpu/kept_memory.h), and nobody notices but the clock."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from samples import assert_same
+
+import grl_ext
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+ROWS, FEATURES = 4200, 2048  # 34 MB, above what malloc reuses
+SIZES, SCALE = [3, 2], [1.0, -0.5]
+
+
+@pytest.fixture(scope="module")
+def sample():
+    torch.manual_seed(0)
+    x = torch.randn(ROWS, FEATURES, requires_grad=True)
+    weight = torch.randn(5, FEATURES) / FEATURES**0.5
+    targets = torch.stack([torch.randint(size, (ROWS,)) for size in SIZES], 1)
+    return x, weight, targets
+
+
+def by_loss(x, weight, targets):
+    return torch.autograd.grad(grl_ext.heads_cross_entropy(x, weight, None, targets, SIZES, SCALE).loss, x)[0]
+
+
+def by_logits(x, weight, targets):
+    logits = grl_ext.linear_heads(x, weight, None, SIZES, SCALE)
+    return torch.autograd.grad(logits, x, torch.linspace(-1, 1, logits.numel()).view_as(logits))[0]
+
+
+@pytest.mark.parametrize("gradient", [by_loss, by_logits])
+def test_the_next_gradient_lies_where_the_last_one_lay(sample, gradient):
+    first = gradient(*sample)
+    expected, place = first.clone(), first.data_ptr()
+    del first
+    again = gradient(*sample)
+    assert again.data_ptr() == place
+    assert_same(again, expected)
+
+
+def test_a_gradient_that_lives_is_left_alone(sample):
+    first = by_loss(*sample)
+    expected, part = first.clone(), first[7]
+    second = by_loss(*sample)
+    assert second.data_ptr() != first.data_ptr()
+    place = first.data_ptr()
+    del first  # a view of it lives
+    third = by_loss(*sample)
+    assert third.data_ptr() != place
+    assert_same(part, expected[7])
+
+
+def test_the_gradient_is_a_tensor_like_any_other(sample):
+    x, weight, targets = sample
+    gradient = by_loss(*sample)
+    stock = torch.empty(0)
+    assert gradient._version == stock._version and gradient.layout == stock.layout and not gradient.requires_grad
+    expected = gradient.clone()
+    gradient.untyped_storage().resize_(2 * x.nbytes)
+    assert_same(gradient, expected)
+    gradient.resize_(3, 4).fill_(1)
+    assert gradient.sum() == 12
+    with torch.inference_mode():
+        logits = torch.ops.grl_ext._heads_logits(x, weight, None)
+        dx, *_ = torch.ops.grl_ext._heads_gradients(logits, x, weight, SIZES, torch.tensor(SCALE), [True] * 3)
+    assert dx.is_inference()
+
+
+def test_a_scaled_loss_scales_the_gradient_in_its_place(sample):
+    x, weight, targets = sample
+    expected = by_loss(*sample) * 4
+    loss = grl_ext.heads_cross_entropy(x, weight, None, targets, SIZES, SCALE).loss
+    assert_same(torch.autograd.grad(4 * loss, x)[0], expected)
+
+
+def test_threads_do_not_share_a_block(sample):
+    expected = by_loss(*sample)
+    wrong = []
+
+    def work():
+        for _ in range(5):
+            gradient = by_loss(*sample)
+            if not torch.equal(gradient, expected):
+                wrong.append(gradient)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_profiler_sees_it_come_and_go(sample):
+    by_loss(*sample)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        by_loss(*sample)
+    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    size = sample[0].nbytes
+    assert changes.count(size) == changes.count(-size) == 1 and sum(changes) == 0
+
+
+# What the process holds after `count` gradients of different sizes came and went, in units of one; a block leaves nothing else.
+HELD = """
+import os, torch, grl_ext
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def step(rows):
+    x = torch.ones(rows, 2048).requires_grad_()
+    targets = torch.zeros(rows, 1, dtype=torch.int64)
+    grl_ext.heads_cross_entropy(x, torch.ones(2, 2048), None, targets, [2], [1.0]).loss.backward()
+step(64)
+before = resident()
+for i in range({count}):
+    step(4200 + i)
+print(round((resident() - before) / (4200 * 2048 * 4)))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the process's size from /proc")
+@pytest.mark.parametrize("megabytes, count, held", [(None, 3, 3), (None, 12, 7), ("0", 3, 0), ("70", 3, 2)])
+def test_no_more_waits_than_asked_for(megabytes, count, held):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("GRL_EXT_KEEP_MB", None)
+    if megabytes is not None:
+        environment["GRL_EXT_KEEP_MB"] = megabytes
+    code = HELD.format(count=count)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(result.stdout) == held
