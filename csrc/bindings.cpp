@@ -9,6 +9,7 @@
 
 #include "cpu/heads_limits.h"
 #include "cpu/kernels.h"
+#include "cuda/heads_plan.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -104,7 +105,8 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["cuda_archs"] = GRL_EXT_CUDA_ARCHS;
   info["cpu_isa"] = cpu::kernels().isa;
-  info["max_skinny_columns"] = kMaxSkinnyColumns;
+  info["max_columns_cpu"] = kMaxSkinnyColumns;
+  info["max_columns_cuda"] = kMaxSweepColumns;
   return info;
 }
 

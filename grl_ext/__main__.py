@@ -23,8 +23,9 @@ def main() -> None:
         why = "" if compiled else f" ({'nothing compiled for it' if info else 'nothing compiled'})"
         layer = "view forward; fused scale backward, in place where unshared" if compiled else "PyTorch operators" + why
         linear = "PyTorch's matrix products, lambda inside where the host knows it" if info else "PyTorch operators" + why
-        bound = info["max_skinny_columns"] if info and device == "cpu" else 32
-        heads = f"fused kernels up to {bound} columns, matrix products beyond" if compiled else "PyTorch operators" + why
+        heads = "PyTorch operators" + why
+        if compiled:
+            heads = f"fused kernels up to {info[f'max_columns_{device}']} columns, matrix products beyond"
         print(f"{device}:")
         print(f"  gradient_reversal                   {layer}")
         print(f"  grl_linear                          {linear}")

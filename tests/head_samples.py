@@ -15,7 +15,7 @@ from grl_ext import _backend, _reference
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 # The total of head sizes past which the compiled heads go through matrix products.
-SWITCH = _backend.C.build_info()["max_skinny_columns"] if _backend.C else 64
+SWITCH = _backend.C.build_info()["max_columns_cpu"] if _backend.C else 64
 
 # (N, D): none, one or two blocks of 64 rows, full and not; features of one element, of whole vectors, and with a rest.
 SHAPES = [(0, 7), (1, 1), (1, 129), (5, 64), (64, 7), (65, 129), (130, 1), (130, 64)]
