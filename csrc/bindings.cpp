@@ -85,16 +85,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> heads_cross_entropy_eager(
 }
 
 at::Tensor adversarial_heads_logits_eager(
-    py::handle x, py::handle weight, py::handle bias, const std::vector<int64_t>& head_sizes, const at::Tensor& lambda) {
+    py::handle x, py::handle weight, py::handle bias, const std::vector<int64_t>& head_sizes, int64_t predictors,
+    const at::Tensor& lambda) {
   return adversarial_heads_logits(
-      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), head_sizes, lambda);
+      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), head_sizes, predictors, lambda);
 }
 
 auto adversarial_heads_loss_eager(
     py::handle x, py::handle weight, py::handle bias, const std::vector<at::Tensor>& targets, const std::vector<int64_t>& head_sizes,
-    const at::Tensor& lambda, py::handle loss_weight, int64_t ignore_index, double label_smoothing) {
+    int64_t predictors, const at::Tensor& lambda, py::handle loss_weight, int64_t ignore_index, double label_smoothing) {
   return adversarial_heads_loss(
-      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), targets, head_sizes, lambda,
+      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), targets, head_sizes, predictors, lambda,
       loss_weight.is_none() ? std::nullopt : std::optional(to_per_head("loss_weight", loss_weight)), ignore_index,
       label_smoothing);
 }

@@ -27,13 +27,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> heads_cross_entropy(
     at::IntArrayRef head_sizes, const at::Tensor& grad_scale, const std::optional<at::Tensor>& loss_weight,
     int64_t ignore_index, double label_smoothing);
 
-// The two on AdversarialHeads' terms, for eager mode: the adversaries' lambda, whose heads are the last; targets and results by head.
+// The two in AdversarialHeads' terms, for eager mode: the predictors' heads are the first, the adversaries', with their lambda, the
+// last; targets and results by head. A loss_weight is the graph's own.
 at::Tensor adversarial_heads_logits(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef head_sizes,
-    const at::Tensor& lambda);
+    int64_t predictors, const at::Tensor& lambda);
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> adversarial_heads_loss(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::TensorList targets,
-    at::IntArrayRef head_sizes, const at::Tensor& lambda, const std::optional<at::Tensor>& loss_weight, int64_t ignore_index,
-    double label_smoothing);
+    at::IntArrayRef head_sizes, int64_t predictors, const at::Tensor& lambda, const std::optional<at::Tensor>& loss_weight,
+    int64_t ignore_index, double label_smoothing);
 
 }  // namespace grl_ext

@@ -238,12 +238,12 @@ def heads_cross_entropy(
 
 
 def adversarial_heads_logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], lambda_: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], predictors: int, lambda_: Tensor
 ) -> Tensor:
-    """:func:`linear_heads` with 1 for the first heads and -lambda for the last, as many as ``lambda_`` ``(A,)`` has elements."""
+    """:func:`linear_heads` with a scale of 1 for the first heads, the predictors, and -lambda for the others."""
     if _in_eager(x, weight, bias):
-        return _backend.C.adversarial_heads_logits(x, weight, bias, head_sizes, lambda_)
-    return linear_heads(x, weight, bias, head_sizes, _grad_scale(lambda_, head_sizes))
+        return _backend.C.adversarial_heads_logits(x, weight, bias, head_sizes, predictors, lambda_)
+    return linear_heads(x, weight, bias, head_sizes, _grad_scale(predictors, lambda_))
 
 
 def adversarial_heads_loss(
@@ -252,6 +252,7 @@ def adversarial_heads_loss(
     bias: Tensor | None,
     targets: Sequence[Tensor],
     head_sizes: Sequence[int],
+    predictors: int,
     lambda_: Tensor,
     loss_weight: Sequence[float] | None,
     ignore_index: int,
@@ -260,7 +261,7 @@ def adversarial_heads_loss(
     """:func:`heads_cross_entropy` in the same terms, with targets ``(...)`` for each head; the results but the loss by head."""
     if _in_eager(x, weight, bias, *targets):
         return _backend.C.adversarial_heads_loss(
-            x, weight, bias, targets, head_sizes, lambda_, loss_weight, ignore_index, label_smoothing
+            x, weight, bias, targets, head_sizes, predictors, lambda_, loss_weight, ignore_index, label_smoothing
         )
     loss, head_losses, logits = heads_cross_entropy(
         x,
@@ -268,7 +269,7 @@ def adversarial_heads_loss(
         bias,
         torch.stack(targets, -1),
         head_sizes,
-        _grad_scale(lambda_, head_sizes),
+        _grad_scale(predictors, lambda_),
         loss_weight=loss_weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -280,8 +281,8 @@ def _in_eager(x: Tensor, *others: Tensor | None) -> bool:
     return not has_torch_function((x, *others)) and _heads_path(x) == "eager"
 
 
-def _grad_scale(lambda_: Tensor, head_sizes: Sequence[int]) -> Tensor:
-    return torch.constant_pad_nd(-lambda_, (len(head_sizes) - lambda_.numel(), 0), 1.0)
+def _grad_scale(predictors: int, lambda_: Tensor) -> Tensor:
+    return torch.constant_pad_nd(-lambda_, (predictors, 0), 1.0)
 
 
 def _on_device(numbers: Tensor | Sequence[float], x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
 from grl_ext import functional
 from grl_ext._reference import check_number, check_tensor
@@ -35,7 +36,7 @@ class _LambdaModule(nn.Module):
             if value.is_complex():
                 raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {value.dtype}")
             if self.lambda_.is_meta:  # load_state_dict(assign=True)
-                self._buffers["lambda_"] = _to_supported(value.detach(), None)
+                self._buffers["lambda_"] = _to_supported(value.detach().expand_as(self.lambda_).contiguous(), None)
                 return
         with torch.no_grad():
             if isinstance(value, Tensor):
@@ -217,8 +218,9 @@ class AdversarialHeads(_LambdaModule):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """The heads' logits by name, ``(..., size)`` each, for features ``(..., D)``; any loss may follow."""
-        lambda_ = self._buffers["lambda_"]
-        logits = functional.adversarial_heads_logits(features, self.weight, self.bias, self.head_sizes, lambda_)
+        logits = functional.adversarial_heads_logits(
+            features, self.weight, self.bias, self.head_sizes, len(self.predictors), self._buffers["lambda_"]
+        )
         return dict(zip(self.head_names, logits.split_with_sizes(self.head_sizes, -1), strict=True))
 
     def loss(
@@ -244,7 +246,8 @@ class AdversarialHeads(_LambdaModule):
         names = self.head_names
         self._check_names("targets", targets)
         for name, target in targets.items():
-            check_tensor(f"targets[{name!r}]", target)
+            if not has_torch_function_unary(target):
+                check_tensor(f"targets[{name!r}]", target)
         if not targets:
             raise ValueError(f"targets is empty; the heads are {list(names)}")
         absent = None
@@ -260,6 +263,7 @@ class AdversarialHeads(_LambdaModule):
             self.bias,
             [targets.get(name, absent) for name in names],
             self.head_sizes,
+            len(self.predictors),
             self._buffers["lambda_"],
             weights,
             ignore_index,

@@ -17,8 +17,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # The total of head sizes past which the compiled heads go through matrix products.
 SWITCH = _backend.C.build_info()["max_columns_cpu"] if _backend.C else 64
 
-# (N, D): none, one or two blocks of 64 rows, full and not; features of one element, of whole vectors, and with a rest.
-SHAPES = [(0, 7), (1, 1), (1, 129), (5, 64), (64, 7), (65, 129), (130, 1), (130, 64)]
+# (N, D): none, one or two blocks of 64 rows, full and not; features of one element, of whole vectors, and with a rest, behind whole
+# strips of four vectors, behind single ones, and behind both.
+SHAPES = [(0, 7), (1, 1), (1, 129), (5, 64), (7, 100), (64, 7), (65, 129), (130, 1), (130, 64)]
 HEAD_SIZES = [(1,), (2,), (2, 2), (1, 3, 1), (10, 2), (13,), (SWITCH - 2, 2), (SWITCH - 1, 2), (251, 1, 49)]
 
 # In eps of the dtype. Float32 and float64: the rounding of some hundred terms, one by one, and an exponential good to 2 eps. Half

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from samples import assert_same
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grl_ext import GRL, AdversarialHeads
 
@@ -247,6 +249,50 @@ def test_a_lambda_tensor_of_another_length_is_refused():
     with pytest.raises(RuntimeError):
         heads.lambda_ = torch.ones(3)
     assert heads.lambda_.tolist() == [0.75, 0.75]
+    on_meta = make(device="meta")
+    with pytest.raises(RuntimeError):
+        on_meta.lambda_ = torch.ones(3)
+    on_meta.lambda_ = torch.ones(2)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 200])
+def test_a_lambda_of_another_length_that_takes_the_buffers_place_is_refused(device, length):
+    heads, (x, targets) = make(device=device), batch(device)
+    state = {"lambda_": torch.ones(length, dtype=torch.float64, device=device)}
+    text = rf"^grad_scale must hold one number for each of the 4 heads, got shape \[{2 + length}\]$"
+    with pytest.raises(ValueError, match=text):
+        torch.func.functional_call(heads, state, (x,))
+    heads._buffers["lambda_"] = state["lambda_"]
+    with pytest.raises(ValueError, match=text):
+        heads.loss(x, targets)
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operators that a dispatch mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_what_makes_each_number(device):
+    heads, (x, targets) = make(device=device), batch(device)
+    with Recorded() as recorded:
+        heads.loss(x, targets)
+    assert "stack" in recorded.names or "cat" in recorded.names
+    assert "constant_pad_nd" in recorded.names
+
+
+def test_fake_tensors_go_through_real_heads(device):
+    heads, (x, targets) = make(device=device), batch(device)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        assert heads(fake)["speaker"].shape == (6, 4)
+        assert heads.loss(fake, {name: mode.from_tensor(t) for name, t in targets.items()}).loss.shape == ()
 
 
 def test_a_change_between_forward_and_backward_concerns_the_next_forward(device):

@@ -23,18 +23,10 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-struct Options {
-  std::vector<int64_t> head_sizes;
-  Tensor grad_scale;
-  std::optional<Tensor> loss_weight;
-  int64_t ignore_index;
-  double label_smoothing;
-};
-
 // The gradient of the loss for the logits, in ATen operators:
 //   (softmax(z_h) - y_h) * loss_weight_h / valid_h, with y the smoothed targets, 0 in rows that are not valid.
 // Not rounded to half types: the loss scale comes later.
-Tensor grad_logits_composite(const Tensor& logits, const Tensor& targets, const Options& options) {
+Tensor grad_logits_composite(const Tensor& logits, const Tensor& targets, const LossOptions& options) {
   const auto z = logits.to(c10::promoteTypes(logits.scalar_type(), at::kFloat));
   std::vector<Tensor> parts;
   int64_t start = 0;
@@ -67,7 +59,7 @@ using Kernel = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
 
 // loss, head_losses, logits, dx, dw, db
 auto call_kernel(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets, const Options& options,
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets, const LossOptions& options,
     const std::optional<Tensor>& loss_weight, std::array<bool, 3> needs) {
   static const auto kernel = c10::Dispatcher::singleton().findSchemaOrThrow("grl_ext::_heads_cross_entropy", "").typed<Kernel>();
   at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -95,7 +87,7 @@ Tensor times(const std::optional<Tensor>& loss_weight, const Tensor& number, int
 class HeadsCrossEntropyBackward : public torch::autograd::Node {
  public:
   HeadsCrossEntropyBackward(
-      const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets, Options options,
+      const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets, LossOptions options,
       variable_list gradients)
       : x_(x, /*is_output=*/false), weight_(weight, /*is_output=*/false), targets_(targets, /*is_output=*/false),
         options_(std::move(options)), gradients_(std::move(gradients)) {
@@ -194,27 +186,22 @@ class HeadsCrossEntropyBackward : public torch::autograd::Node {
   }
 
   SavedVariable x_, weight_, bias_, targets_;
-  const Options options_;
+  const LossOptions options_;
   variable_list gradients_;  // empty: they are made in the backward
 };
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> heads_cross_entropy(
-    const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Tensor& targets,
-    at::IntArrayRef head_sizes, const Tensor& grad_scale, const std::optional<Tensor>& loss_weight, int64_t ignore_index,
-    double label_smoothing) {
+    const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Tensor& targets, LossOptions options) {
   refuse_functorch();
   refuse_forward_mode(x_, weight_, bias_);
   const auto [inputs_x, weight, bias] = autocast(x_, weight_, bias_);
-  check_heads(inputs_x, weight, bias, head_sizes, grad_scale);
-  check_targets(inputs_x, targets, head_sizes.size(), loss_weight, label_smoothing);
+  check_heads(inputs_x, weight, bias, options.head_sizes, options.grad_scale);
+  check_targets(inputs_x, targets, options.head_sizes.size(), options.loss_weight, options.label_smoothing);
 
   const auto x = as_rows(inputs_x);
   const auto class_of = as_rows(targets);
-  const Options options{
-      head_sizes.vec(), per_head_now(grad_scale), loss_weight ? std::optional(per_head_now(*loss_weight)) : std::nullopt,
-      ignore_index, label_smoothing};
   const bool now = at::GradMode::is_enabled() && x.scalar_type() != at::kHalf;
   const std::array<bool, 3> needs{
       now && x.requires_grad(), now && weight.requires_grad(), now && bias && bias->requires_grad()};
@@ -224,12 +211,21 @@ std::tuple<Tensor, Tensor, Tensor> heads_cross_entropy(
     if (now) {
       gradients = {needs[0] ? std::move(dx) : Tensor(), needs[1] ? std::move(dw) : Tensor(), needs[2] ? std::move(db) : Tensor()};
     }
-    auto node = make_node<HeadsCrossEntropyBackward>(x, weight, bias, class_of, options, std::move(gradients));
+    auto node = make_node<HeadsCrossEntropyBackward>(x, weight, bias, class_of, std::move(options), std::move(gradients));
     node->set_next_edges(
         bias ? torch::autograd::collect_next_edges(x, weight, *bias) : torch::autograd::collect_next_edges(x, weight));
     torch::autograd::set_history(loss, node);
   }
   return {loss, head_losses, with_leading_sizes(logits, inputs_x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> heads_cross_entropy(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets, at::IntArrayRef head_sizes,
+    const Tensor& grad_scale, const std::optional<Tensor>& loss_weight, int64_t ignore_index, double label_smoothing) {
+  return heads_cross_entropy(
+      x, weight, bias, targets,
+      {head_sizes.vec(), per_head_now(grad_scale), loss_weight ? std::optional(per_head_now(*loss_weight)) : std::nullopt,
+       ignore_index, label_smoothing});
 }
 
 }  // namespace grl_ext

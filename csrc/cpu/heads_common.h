@@ -112,9 +112,9 @@ class Rows {
     return convert_ ? copy_.data() : reinterpret_cast<T*>(data_ + row * row_bytes_);
   }
 
-  // What reading from this row on will touch first: for the kernels to ask for ahead of time. Null for no rows.
+  // Where the kernels will read rows from this one on, to be asked for ahead of time. A converted copy is always the same.
   const T* ahead(int64_t row) const {
-    return reinterpret_cast<const T*>(data_ + row * row_bytes_);
+    return convert_ ? copy_.data() : reinterpret_cast<const T*>(data_ + row * row_bytes_);
   }
 
   void written(int64_t row, int64_t rows) {

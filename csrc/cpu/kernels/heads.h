@@ -2,20 +2,24 @@
 //
 // With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K and the least traffic 2 N D elements.
 // A block of rows stays in the L2 cache from the product forward to those backward, so that memory sees the features once.
-// Memory is kept at work meanwhile: the product forward asks, row by row, for the features of the next block, that for the weight's
-// gradient for where the features' gradient will be written.
+// Memory is kept at work meanwhile: the product forward asks, row by row, for the features of the next block; that for the weight's
+// gradient, where there are few columns, for the memory that the features' gradient will be written to.
 // z, g: K x kMaxBlockRows, one column after the other, so that the cross entropy's vectors run over rows.
 
-// Tiles: as many sums as the registers hold beside a step's operands (32 registers of AVX-512, 16 of the others).
+// A tile's sums stay in registers, of which AVX-512 has 32 and the others 16: kTileRows x kForwardColumns for the logits, kTileRows x
+// kStripVectors for the features' gradient, kWeightColumns x kStripVectors for the weight's.
 #if GRL_EXT_VECTOR_BYTES == 64
-constexpr int kForwardColumns = 6;  // times kTileRows
-constexpr int kStripVectors = 4;    // times kTileRows for the features' gradient, kWeightColumns for the weight's
+constexpr int kForwardColumns = 6;
+constexpr int kStripVectors = 4;
 #else
 constexpr int kForwardColumns = 3;
 constexpr int kStripVectors = 2;
 #endif
 constexpr int kTileRows = 4;
 constexpr int kWeightColumns = 6;
+
+// Up to so many columns memory is slower than the arithmetic of the gradients.
+constexpr long kFewColumns = 6;
 
 // An array of vectors is registers only if every loop over it is unrolled.
 #if defined(__clang__)
@@ -41,7 +45,8 @@ inline void with_constant(int n, const F& f) {
   f(Constant<Max>{});
 }
 
-// z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: R * C accumulators in registers, R + C loads a step.
+// z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: a step's R + C loads serve R * C products. Asks for `next`,
+// which lies like x.
 template <class T, int R, int C>
 void logits_tile(T* z, const T* x, const T* next, const T* w, const T* bias, long features) {
   constexpr int kLanes = VectorOf<T>::kLanes;
@@ -136,8 +141,8 @@ void features_gradient_tile(T* dx, const T* scaled, const T* w, long features, l
   }
 }
 
-// dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features: a step's S + C loads serve S * C products. `next`, unless null,
-// lies like x and will be written soon: it is asked for.
+// dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features: a step's S + C loads serve S * C products. Asks for `next`,
+// which lies like x and will be written, unless null.
 template <class T, int C, int S, Edge kEdge>
 void weight_gradient_tile(
     T* dw, const T* g, const T* x, const T* next, long rows, long features, Lanes<T, kEdge> lanes) {
@@ -171,13 +176,12 @@ void weight_gradient_tile(
   }
 }
 
-// S vectors of features, from `at` on: all columns, then all rows, while the strip of both is in the L1 cache. With few columns
-// memory is slower than arithmetic, and dx is better asked for a little before it is written.
+// S vectors of features, from `at` on: a narrow strip, so that what its tiles read again is in the L1 cache.
 template <class T, int S, Edge kEdge>
 void gradients_strip(
     T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* w, long rows, long features, long columns, long at,
     Lanes<T, kEdge> lanes) {
-  const T* next = dx && columns <= kWeightColumns ? dx + at : nullptr;
+  const T* next = dx && columns <= kFewColumns ? dx + at : nullptr;
   for (long c = 0; dw && c < columns; c += kWeightColumns) {
     with_constant<kWeightColumns>(columns - c < kWeightColumns ? columns - c : kWeightColumns, [&](auto constant) {
       constexpr int C = decltype(constant)::kValue;
@@ -222,8 +226,9 @@ inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
 // Softmax cross entropy of one head over a block of rows (columns == 1: binary, the softmax over the logits 0 and z).
 //   y = (1 - smoothing) [c == target] + smoothing / classes
 //   loss = sum over valid rows of log sum_c exp(z[c] - top) - sum_c y[c] (z[c] - top),   g[c] = (softmax(z)[c] - y[c]) * weight
-// with top the row's largest logit; where y is 0 a class adds nothing to the loss, though its logit be -infinity. A target below zero marks a row that is not valid: no loss, g = 0; so must the rows after the last be marked, up to a whole
-// vector. Returns the loss.
+// with top the row's largest logit; where y is 0 a class adds nothing to the loss, though its logit be -infinity. A target below
+// zero marks a row that is not valid: no loss, g = 0; so must the rows after the last be marked, up to a whole vector. Returns the
+// loss, summed in T.
 template <class T>
 double cross_entropy(
     T* g, T* scaled, const T* z, const Integer<T>* target, long rows, long columns, double weight, double scale,
