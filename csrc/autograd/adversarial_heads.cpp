@@ -24,8 +24,8 @@ bool is_plain_vector(const Tensor& tensor, at::ScalarType dtype) {
       !c10::impl::dispatch_mode_enabled();
 }
 
-// 1 for the predictors, -lambda for the adversaries, which come last. A lambda of another length gives a scale of another length, which
-// is refused by the operators.
+// 1 for the predictors, -lambda for the adversaries, which come last. A lambda of another length gives a scale of another length,
+// which the operators refuse.
 Tensor grad_scale_of(const Tensor& lambda, int64_t predictors) {
   if (!is_plain_vector(lambda, at::kDouble)) {
     return at::constant_pad_nd(lambda.neg(), {predictors, 0}, 1.0);

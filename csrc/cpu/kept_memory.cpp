@@ -15,8 +15,8 @@ namespace {
 
 constexpr uint64_t kSmallest = 32 << 20;  // where glibc's malloc stops to adapt its threshold for mapping a block by itself
 
-// A block begins with its size; the tensor's data follow, aligned as malloc's are for torch. So the data's address says it all, which
-// makes the storage an ordinary one: PyTorch's lazy clones want the pointer to be its own context.
+// A block begins with its size; the tensor's data follow, aligned as torch wants them. So the data's address says it all, which makes
+// the storage an ordinary one: PyTorch's lazy clones want the pointer to be its own context.
 constexpr size_t kHeader = 64;
 
 void* data_of(void* block) {
