@@ -3,11 +3,10 @@
 // What surrounds those is small: a scale for each head, the targets side by side. It is done here with plain loops: behind a pass
 // over the features nothing else is left in the caches, and an ATen operator that takes 2 us in a loop of its own takes 15 there.
 #include <ATen/ATen.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
 #include <functional>
-
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include "../ops.h"
 #include "heads.h"
