@@ -143,7 +143,7 @@ class HeadsCrossEntropyBackward : public torch::autograd::Node {
     variable_list result(num_outputs());
     for (size_t i = 0; i < num_outputs(); ++i) {
       if (needs()[i]) {
-        result[i] = scale_negate(last ? std::move(gradients_[i]) : gradients_[i], lambda);
+        result[i] = scale_negate(last ? std::move(gradients_[i]) : gradients_[i], lambda, Made::kByThisNode);
       }
     }
     return result;
