@@ -1,5 +1,4 @@
 // The eager entry points, past torch.ops' argument parser, and what this build is.
-#include <ATen/ops/tensor.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -7,6 +6,7 @@
 
 #include <cmath>
 
+#include "autograd/heads.h"
 #include "cpu/heads_limits.h"
 #include "cpu/kernels.h"
 #include "cuda/heads_plan.h"
@@ -48,15 +48,6 @@ std::optional<at::Tensor> to_optional_tensor(const char* name, py::handle value)
   return value.is_none() ? std::nullopt : std::optional(to_tensor(name, value));
 }
 
-// One number per head: a tensor as it is, or a sequence of numbers.
-at::Tensor to_per_head(const char* name, py::handle values) {
-  if (THPVariable_Check(values.ptr())) {
-    return THPVariable_Unpack(values.ptr());
-  }
-  const auto numbers = reference("check_numbers")(name, values).cast<std::vector<double>>();
-  return at::tensor(numbers, at::kDouble);
-}
-
 at::Tensor grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py::handle lambda) {
   const auto& features = to_tensor("x", x);
   const auto& matrix = to_tensor("weight", weight);
@@ -67,37 +58,90 @@ at::Tensor grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py
   return grl_linear_by_value(features, matrix, vector, to_number("lambda_", lambda));
 }
 
-at::Tensor linear_heads_eager(
-    py::handle x, py::handle weight, py::handle bias, const std::vector<int64_t>& head_sizes, py::handle grad_scale) {
-  return linear_heads(
-      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), head_sizes,
-      to_per_head("grad_scale", grad_scale));
+// What Python gives of the heads: sequences with an entry for each. None in place of an option's sequence means its default.
+std::vector<at::Tensor> to_tensors(const char* name, py::handle sequence) {
+  std::vector<at::Tensor> tensors;
+  for (const auto item : sequence) {
+    if (!THPVariable_Check(item.ptr())) {
+      reference("check_tensor")(std::string(name) + "[" + std::to_string(tensors.size()) + "]", item);
+    }
+    tensors.push_back(THPVariable_Unpack(item.ptr()));
+  }
+  return tensors;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> heads_cross_entropy_eager(
-    py::handle x, py::handle weight, py::handle bias, py::handle targets, const std::vector<int64_t>& head_sizes,
-    py::handle grad_scale, py::handle loss_weight, int64_t ignore_index, double label_smoothing) {
-  return heads_cross_entropy(
-      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), to_tensor("targets", targets), head_sizes,
-      to_per_head("grad_scale", grad_scale),
-      loss_weight.is_none() ? std::nullopt : std::optional(to_per_head("loss_weight", loss_weight)), ignore_index,
-      label_smoothing);
+OptionalTensors to_optional_tensors(const char* name, py::handle sequence, size_t heads) {
+  OptionalTensors tensors;
+  if (sequence.is_none()) {
+    tensors.resize(heads, std::nullopt);
+    return tensors;
+  }
+  for (const auto item : sequence) {
+    if (!item.is_none() && !THPVariable_Check(item.ptr())) {
+      reference("check_tensor")(std::string(name) + "[" + std::to_string(tensors.size()) + "]", item);
+    }
+    tensors.push_back(item.is_none() ? std::nullopt : std::optional(THPVariable_Unpack(item.ptr())));
+  }
+  return tensors;
 }
 
-at::Tensor adversarial_heads_logits_eager(
-    py::handle x, py::handle weight, py::handle bias, const std::vector<int64_t>& head_sizes, int64_t predictors,
-    const at::Tensor& lambda) {
-  return adversarial_heads_logits(
-      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), head_sizes, predictors, lambda);
+template <class T>
+std::vector<T> to_numbers(py::handle sequence, size_t heads, T otherwise) {
+  return sequence.is_none() ? std::vector<T>(heads, otherwise) : sequence.cast<std::vector<T>>();
 }
 
-auto adversarial_heads_loss_eager(
-    py::handle x, py::handle weight, py::handle bias, const std::vector<at::Tensor>& targets, const std::vector<int64_t>& head_sizes,
-    int64_t predictors, const at::Tensor& lambda, py::handle loss_weight, int64_t ignore_index, double label_smoothing) {
-  return adversarial_heads_loss(
-      to_tensor("x", x), to_tensor("weight", weight), to_optional_tensor("bias", bias), targets, head_sizes, predictors, lambda,
-      loss_weight.is_none() ? std::nullopt : std::optional(to_per_head("loss_weight", loss_weight)), ignore_index,
-      label_smoothing);
+py::list to_list(const std::vector<at::Tensor>& tensors) {
+  py::list list(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    list[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensors[i]));
+  }
+  return list;
+}
+
+py::list linear_heads_eager(
+    py::handle x, py::handle weight, py::handle bias, const at::Tensor& lambda, const std::vector<int64_t>& lambda_index) {
+  const auto& features = to_tensor("x", x);
+  const auto matrices = to_tensors("weight", weight);
+  const auto vectors = to_optional_tensors("bias", bias, matrices.size());
+  std::vector<at::Tensor> logits;
+  {
+    const py::gil_scoped_release no_gil;
+    logits = linear_heads(features, matrices, vectors, lambda, lambda_index);
+  }
+  return to_list(logits);
+}
+
+py::tuple heads_loss_eager(
+    py::handle x, py::handle weight, py::handle bias, py::handle depth, py::handle targets, py::handle sample_weight,
+    py::handle class_weight, const at::Tensor& lambda, const std::vector<int64_t>& lambda_index, py::handle loss_weight,
+    py::handle kind, py::handle label_smoothing, py::handle ignore_index, bool mean) {
+  const auto& features = to_tensor("x", x);
+  const auto matrices = to_tensors("weight", weight);
+  const auto vectors = to_optional_tensors("bias", bias, matrices.size());
+  const auto heads = py::len(targets);
+  const auto layers = to_numbers<int64_t>(depth, heads, 1);
+  HeadsOptions options{
+      .targets = to_tensors("targets", targets),
+      .sample_weight = to_optional_tensors("sample_weight", sample_weight, heads),
+      .class_weight = to_optional_tensors("class_weight", class_weight, heads),
+      .lambda = lambda,
+      .lambda_index = lambda_index,
+      .loss_weight = to_optional_tensor("loss_weight", loss_weight),
+      .kind = to_numbers<int64_t>(kind, heads, kCrossEntropy),
+      .label_smoothing = to_numbers(label_smoothing, heads, 0.0),
+      .ignore_index = to_numbers<int64_t>(ignore_index, heads, -100),
+      .mean = mean};
+  LossAndLogits result;
+  {
+    const py::gil_scoped_release no_gil;
+    options.lambda = numbers_now(options.lambda);
+    if (options.loss_weight) {
+      options.loss_weight = numbers_now(*options.loss_weight);
+    }
+    result = heads_loss(features, matrices, vectors, layers, std::move(options));
+  }
+  const auto& [loss, head_losses, logits] = result;
+  return py::make_tuple(loss, to_list(head_losses), to_list(logits));
 }
 
 py::dict build_info() {
@@ -106,7 +150,7 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["cuda_archs"] = GRL_EXT_CUDA_ARCHS;
   info["cpu_isa"] = cpu::kernels().isa;
-  info["max_columns_cpu"] = kMaxSkinnyColumns;
+  info["max_columns_cpu"] = kMaxFusedColumns;
   info["max_columns_cuda"] = kMaxSweepColumns;
   return info;
 }
@@ -117,9 +161,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gradient_reversal", torch::wrap_pybind_function(gradient_reversal_eager));
   m.def("grl_linear", torch::wrap_pybind_function(grl_linear_eager));
   m.def("linear_heads", torch::wrap_pybind_function(linear_heads_eager));
-  m.def("heads_cross_entropy", torch::wrap_pybind_function(heads_cross_entropy_eager));
-  m.def("adversarial_heads_logits", torch::wrap_pybind_function(adversarial_heads_logits_eager));
-  m.def("adversarial_heads_loss", torch::wrap_pybind_function(adversarial_heads_loss_eager));
+  m.def("heads_loss", torch::wrap_pybind_function(heads_loss_eager));
   m.def("build_info", build_info);
 }
 

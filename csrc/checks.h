@@ -51,44 +51,4 @@ inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const st
   }
 }
 
-inline void check_per_head(const char* name, const at::Tensor& values, const at::Tensor& x, size_t heads) {
-  TORCH_CHECK_VALUE(
-      values.dim() == 1 && values.sym_size(0) == static_cast<int64_t>(heads), name, " must hold one number for each of the ", heads,
-      " heads, got shape ", values.sym_sizes());
-  TORCH_CHECK_VALUE(
-      values.device() == x.device() || values.device().is_cpu(), name, " is on ", values.device(), " but x is on ", x.device());
-}
-
-inline void check_heads(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef head_sizes,
-    const at::Tensor& grad_scale) {
-  check_linear(x, weight, bias);
-  int64_t columns = 0;
-  bool positive = !head_sizes.empty();
-  for (const auto size : head_sizes) {
-    positive = positive && size > 0;
-    columns += size;
-  }
-  TORCH_CHECK_VALUE(
-      positive && weight.sym_size(0) == columns, "head_sizes must be positive and sum to the ", weight.sym_size(0),
-      " rows of weight, got ", head_sizes);
-  check_per_head("grad_scale", grad_scale, x, head_sizes.size());
-}
-
-inline void check_targets(
-    const at::Tensor& x, const at::Tensor& targets, size_t heads, const std::optional<at::Tensor>& loss_weight,
-    double label_smoothing) {
-  TORCH_CHECK_TYPE(targets.scalar_type() == at::kLong, "targets must be torch.int64, got ", dtype_name(targets));
-  auto expected = x.sym_sizes().vec();
-  expected.back() = static_cast<int64_t>(heads);
-  TORCH_CHECK_VALUE(
-      targets.sym_sizes() == c10::SymIntArrayRef(expected), "targets must have shape ", c10::SymIntArrayRef(expected),
-      " (one class per row and head), got ", targets.sym_sizes());
-  TORCH_CHECK_VALUE(targets.device() == x.device(), "targets is on ", targets.device(), " but x is on ", x.device());
-  if (loss_weight) {
-    check_per_head("loss_weight", *loss_weight, x, heads);
-  }
-  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1], got ", label_smoothing);
-}
-
 }  // namespace grl_ext

@@ -7,6 +7,8 @@
 #include <tuple>
 #include <vector>
 
+#include "heads.h"
+
 namespace grl_ext {
 
 at::Tensor gradient_reversal(const at::Tensor& x, const at::Tensor& lambda);
@@ -17,24 +19,19 @@ at::Tensor grl_linear(
 at::Tensor grl_linear_by_value(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double lambda);
 
-at::Tensor linear_heads(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef head_sizes,
-    const at::Tensor& grad_scale);
+// The logits of each head.
+std::vector<at::Tensor> linear_heads(
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, const at::Tensor& lambda,
+    at::IntArrayRef lambda_index);
 
-// (loss, head_losses, logits)
-std::tuple<at::Tensor, at::Tensor, at::Tensor> heads_cross_entropy(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& targets,
-    at::IntArrayRef head_sizes, const at::Tensor& grad_scale, const std::optional<at::Tensor>& loss_weight,
-    int64_t ignore_index, double label_smoothing);
-
-// The two in AdversarialHeads' terms, for eager mode: the predictors' heads are the first, the adversaries', with their lambda, the
-// last; targets and results by head. A loss_weight is the graph's own.
-at::Tensor adversarial_heads_logits(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef head_sizes,
-    int64_t predictors, const at::Tensor& lambda);
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> adversarial_heads_loss(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::TensorList targets,
-    at::IntArrayRef head_sizes, int64_t predictors, const at::Tensor& lambda, const std::optional<at::Tensor>& loss_weight,
-    int64_t ignore_index, double label_smoothing);
+// (loss, head_losses, logits). `depth` linear layers a head, those of one head after the other.
+using LossAndLogits = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
+LossAndLogits heads_loss(
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth, HeadsOptions options);
+LossAndLogits heads_loss_of_lists(  // the schema's argument list
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth, at::TensorList targets,
+    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const at::Tensor& lambda,
+    at::IntArrayRef lambda_index, const std::optional<at::Tensor>& loss_weight, at::IntArrayRef kind,
+    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean);
 
 }  // namespace grl_ext

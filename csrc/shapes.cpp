@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <array>
+#include "heads.h"
 
 namespace grl_ext {
 namespace {
@@ -15,32 +15,40 @@ Tensor scale_negate(const Tensor& grad, double, const std::optional<Tensor>&) {
 
 void scale_negate_(Tensor&, double, const std::optional<Tensor>&) {}
 
-Tensor heads_logits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&) {
-  return x.new_empty_symint({x.sym_size(0), weight.sym_size(0)});
+std::vector<Tensor> heads_logits(const Tensor& x, at::TensorList weight, const OptionalTensors&) {
+  std::vector<Tensor> logits;
+  for (const auto& matrix : weight) {
+    logits.push_back(x.new_empty_symint({x.sym_size(0), matrix.sym_size(0)}));
+  }
+  return logits;
 }
 
-Tensor needed(const Tensor& like, bool need, c10::SymIntArrayRef sizes) {
-  return need ? like.new_empty_symint(sizes) : like.new_empty_symint({0});
+using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
+
+Gradients heads_gradients(
+    at::TensorList grad_logits, const std::optional<Tensor>& x, at::TensorList weight, const Tensor&, at::IntArrayRef,
+    const c10::List<bool>& needs) {
+  const auto& like = grad_logits[0];
+  const auto features = !weight.empty() ? weight[0].sym_size(1) : x ? x->sym_size(1) : c10::SymInt(0);
+  const auto needed = [&](size_t i, c10::SymIntArrayRef sizes) {
+    return needs.get(i) ? like.new_empty_symint(sizes) : like.new_empty_symint({0});
+  };
+  std::vector<Tensor> dw, db;
+  for (size_t h = 0; h < grad_logits.size(); ++h) {
+    dw.push_back(needed(1 + h, {grad_logits[h].sym_size(1), features}));
+    db.push_back(needed(1 + grad_logits.size() + h, {grad_logits[h].sym_size(1)}));
+  }
+  return {needed(0, {like.sym_size(0), features}), dw, db};
 }
 
-std::tuple<Tensor, Tensor, Tensor> heads_gradients(
-    const Tensor& grad_logits, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, at::IntArrayRef,
-    const Tensor&, std::array<bool, 3> needs) {
-  const auto rows = grad_logits.sym_size(0), columns = grad_logits.sym_size(1);
-  const auto features = needs[0] ? weight->sym_size(1) : needs[1] ? x->sym_size(1) : c10::SymInt(0);
-  return {
-      needed(grad_logits, needs[0], {rows, features}), needed(grad_logits, needs[1], {columns, features}),
-      needed(grad_logits, needs[2], {columns})};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> heads_cross_entropy(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor&, at::IntArrayRef head_sizes,
-    const Tensor& grad_scale, const std::optional<Tensor>&, int64_t, double, std::array<bool, 3> needs) {
+std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_loss(
+    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::TensorList, const OptionalTensors&,
+    const OptionalTensors&, const Tensor& lambda, at::IntArrayRef lambda_index, const std::optional<Tensor>&, at::IntArrayRef,
+    at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>& needs) {
   const auto loss_options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   auto logits = heads_logits(x, weight, bias);
-  auto [dx, dw, db] = heads_gradients(logits, x, weight, head_sizes, grad_scale, needs);
-  return {
-      at::empty({}, loss_options), at::empty({static_cast<int64_t>(head_sizes.size())}, loss_options), logits, dx, dw, db};
+  auto [dx, dw, db] = heads_gradients(logits, x, weight, lambda, lambda_index, needs);
+  return {at::empty({}, loss_options), at::empty({static_cast<int64_t>(weight.size())}, loss_options), logits, dx, dw, db};
 }
 
 }  // namespace
@@ -50,7 +58,7 @@ TORCH_LIBRARY_IMPL(grl_ext, Meta, m) {
   m.impl("_scale_negate_", scale_negate_);
   m.impl("_heads_logits", heads_logits);
   m.impl("_heads_gradients", heads_gradients);
-  m.impl("_heads_cross_entropy", heads_cross_entropy);
+  m.impl("_heads_loss", heads_loss);
 }
 
 }  // namespace grl_ext

@@ -1,19 +1,21 @@
 """Gradient reversal that costs nothing: a fused layer and fused adversarial heads for PyTorch."""
 
 from grl_ext import schedules
-from grl_ext.functional import HeadsOutput, gradient_reversal, grl_linear, heads_cross_entropy, linear_heads
-from grl_ext.modules import GRL, AdversarialHeads, GRLLinear
+from grl_ext.functional import HeadsLoss, gradient_reversal, grl_linear, heads_loss, linear_heads
+from grl_ext.heads import AdversarialHeads, HeadsOutput
+from grl_ext.modules import GRL, GRLLinear
 from grl_ext.schedules import LambdaScheduler
 
 __all__ = [
     "GRL",
     "AdversarialHeads",
     "GRLLinear",
+    "HeadsLoss",
     "HeadsOutput",
     "LambdaScheduler",
     "gradient_reversal",
     "grl_linear",
-    "heads_cross_entropy",
+    "heads_loss",
     "linear_heads",
     "schedules",
 ]

@@ -29,7 +29,7 @@ def main() -> None:
         print(f"{device}:")
         print(f"  gradient_reversal                   {layer}")
         print(f"  grl_linear                          {linear}")
-        print(f"  linear_heads, heads_cross_entropy   {heads}")
+        print(f"  linear_heads, heads_loss   {heads}")
     print("under torch.compile: registered operators; under torch.func: PyTorch operators")
 
 

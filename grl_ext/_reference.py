@@ -7,7 +7,6 @@ autograd nodes cannot go: `torch.func` transforms, and devices for which no kern
 import contextlib
 import math
 import numbers
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +55,6 @@ def check_lambda(x: Tensor, lambda_: Tensor) -> None:
         raise ValueError(f"lambda_ is on {lambda_.device} but x is on {x.device}: only a 0-d lambda_ may be elsewhere, on the CPU")
 
 
-def check_numbers(name: str, values: object) -> list[float]:
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise TypeError(f"{name} must be a sequence of real numbers or a tensor, got {type(values).__name__}")
-    return [check_number(name, value) for value in values]
-
-
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got shape []")
@@ -80,34 +73,6 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
         if bias.dtype != x.dtype:
             raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
-
-
-def check_per_head(name: str, values: Tensor, x: Tensor, heads: int) -> None:
-    if values.shape != (heads,):
-        raise ValueError(f"{name} must hold one number for each of the {heads} heads, got shape {list(values.shape)}")
-    if values.device != x.device and values.device.type != "cpu":
-        raise ValueError(f"{name} is on {values.device} but x is on {x.device}")
-
-
-def check_heads(x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], grad_scale: Tensor) -> None:
-    check_linear(x, weight, bias)
-    if not head_sizes or any(size <= 0 for size in head_sizes) or sum(head_sizes) != weight.shape[0]:
-        raise ValueError(f"head_sizes must be positive and sum to the {weight.shape[0]} rows of weight, got {list(head_sizes)}")
-    check_per_head("grad_scale", grad_scale, x, len(head_sizes))
-
-
-def check_targets(x: Tensor, targets: Tensor, heads: int, loss_weight: Tensor | None, label_smoothing: float) -> None:
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be torch.int64, got {targets.dtype}")
-    expected = [*x.shape[:-1], heads]
-    if list(targets.shape) != expected:
-        raise ValueError(f"targets must have shape {expected} (one class per row and head), got {list(targets.shape)}")
-    if targets.device != x.device:
-        raise ValueError(f"targets is on {targets.device} but x is on {x.device}")
-    if loss_weight is not None:
-        check_per_head("loss_weight", loss_weight, x, heads)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing:g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +155,7 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear layers: grl_linear, linear_heads, heads_cross_entropy
+# grl_linear, and what the operations on linear layers share
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -227,135 +192,3 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
     x, weight, bias = autocast(x, weight, bias)
     check_linear(x, weight, bias)
     return F.linear(gradient_reversal(x, lambda_), weight, bias)
-
-
-class _LinearHeads(torch.autograd.Function):
-    """z = x W^T + b; backward, dx = sum_h s_h dz_h W_h. No jvp here: torch.compile refuses a Function that has one."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], grad_scale: Tensor) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, bias, ctx.head_sizes, grad_scale = inputs
-        ctx.save_for_backward(x, weight, grad_scale)
-        ctx.save_for_forward(x, weight, grad_scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight, grad_scale = ctx.saved_tensors
-        grad, rows = as_rows(grad), as_rows(x)
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            heads = zip(grad.split(ctx.head_sizes, 1), weight.split(ctx.head_sizes), grad_scale, strict=True)
-            dx = sum(scale_negate(dz, -scale) @ w for dz, w, scale in heads).view_as(x)
-        if ctx.needs_input_grad[1]:
-            # Through the reversal, so that a gradient of this gradient reaches x as it would layer by layer.
-            heads = zip(grad.split(ctx.head_sizes, 1), grad_scale, strict=True)
-            dw = torch.cat([dz.T @ gradient_reversal(rows, -scale) for dz, scale in heads])
-        if ctx.needs_input_grad[2]:
-            db = grad.sum(0)
-        return dx, dw, db, None, None
-
-
-class _LinearHeadsWithJvp(_LinearHeads):
-    """For eager mode and torch.func: a head's tangent counts the features' with the head's scale."""
-
-    @staticmethod
-    def jvp(ctx, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *_) -> Tensor:
-        x, weight, grad_scale = ctx.saved_tensors
-        parts = []
-        if dx is not None:
-            heads = zip(weight.split(ctx.head_sizes), grad_scale, strict=True)
-            parts.append(torch.cat([F.linear(scale_negate(dx, -scale), w) for w, scale in heads], -1))
-        if dw is not None:
-            parts.append(F.linear(x, dw))
-        if db is not None:
-            parts.append(db.expand(*x.shape[:-1], -1))
-        return sum(parts)
-
-
-def _per_head(name: str, values: Tensor | Sequence[float]) -> Tensor:
-    if isinstance(values, Tensor):
-        # What is on the CPU may change before the backward; what is on a device is read there.
-        return values.detach().clone() if values.device.type == "cpu" else values.detach()
-    if not torch.compiler.is_compiling():
-        values = check_numbers(name, values)
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def linear_heads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], grad_scale: Tensor | Sequence[float]
-) -> Tensor:
-    check_tensors(x, weight, bias)
-    grad_scale = _per_head("grad_scale", grad_scale)
-    x, weight, bias = autocast(x, weight, bias)
-    check_heads(x, weight, bias, head_sizes, grad_scale)
-    head_sizes = tuple(head_sizes)
-    with without_autocast(x.device):
-        if not torch.compiler.is_compiling():
-            return _LinearHeadsWithJvp.apply(x, weight, bias, head_sizes, grad_scale)
-        if not torch._C._are_functorch_transforms_active():
-            return _LinearHeads.apply(x, weight, bias, head_sizes, grad_scale)
-        # Dynamo loses the backward of a Function inside a transform: layer by layer.
-        scaled = [gradient_reversal(x, -scale) for scale in grad_scale.unbind()]
-        biases = bias.split(head_sizes) if bias is not None else [None] * len(head_sizes)
-        return torch.cat([F.linear(*head) for head in zip(scaled, weight.split(head_sizes), biases, strict=True)], -1)
-
-
-def head_loss(logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
-    """Mean cross entropy over the valid rows, 0 where there are none. logits (N, C); C = 1 is binary: softmax over (0, z)."""
-    if logits.shape[1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    total = F.cross_entropy(logits, target, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing)
-    return total / (target != ignore_index).sum().clamp(min=1)
-
-
-def check_classes(targets: Tensor, head_sizes: Sequence[int], ignore_index: int) -> None:
-    """Values are only looked at where that costs no synchronisation and they exist; elsewhere F.cross_entropy's own check serves."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling() or type(targets) is not Tensor:
-        return
-    if torch._C._are_functorch_transforms_active():
-        return
-    targets, classes = as_rows(targets), torch.tensor([max(2, size) for size in head_sizes])
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
-    if wrong.any():
-        row, h = wrong.nonzero()[0]
-        raise IndexError(
-            f"targets of head {h} must be in [0, {classes[h]}) or ignore_index ({ignore_index}), got {targets[row, h]}"
-        )
-
-
-def heads_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    head_sizes: Sequence[int],
-    grad_scale: Tensor | Sequence[float],
-    loss_weight: Tensor | Sequence[float] | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_tensors(x, weight, bias)
-    check_tensor("targets", targets)
-    grad_scale = _per_head("grad_scale", grad_scale)
-    if loss_weight is not None:
-        loss_weight = _per_head("loss_weight", loss_weight)
-    x, weight, bias = autocast(x, weight, bias)
-    check_heads(x, weight, bias, head_sizes, grad_scale)
-    check_targets(x, targets, len(head_sizes), loss_weight, label_smoothing)
-    check_classes(targets, head_sizes, ignore_index)
-
-    logits = linear_heads(x, weight, bias, head_sizes, grad_scale)
-    with without_autocast(x.device):
-        rows = as_rows(logits).to(torch.promote_types(logits.dtype, torch.float32))
-        columns = as_rows(targets).unbind(1)
-        losses = torch.stack(
-            [head_loss(z, t, ignore_index, label_smoothing) for z, t in zip(rows.split(tuple(head_sizes), 1), columns, strict=True)]
-        )
-        weighted = losses if loss_weight is None else losses * loss_weight.to(losses)
-    return weighted.sum(), losses.detach(), logits.detach()

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from grl_ext import _backend, _reference
+from grl_ext import _backend, _reference, _reference_heads
+from grl_ext._reference import check_number
+from grl_ext._reference_heads import CROSS_ENTROPY, SQUARED_ERROR, HeadsOptions
 
-__all__ = ["HeadsOutput", "gradient_reversal", "grl_linear", "heads_cross_entropy", "linear_heads"]
+__all__ = ["HeadsLoss", "gradient_reversal", "grl_linear", "heads_loss", "linear_heads"]
 
 
 def _path() -> str:
@@ -23,12 +25,6 @@ def _path() -> str:
 def _linear_path() -> str:
     """The linear operations' nodes have no forward-mode derivative."""
     return "reference" if forward_ad._current_level >= 0 else _path()
-
-
-def _heads_path(x: Tensor) -> str:
-    """The heads' kernels have a list of devices."""
-    has_kernels = isinstance(x, Tensor) and x.device.type in _backend.kernel_devices
-    return _linear_path() if has_kernels else "reference"
 
 
 def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
@@ -111,180 +107,254 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
     return _reference.grl_linear(x, weight, bias, lambda_)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Several heads over the same features
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _heads_path(x: Tensor, *others: Tensor | None) -> str:
+    """The heads' kernels have a list of devices, and take tensors that are what their data pointer says."""
+    if not isinstance(x, Tensor) or x.device.type not in _backend.kernel_devices:
+        return "reference"
+    path = _linear_path()
+    return "reference" if path == "eager" and not _PLAIN.issuperset(map(type, (x, *others))) else path
+
+
+def _lambda_of_heads(lambda_: Sequence[Tensor | float | None]) -> tuple[Tensor, list[int]]:
+    """The adversaries' numbers as one tensor, and each head's place in it; -1 for a predictor."""
+    if isinstance(lambda_, Tensor) or not isinstance(lambda_, Sequence):
+        raise TypeError(
+            f"lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got {type(lambda_).__name__}"
+        )
+    numbers = [value for value in lambda_ if value is not None]
+    index = iter(range(len(numbers)))
+    lambda_index = [-1 if value is None else next(index) for value in lambda_]
+    if not any(isinstance(value, Tensor) for value in numbers):
+        return _reference_heads.numbers("lambda_", numbers), lambda_index
+    device = next(value.device for value in numbers if isinstance(value, Tensor))
+    tensors = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in numbers]
+    return torch.stack(tensors), lambda_index
+
+
 def linear_heads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], grad_scale: Tensor | Sequence[float]
-) -> Tensor:
-    r"""The logits of several heads over the same features, as one linear layer with a gradient scale for each head.
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    *,
+    lambda_: Sequence[Tensor | float | None],
+) -> list[Tensor]:
+    r"""The logits of several linear heads over the same features, with the adversaries' gradients reversed.
 
     .. math:: z_h = x W_h^T + b_h, \qquad dx = \sum_h s_h\, dz_h W_h, \quad dW_h = dz_h^T x, \quad db_h = \textstyle\sum dz_h
 
-    A predictor has :math:`s_h = 1`, an adversary :math:`s_h = -\lambda_h`; the heads' own gradients are not scaled. Any loss may
-    follow. The features are read once forward, and once backward while their gradient is written once.
+    with :math:`s_h = -\lambda_h` for an adversary and 1 for a predictor; the heads' own gradients are not scaled. Any loss may
+    follow. Narrow heads are one pass over the features, forward and backward. A head whose logits get no gradient takes no part:
+    its ``.grad`` stays None.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
-        weight: ``(K, D)``, the heads' weights one below the other, of x's dtype.
-        bias: ``(K,)`` or None.
-        head_sizes: H positive integers that sum to K.
-        grad_scale: H finite numbers, or an H-element tensor on the CPU or on x's device, where it is read without a
-            synchronisation.
+        weight: for each head ``(size, D)``, of x's dtype.
+        bias: for each head ``(size,)`` or None; None for none at all.
+        lambda_: for each head None (a predictor), or a finite number or 0-d tensor (an adversary). 0 gives exact zeros, whatever
+            the head's weight holds.
 
     Returns:
-        ``(..., K)``: ``logits.split(head_sizes, -1)`` are the heads'. Under autocast, as ``F.linear``: in autocast's dtype.
+        For each head ``(..., size)``. Under autocast, as ``F.linear``: in autocast's dtype.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
 
     Example:
-        >>> x, weight = torch.randn(8, 16), torch.randn(12, 16)
-        >>> logits = grl_ext.linear_heads(x, weight, None, head_sizes=[10, 2], grad_scale=[1.0, -0.3])
-        >>> digit, domain = logits.split([10, 2], -1)
+        >>> x, digit, domain = torch.randn(8, 16), torch.randn(10, 16), torch.randn(2, 16)
+        >>> digit_logits, domain_logits = grl_ext.linear_heads(x, [digit, domain], lambda_=[None, 0.3])
     """
-    if has_torch_function((x, weight, bias)):
-        return handle_torch_function(linear_heads, (x, weight, bias), x, weight, bias, head_sizes, grad_scale)
-    path = _heads_path(x)
+    bias = [None] * len(weight) if bias is None else bias
+    tensors = (x, *weight, *bias)
+    if has_torch_function(tensors):
+        return handle_torch_function(linear_heads, tensors, x, weight, bias, lambda_=lambda_)
+    return run_linear_heads(x, weight, bias, *_lambda_of_heads(lambda_))
+
+
+def run_linear_heads(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lambda_: Tensor, lambda_index: Sequence[int]
+) -> list[Tensor]:
+    """:func:`linear_heads` with the adversaries' numbers in one tensor, and each head's place in it."""
+    path = _heads_path(x, *weight, *bias)
     if path == "eager":
-        return _backend.C.linear_heads(x, weight, bias, head_sizes, grad_scale)
+        return _backend.C.linear_heads(x, weight, bias, lambda_, lambda_index)
     if path == "traced":
-        return torch.ops.grl_ext.linear_heads(x, weight, bias, head_sizes, _on_device(grad_scale, x))
-    return _reference.linear_heads(x, weight, bias, head_sizes, grad_scale)
+        return torch.ops.grl_ext.linear_heads(x, weight, bias, lambda_.to(x.device), lambda_index)
+    return _reference_heads.linear_heads(x, weight, bias, lambda_, lambda_index)
 
 
-class HeadsOutput(NamedTuple):
-    """What the fused loss returns. Only ``loss`` is differentiable; the others are detached.
+class HeadsLoss(NamedTuple):
+    """What the heads' loss returns. All of it is differentiable.
 
-    From :meth:`grl_ext.AdversarialHeads.loss`, ``head_losses`` and ``logits`` are dicts by head name.
+    The gradients of ``loss`` are made beside it. Asking for those of ``head_losses`` or ``logits`` costs one more pass over the
+    features in the backward.
     """
 
     loss: Tensor
-    head_losses: Tensor | dict[str, Tensor]
-    logits: Tensor | dict[str, Tensor]
+    head_losses: list[Tensor]
+    logits: list[Tensor]
 
 
-def heads_cross_entropy(
+_KINDS = {"cross_entropy": CROSS_ENTROPY, "mse": SQUARED_ERROR}
+
+
+def kind_of(name: str, loss: str) -> int:
+    if loss not in _KINDS:
+        raise ValueError(f"{name} must be one of {list(_KINDS)}, got {loss!r}")
+    return _KINDS[loss]
+
+
+def check_reduction(reduction: str) -> bool:
+    """Whether it is the mean."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    return reduction == "mean"
+
+
+def heads_loss(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    head_sizes: Sequence[int],
-    grad_scale: Tensor | Sequence[float],
+    weight: Sequence[Tensor | Sequence[Tensor]],
+    bias: Sequence[Tensor | Sequence[Tensor | None] | None] | None,
+    targets: Sequence[Tensor],
     *,
+    lambda_: Sequence[Tensor | float | None],
+    losses: Sequence[str] | None = None,
+    sample_weight: Tensor | Sequence[Tensor | None] | None = None,
+    class_weight: Sequence[Tensor | None] | None = None,
     loss_weight: Tensor | Sequence[float] | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> HeadsOutput:
-    r"""The cross entropy of several heads over the same features: logits, losses and all gradients in one pass over ``x``.
+    label_smoothing: float | Sequence[float] = 0.0,
+    ignore_index: int | Sequence[int] = -100,
+    reduction: str = "mean",
+) -> HeadsLoss:
+    r"""The losses of several heads over the same features: for linear heads logits, losses and all gradients in one pass over ``x``.
 
     With float16 features in two: their gradients wait for the backward, where the loss scale that saves the small ones is known.
 
-    .. math:: L = \sum_h w_h \frac{1}{|V_h|} \sum_{n \in V_h} \mathrm{CE}(z_{nh}, t_{nh}), \qquad z = x W^T + b
+    .. math:: L = \sum_h \omega_h L_h, \qquad
+        L_h = \frac{\sum_i w_{ih}\, l_h(z_{ih}, t_{ih})}{\sum_i w_{ih}}, \qquad z_h = x W_h^T + b_h
 
-    with :math:`V_h` the rows whose target is not ``ignore_index``. Backward, the gradient to ``x`` counts each head with its
-    ``grad_scale``, as in :func:`linear_heads`; those to ``weight`` and ``bias`` are not scaled.
-
-    Equivalent to a linear layer and ``F.cross_entropy`` for each head (``F.binary_cross_entropy_with_logits`` for a head of size
-    1), with two differences: a head without a valid row has loss 0 and no gradient, instead of NaN, and so has every head if ``x``
-    has no rows; and an incoming gradient of 0 gives zeros, also where the loss is NaN.
+    over the rows i that are valid: those whose target is not ``ignore_index`` and whose sample weight is not 0. With classes as
+    targets :math:`w_{ih}` is the row's sample weight times its class's weight, which is what ``F.cross_entropy(weight=...)`` does;
+    otherwise the sample weight. Where the weights sum to 0 the loss is 0 and gives no gradient. Backward, an adversary's gradient
+    to ``x`` is multiplied by :math:`-\lambda_h`; those to the heads' own parameters are not.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
-        weight: ``(K, D)``, of x's dtype.
-        bias: ``(K,)`` or None.
-        targets: int64 ``(..., H)``, class indices; 0 or 1 for a head of size 1.
-        head_sizes: H positive integers that sum to K.
-        grad_scale: H numbers, or an H-element tensor: 1 for a predictor, -lambda for an adversary.
-        loss_weight: H numbers, or an H-element tensor. Default: all 1.
-        ignore_index: the target of an entry that does not count, in that head alone (a row without a label).
-        label_smoothing: in [0, 1], as for ``F.cross_entropy``; a head of size 1 is smoothed as the two classes it stands for.
+        weight: for each head ``(size, D)``, of x's dtype; or a sequence of matrices: linear layers with ReLU between them.
+        bias: for each head (layer) ``(size,)`` or None; None for none at all.
+        targets: for each head int64 classes ``(...)``; or floating-point probabilities ``(..., size)``; or, for a squared error,
+            values ``(..., size)``. A head of size 1 is binary: classes 0 and 1, or the probability of 1, ``(...)`` or ``(..., 1)``.
+        lambda_: for each head None (a predictor), or a finite number or 0-d tensor (an adversary).
+        losses: for each head ``"cross_entropy"`` (the default; binary for a head of size 1) or ``"mse"``, the mean over the
+            outputs of the squared error.
+        sample_weight: ``(...)``, finite and not negative, for all heads or for each. A row of weight 0 takes no part.
+        class_weight: for each head ``(classes,)`` or None. A head of size 1 has two classes.
+        loss_weight: for each head a number; or a tensor of them.
+        label_smoothing: in [0, 1], for all heads or for each, as in ``F.cross_entropy``.
+        ignore_index: for all heads or for each, the class that marks a row without a label.
+        reduction: ``"mean"``, the weighted mean above; or ``"sum"``, its numerator. For single rows' losses use
+            :func:`linear_heads`.
 
     Returns:
-        ``HeadsOutput(loss, head_losses, logits)``: the differentiable total, the detached per-head means ``(H,)`` before
-        ``loss_weight``, and the detached logits ``(..., K)``. Losses are float32 (float64 for float64 features), also under
-        autocast.
+        ``HeadsLoss(loss, head_losses, logits)``: the total, each head's loss before its ``loss_weight``, and its logits
+        ``(..., size)``. Losses are float32 (float64 for float64 features), also under autocast.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message.
-        IndexError: a target that is neither a class nor ``ignore_index`` (on a CUDA device an assertion, as for
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message; a target or weight that
+            requires a gradient, which this loss does not give.
+        IndexError: a class that is out of range and not ``ignore_index`` (on a CUDA device an assertion, as for
             ``F.cross_entropy``: looking would be a synchronisation).
 
     Example:
-        >>> x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8)
-        >>> targets = torch.tensor([[0, 0], [2, 1], [1, 1], [-100, 0]])
-        >>> out = grl_ext.heads_cross_entropy(x, weight, None, targets, head_sizes=[3, 2], grad_scale=[1.0, -0.5])
+        >>> x, label, domain = torch.randn(4, 8, requires_grad=True), torch.randn(3, 8), torch.randn(2, 8)
+        >>> targets = [torch.tensor([0, 2, 1, -100]), torch.tensor([0, 1, 1, 0])]
+        >>> out = grl_ext.heads_loss(x, [label, domain], None, targets, lambda_=[None, 0.5])
         >>> out.loss.backward()
     """
-    if has_torch_function((x, weight, bias, targets)):
+    heads = len(weight)
+    depth = [1 if isinstance(layers, Tensor) else len(layers) for layers in weight]
+    bias = [None] * heads if bias is None else bias
+    matrices = [layer for layers in weight for layer in ([layers] if isinstance(layers, Tensor) else layers)]
+    vectors = []
+    for layers, count in zip(bias, depth, strict=True):
+        vectors += [None] * count if layers is None else [layers] if isinstance(layers, Tensor) else layers
+    tensors = (x, *matrices, *vectors, *targets)
+    if has_torch_function(tensors):
         return handle_torch_function(
-            heads_cross_entropy,
-            (x, weight, bias, targets),
+            heads_loss,
+            tensors,
             x,
             weight,
             bias,
             targets,
-            head_sizes,
-            grad_scale,
+            lambda_=lambda_,
+            losses=losses,
+            sample_weight=sample_weight,
+            class_weight=class_weight,
             loss_weight=loss_weight,
-            ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
         )
-    path = _heads_path(x)
-    if path == "traced":
-        grad_scale = _on_device(grad_scale, x)
-        loss_weight = None if loss_weight is None else _on_device(loss_weight, x)
-        compute = torch.ops.grl_ext.heads_cross_entropy
-    else:
-        compute = (_backend.C if path == "eager" else _reference).heads_cross_entropy
-    return HeadsOutput(*compute(x, weight, bias, targets, head_sizes, grad_scale, loss_weight, ignore_index, label_smoothing))
-
-
-def adversarial_heads_logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], predictors: int, lambda_: Tensor
-) -> Tensor:
-    """:func:`linear_heads` with a scale of 1 for the first heads, the predictors, and -lambda for the others."""
-    if _in_eager(x, weight, bias):
-        return _backend.C.adversarial_heads_logits(x, weight, bias, head_sizes, predictors, lambda_)
-    return linear_heads(x, weight, bias, head_sizes, _grad_scale(predictors, lambda_))
-
-
-def adversarial_heads_loss(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Sequence[Tensor],
-    head_sizes: Sequence[int],
-    predictors: int,
-    lambda_: Tensor,
-    loss_weight: Sequence[float] | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """:func:`heads_cross_entropy` in the same terms, with targets ``(...)`` for each head; the results but the loss by head."""
-    if _in_eager(x, weight, bias, *targets):
-        return _backend.C.adversarial_heads_loss(
-            x, weight, bias, targets, head_sizes, predictors, lambda_, loss_weight, ignore_index, label_smoothing
-        )
-    loss, head_losses, logits = heads_cross_entropy(
-        x,
-        weight,
-        bias,
-        torch.stack(targets, -1),
-        head_sizes,
-        _grad_scale(predictors, lambda_),
-        loss_weight=loss_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
+    kind = None if losses is None else [kind_of(f"losses[{h}]", loss) for h, loss in enumerate(losses)]
+    smoothing = None
+    if isinstance(label_smoothing, Sequence):
+        smoothing = label_smoothing
+    elif label_smoothing != 0:  # for all heads that have one
+        smoothing = [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)]
+    options = HeadsOptions(
+        [sample_weight] * heads if isinstance(sample_weight, Tensor) else sample_weight,
+        class_weight,
+        None if loss_weight is None else _reference_heads.numbers("loss_weight", loss_weight),
+        kind,
+        smoothing,
+        ignore_index if isinstance(ignore_index, Sequence) else None if ignore_index == -100 else [ignore_index] * heads,
+        check_reduction(reduction),
     )
-    return loss, head_losses.unbind(), logits.split_with_sizes(head_sizes, -1)
+    return run_heads_loss(x, matrices, vectors, depth, targets, *_lambda_of_heads(lambda_), options)
 
 
-def _in_eager(x: Tensor, *others: Tensor | None) -> bool:
-    return not has_torch_function((x, *others)) and _heads_path(x) == "eager"
-
-
-def _grad_scale(predictors: int, lambda_: Tensor) -> Tensor:
-    return torch.constant_pad_nd(-lambda_, (predictors, 0), 1.0)
-
-
-def _on_device(numbers: Tensor | Sequence[float], x: Tensor) -> Tensor:
-    """Tracing allows no CPU tensor beside those of another device, unless it is 0-d."""
-    return numbers.to(x.device) if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64, device=x.device)
+def run_heads_loss(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    depth: Sequence[int] | None,
+    targets: Sequence[Tensor],
+    lambda_: Tensor,
+    lambda_index: Sequence[int],
+    options: HeadsOptions,
+) -> HeadsLoss:
+    """:func:`heads_loss` with one flat list of layers, of which a head has `depth` (None: one), and one entry per head in all else."""
+    path = _heads_path(x, *weight, *bias, *targets)
+    if path == "eager":
+        sample_weight, class_weight, *others = options
+        return HeadsLoss(
+            *_backend.C.heads_loss(
+                x, weight, bias, depth, targets, sample_weight, class_weight, lambda_, lambda_index, *others
+            )
+        )
+    depth = [1] * len(weight) if depth is None else depth
+    if path == "traced":
+        sample_weight, class_weight, loss_weight, *others = options.filled(len(depth))
+        return HeadsLoss(
+            *torch.ops.grl_ext.heads_loss(
+                x,
+                weight,
+                bias,
+                depth,
+                targets,
+                sample_weight,
+                class_weight,
+                lambda_.to(x.device),
+                lambda_index,
+                None if loss_weight is None else loss_weight.to(x.device),
+                *others,
+            )
+        )
+    return HeadsLoss(*_reference_heads.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, options))

@@ -57,6 +57,14 @@ inline void refuse_forward_mode(const at::Tensor& x, const at::Tensor& weight, c
       "torch.ops.grl_ext has no forward-mode derivative for linear operators; call the functions of grl_ext instead");
 }
 
+inline void refuse_forward_mode(
+    const at::Tensor& x, at::TensorList weight, const c10::List<std::optional<at::Tensor>>& bias) {
+  refuse_forward_mode(x, x, std::nullopt);
+  for (size_t i = 0; i < weight.size(); ++i) {
+    refuse_forward_mode(x, weight[i], i < bias.size() ? bias.get(i) : std::nullopt);
+  }
+}
+
 inline bool any_requires_grad(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   return at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()));
 }

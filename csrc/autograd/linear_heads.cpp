@@ -1,13 +1,12 @@
-// linear_heads: one linear layer for all heads, whose gradient to x counts each head with its own scale.
+// linear_heads: linear layers over the same features, whose gradient to the features counts each adversary with its -lambda.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include "../checks.h"
+#include "../heads_checks.h"
 #include "../ops.h"
 #include "heads.h"
-#include "linear.h"
 #include "node.h"
 #include "scale_negate.h"
 
@@ -18,114 +17,161 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// Head by head, as the layers would do it, so that gradients of gradients cross each head's scale where the layers' would.
-std::tuple<Tensor, Tensor, Tensor> heads_gradients_composite(
-    const Tensor& grad_logits, const Tensor& x, const Tensor& weight, at::IntArrayRef head_sizes, const Tensor& grad_scale,
-    std::array<bool, 3> needs) {
+using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
+
+// Head by head, as the layers would do it, so that gradients of gradients cross each head's reversal where the layers' would.
+Gradients heads_gradients_composite(
+    const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
+    const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
+  const auto heads = grad_logits.size();
   Tensor dx;
-  std::vector<Tensor> dw;
-  int64_t start = 0;
-  for (size_t h = 0; h < head_sizes.size(); ++h) {
-    const auto dz = grad_logits.narrow(1, start, head_sizes[h]);
-    const auto lambda = grad_scale.select(0, static_cast<int64_t>(h)).neg();
+  std::vector<Tensor> dw(heads), db(heads);
+  for (size_t h = 0; h < heads; ++h) {
+    const auto& dz = grad_logits[h];
+    const bool adversary = lambda_index[h] >= 0;
+    const auto own = lambda_of(lambda, lambda_index[h]);
     if (needs[0]) {
-      const auto part = scale_negate_composite(dz, {1.0, lambda}).mm(weight.narrow(0, start, head_sizes[h]));
-      dx = dx.defined() ? dx + part : part;
+      const auto part = dz.mm(weight[h]);
+      const auto scaled = adversary ? scale_negate_composite(part, {1.0, own}) : part;
+      dx = dx.defined() ? dx + scaled : scaled;
     }
-    if (needs[1]) {
-      dw.push_back(dz.t().mm(at::GradMode::is_enabled() ? gradient_reversal(x, lambda) : x));
+    if (needs[1 + h]) {
+      dw[h] = dz.t().mm(adversary && at::GradMode::is_enabled() ? gradient_reversal(x, own) : x);
     }
-    start += head_sizes[h];
+    if (needs[1 + heads + h]) {
+      db[h] = dz.sum(0);
+    }
   }
-  return {dx, needs[1] ? at::cat(dw) : Tensor(), needs[2] ? grad_logits.sum(0) : Tensor()};
+  return {dx, dw, db};
 }
 
 class LinearHeadsBackward : public torch::autograd::Node {
  public:
-  LinearHeadsBackward(const Tensor& x, const Tensor& weight, at::IntArrayRef head_sizes, const Tensor& grad_scale)
-      : head_sizes_(head_sizes.vec()), grad_scale_(per_head_now(grad_scale)) {
-    if (weight.requires_grad()) {
-      x_ = SavedVariable(x, /*is_output=*/false);
+  LinearHeadsBackward(const Tensor& x, const HeadLayers& layers, const Tensor& lambda, at::IntArrayRef lambda_index)
+      : heads_(layers.weight.size()), lambda_(numbers_now(lambda)), lambda_index_(lambda_index.vec()) {
+    for (const auto& weight : layers.weight) {
+      weight_.emplace_back(x.requires_grad() ? weight : Tensor(), /*is_output=*/false);
+      needs_x_ = needs_x_ || weight.requires_grad();
     }
-    if (x.requires_grad()) {
-      weight_ = SavedVariable(weight, /*is_output=*/false);
-    }
+    x_ = SavedVariable(needs_x_ ? x : Tensor(), /*is_output=*/false);
   }
 
   std::string name() const override {
     return "LinearHeadsBackward";
   }
 
+  // Only the heads that have a gradient take part.
   variable_list apply(variable_list&& grads) override {
-    if (!grads[0].defined()) {
-      return variable_list(num_outputs());
+    variable_list result(num_outputs());
+    std::vector<size_t> heads;
+    for (size_t h = 0; h < heads_; ++h) {
+      if (grads[h].defined()) {
+        heads.push_back(h);
+      }
     }
-    const bool has_bias = num_outputs() > 2;
-    const std::array<bool, 3> needs{should_compute_output(0), should_compute_output(1), has_bias && should_compute_output(2)};
-    Tensor x, weight;
+    if (heads.empty()) {
+      return result;
+    }
+    std::vector<bool> needs{should_compute_output(0)};
+    for (const auto h : heads) {
+      needs.push_back(should_compute_output(1 + h));
+    }
+    const bool any_weight = std::find(needs.begin() + 1, needs.end(), true) != needs.end();
+    for (const auto h : heads) {
+      needs.push_back(should_compute_output(1 + heads_ + h));
+    }
+    Tensor x;
+    std::vector<Tensor> grad_logits, weight;
+    std::vector<int64_t> lambda_index;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      x = needs[1] ? x_.unpack() : Tensor();
-      weight = needs[0] ? weight_.unpack() : Tensor();
+      x = any_weight ? x_.unpack() : Tensor();
+      for (const auto h : heads) {
+        grad_logits.push_back(grads[h]);
+        lambda_index.push_back(lambda_index_[h]);
+        if (needs[0]) {
+          weight.push_back(weight_[h].unpack());
+        }
+      }
     }
-    auto [dx, dw, db] = heads_gradients(grads[0], x, weight, head_sizes_, grad_scale_, needs);
-    return has_bias ? variable_list{dx, dw, db} : variable_list{dx, dw};
+    const auto [dx, dw, db] = heads_gradients(grad_logits, x, weight, lambda_, lambda_index, needs);
+    result[0] = dx;
+    for (size_t i = 0; i < heads.size(); ++i) {
+      result[1 + heads[i]] = dw[i];
+      result[1 + heads_ + heads[i]] = db[i];
+    }
+    return result;
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     x_.reset_data();
-    weight_.reset_data();
+    for (auto& weight : weight_) {
+      weight.reset_data();
+    }
   }
 
  private:
-  SavedVariable x_, weight_;
-  const std::vector<int64_t> head_sizes_;
-  const Tensor grad_scale_;
+  const size_t heads_;
+  bool needs_x_ = false;
+  SavedVariable x_;
+  std::vector<SavedVariable> weight_;
+  const Tensor lambda_;
+  const std::vector<int64_t> lambda_index_;
 };
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> heads_gradients(
-    const Tensor& grad_logits, const Tensor& x, const Tensor& weight, at::IntArrayRef head_sizes, const Tensor& grad_scale,
-    std::array<bool, 3> needs) {
+Gradients heads_gradients(
+    const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
+    const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_gradients", "")
-                                 .typed<std::tuple<Tensor, Tensor, Tensor>(
-                                     const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, at::IntArrayRef,
-                                     const Tensor&, std::array<bool, 3>)>();
-  if (at::GradMode::is_enabled() || is_batched(grad_logits)) {
-    return heads_gradients_composite(grad_logits, x, weight, head_sizes, grad_scale, needs);
+                                 .typed<Gradients(
+                                     at::TensorList, const std::optional<Tensor>&, at::TensorList, const Tensor&, at::IntArrayRef,
+                                     const c10::List<bool>&)>();
+  if (at::GradMode::is_enabled() || is_batched(grad_logits[0])) {
+    return heads_gradients_composite(grad_logits, x, weight, lambda, lambda_index, needs);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto given = [](const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
-  auto [dx, dw, db] = kernel.call(grad_logits, given(x), given(weight), head_sizes, grad_scale, needs);
-  return {needs[0] ? dx : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor()};
+  auto [dx, dw, db] =
+      kernel.call(grad_logits, x.defined() ? std::optional(x) : std::nullopt, weight, lambda, lambda_index, to_list(needs));
+  const auto heads = grad_logits.size();
+  dx = needs[0] ? dx : Tensor();
+  for (size_t h = 0; h < heads; ++h) {
+    dw[h] = needs[1 + h] ? std::move(dw[h]) : Tensor();
+    db[h] = needs[1 + heads + h] ? std::move(db[h]) : Tensor();
+  }
+  return {std::move(dx), std::move(dw), std::move(db)};
 }
 
-Tensor linear_heads(
-    const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, at::IntArrayRef head_sizes,
-    const Tensor& grad_scale) {
+std::vector<Tensor> linear_heads(
+    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, const Tensor& lambda, at::IntArrayRef lambda_index) {
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_logits", "")
-                                 .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>();
+                                 .typed<std::vector<Tensor>(const Tensor&, at::TensorList, const OptionalTensors&)>();
   refuse_functorch();
-  refuse_forward_mode(x_, weight_, bias_);
-  const auto [inputs_x, weight, bias] = autocast(x_, weight_, bias_);
-  check_heads(inputs_x, weight, bias, head_sizes, grad_scale);
-  const auto x = as_rows(inputs_x);
-  Tensor logits;
+  refuse_forward_mode(x, weight, bias);
+  auto inputs = prepare(x, weight, bias);
+  check_layers(inputs.features, inputs.layers.weight, inputs.layers.bias, std::vector<int64_t>(weight.size(), 1));
+  check_lambda_of_heads(x, lambda, lambda_index, weight.size());
+  refuse_gradient("lambda_", lambda);
+  inputs.x = as_rows(inputs.features);
+  std::vector<Tensor> logits;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    logits = kernel.call(x, weight, bias);
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    logits = kernel.call(inputs.x, inputs.layers.weight, inputs.layers.bias);
   }
-  if (any_requires_grad(x, weight, bias)) {
-    auto node = make_node<LinearHeadsBackward>(x, weight, head_sizes, grad_scale);
-    node->set_next_edges(
-        bias ? torch::autograd::collect_next_edges(x, weight, *bias) : torch::autograd::collect_next_edges(x, weight));
+  if (any_requires_grad(inputs.x, inputs.layers)) {
+    auto node = make_node<LinearHeadsBackward>(inputs.x, inputs.layers, lambda, lambda_index);
+    node->set_next_edges(edges_of(inputs.x, inputs.layers));
     torch::autograd::set_history(logits, node);
   }
-  return with_leading_sizes(logits, inputs_x);
+  for (auto& own : logits) {
+    own = with_leading_sizes(own, inputs.features);
+  }
+  return logits;
 }
 
 }  // namespace grl_ext

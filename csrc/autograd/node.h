@@ -19,6 +19,15 @@ auto make_node(Args&&... args) {
 #endif
 }
 
+// The same node's holder, from inside it.
+inline auto holder_of(torch::autograd::Node& node) {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+  return c10::intrusive_ptr<torch::autograd::Node>::reclaim_copy(&node);
+#else
+  return node.getptr();
+#endif
+}
+
 // Whether this tensor is what its data pointer says: no subclass, no batch of a transform, no lazy conjugate.
 bool is_plain(const at::Tensor& tensor);
 

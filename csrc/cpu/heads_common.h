@@ -1,6 +1,6 @@
-// What the heads' operators on the CPU share: how rows are split among the threads and walked in blocks, how rows of any dtype are
-// read and written, and how the threads' partial sums are added: in their order, so that the result depends on the number of
-// threads and on nothing else.
+// What the heads' operators on the CPU share: which heads the fused kernels take, how rows are split among the threads and walked in
+// blocks, how rows of any dtype are read and written, and how the threads' partial sums are added: in their order, so that the
+// result depends on the number of threads and on nothing else.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,6 +10,7 @@
 #include <array>
 #include <vector>
 
+#include "../heads.h"
 #include "heads_limits.h"
 #include "kernels.h"
 
@@ -69,24 +70,155 @@ inline const ConvertKernels* convert_kernels(at::ScalarType dtype) {
   return dtype == at::kHalf ? &kernels().half : dtype == at::kBFloat16 ? &kernels().bfloat16 : nullptr;
 }
 
-// A linear layer's parameters as T.
+// Heads side by side: which of the operator's heads they are, and the columns of each.
+class HeadColumns {
+ public:
+  void add(int64_t head, int64_t size) {
+    heads_.push_back(head);
+    begin_.push_back(total() + size);
+  }
+
+  int64_t count() const {
+    return static_cast<int64_t>(heads_.size());
+  }
+
+  int64_t head(int64_t i) const {
+    return heads_[i];
+  }
+
+  int64_t begin(int64_t i) const {
+    return begin_[i];
+  }
+
+  int64_t size(int64_t i) const {
+    return begin_[i + 1] - begin_[i];
+  }
+
+  int64_t total() const {
+    return begin_.back();
+  }
+
+  // The columns of those heads for which `wanted(head)` holds; neighbours joined.
+  template <class F>
+  std::vector<Columns> runs(const F& wanted) const {
+    std::vector<Columns> runs;
+    for (int64_t i = 0; i < count(); ++i) {
+      if (!wanted(heads_[i])) {
+        continue;
+      }
+      if (!runs.empty() && runs.back().end == begin_[i]) {
+        runs.back().end = begin_[i + 1];
+      } else {
+        runs.push_back({static_cast<long>(begin_[i]), static_cast<long>(begin_[i + 1])});
+      }
+    }
+    return runs;
+  }
+
+ private:
+  std::vector<int64_t> heads_, begin_{0};
+};
+
+// The heads that the fused kernels take, in their order as long as there is room, and those left to matrix products.
+struct Division {
+  HeadColumns fused;
+  std::vector<int64_t> by_products;
+};
+
+template <class F>
+Division divide(int64_t heads, const F& size_of) {
+  Division division;
+  for (int64_t h = 0; h < heads; ++h) {
+    if (division.fused.total() + size_of(h) <= kMaxFusedColumns) {
+      division.fused.add(h, size_of(h));
+    } else {
+      division.by_products.push_back(h);
+    }
+  }
+  return division;
+}
+
+// Which gradients an operator is to compute: of x, of the H weights, of the H biases.
+class Needs {
+ public:
+  explicit Needs(const c10::List<bool>& needs) : needs_(needs.begin(), needs.end()), heads_((needs_.size() - 1) / 2) {}
+
+  bool x() const {
+    return needs_[0];
+  }
+
+  bool weight(int64_t head) const {
+    return needs_[1 + head];
+  }
+
+  bool bias(int64_t head) const {
+    return needs_[1 + heads_ + head];
+  }
+
+  bool any_weight() const {
+    return any(1, 1 + heads_);
+  }
+
+  bool any() const {
+    return any(0, needs_.size());
+  }
+
+ private:
+  bool any(size_t begin, size_t end) const {
+    return std::find(needs_.begin() + begin, needs_.begin() + end, true) != needs_.begin() + end;
+  }
+
+  const std::vector<bool> needs_;
+  const size_t heads_;
+};
+
+// What each head's gradient counts with in that to the features: -lambda for an adversary, 1 for a predictor.
+inline std::vector<double> head_scales(const Tensor& lambda, at::IntArrayRef lambda_index) {
+  const auto values = lambda.to(at::kDouble).contiguous();
+  std::vector<double> scales;
+  for (const auto index : lambda_index) {
+    scales.push_back(index < 0 ? 1.0 : -values.const_data_ptr<double>()[index]);
+  }
+  return scales;
+}
+
+// The heads' parameters as T, one below the other: a single head's own memory, or a copy.
 template <class T>
 class Parameters {
  public:
-  Parameters(const Tensor& weight, const std::optional<Tensor>& bias)
-      : weight_(weight.to(wide_type(weight.scalar_type())).contiguous()),
-        bias_(bias ? bias->to(wide_type(weight.scalar_type())).contiguous() : Tensor()) {}
+  Parameters(const HeadColumns& columns, at::TensorList weight, const OptionalTensors& bias) {
+    const auto dtype = wide_type(weight[0].scalar_type());
+    const int64_t features = weight[0].size(1);
+    weight_ = columns.count() == 1 ? weight[columns.head(0)].to(dtype).contiguous()
+                                   : at::empty({columns.total(), features}, weight[0].options().dtype(dtype));
+    for (int64_t i = 0; i < columns.count(); ++i) {
+      const auto head = columns.head(i);
+      if (columns.count() > 1) {
+        copy(weight_.data_ptr<T>() + columns.begin(i) * features, weight[head], dtype);
+      }
+      if (const auto given = bias.empty() ? std::nullopt : bias.get(head)) {
+        bias_.resize(columns.total());  // zeros for the heads without one
+        copy(bias_.data() + columns.begin(i), *given, dtype);
+      }
+    }
+  }
 
   const T* weight() const {
     return weight_.const_data_ptr<T>();
   }
 
   const T* bias() const {  // null if there is none
-    return bias_.defined() ? bias_.const_data_ptr<T>() : nullptr;
+    return bias_.empty() ? nullptr : bias_.data();
   }
 
  private:
-  const Tensor weight_, bias_;
+  static void copy(T* to, const Tensor& from, at::ScalarType dtype) {
+    const auto values = from.to(dtype).contiguous();
+    std::copy_n(values.const_data_ptr<T>(), values.numel(), to);
+  }
+
+  Tensor weight_;
+  std::vector<T> bias_;
 };
 
 // Rows of `tensor` as T: its own memory, or a converted copy.
@@ -151,75 +283,111 @@ void to_rows(T* rows, const T* columns, int64_t height, int64_t width) {
   }
 }
 
-// The gradients of weight and bias: each thread's sums, and their total.
+// The heads' (N, size) matrices, such as their logits, and a block of their rows as the kernels' columns.
 template <class T>
-class ParameterGradients {
+class HeadRows {
  public:
-  ParameterGradients(
-      int64_t threads, int64_t columns, int64_t features, at::ScalarType dtype, bool needs_weight, bool needs_bias)
-      : columns_(columns), dtype_(dtype), needs_bias_(needs_bias), bias_(threads * columns) {
-    for (int64_t t = 0; needs_weight && t < threads; ++t) {
-      weight_.push_back(at::zeros({columns, features}, wide_type(dtype)));
+  HeadRows(const HeadColumns& columns, at::TensorList matrices) : columns_(columns) {
+    for (int64_t i = 0; i < columns.count(); ++i) {
+      rows_.emplace_back(matrices[columns.head(i)], columns.size(i));
     }
   }
 
-  // The thread's sums for the weight; null if it needs none.
+  void read(T* block, int64_t row, int64_t rows) {
+    for (int64_t i = 0; i < columns_.count(); ++i) {
+      to_columns(block + columns_.begin(i) * kMaxBlockRows, rows_[i].read(row, rows), rows, columns_.size(i));
+    }
+  }
+
+  void write(const T* block, int64_t row, int64_t rows) {
+    for (int64_t i = 0; i < columns_.count(); ++i) {
+      to_rows(rows_[i].write(row), block + columns_.begin(i) * kMaxBlockRows, rows, columns_.size(i));
+      rows_[i].written(row, rows);
+    }
+  }
+
+ private:
+  const HeadColumns& columns_;
+  std::vector<Rows<T>> rows_;
+};
+
+// The gradients of weights and biases: each thread's sums, and their total.
+template <class T>
+class ParameterGradients {
+ public:
+  ParameterGradients(const HeadColumns& columns, int64_t threads, int64_t features, at::ScalarType dtype, const Needs& needs)
+      : columns_(columns), features_(features), dtype_(dtype), needs_(needs),
+        weight_runs_(columns.runs([&](int64_t head) { return needs.weight(head); })), bias_(threads * columns.total()) {
+    for (int64_t t = 0; !weight_runs_.empty() && t < threads; ++t) {
+      weight_.push_back(at::zeros({columns.total(), features}, wide_type(dtype)));
+    }
+  }
+
+  // The columns whose weight is to have a gradient.
+  const std::vector<Columns>& weight_columns() const {
+    return weight_runs_;
+  }
+
+  // The thread's sums for the weights; null if it needs none.
   T* weight(int64_t thread) {
     return weight_.empty() ? nullptr : weight_[thread].template data_ptr<T>();
   }
 
-  void add_to_bias(int64_t thread, const T* g, int64_t rows) {
-    for (int64_t c = 0; c < columns_; ++c) {
+  void add_to_bias(int64_t thread, const T* grad_logits, int64_t rows) {
+    for (int64_t c = 0; c < columns_.total(); ++c) {
       T sum = 0;
       for (int64_t r = 0; r < rows; ++r) {
-        sum += g[c * kMaxBlockRows + r];
+        sum += grad_logits[c * kMaxBlockRows + r];
       }
-      bias_[thread * columns_ + c] += sum;
+      bias_[thread * columns_.total() + c] += sum;
     }
   }
 
-  // (dw, db), empty where not needed.
-  std::pair<Tensor, Tensor> total() {
-    auto dw = weight_.empty() ? at::empty({0}, dtype_) : weight_[0];
-    for (size_t t = 1; t < weight_.size(); ++t) {
-      dw.add_(weight_[t]);
-    }
-    auto db = at::empty({needs_bias_ ? columns_ : 0}, wide_type(dtype_));
-    for (int64_t c = 0; needs_bias_ && c < columns_; ++c) {
-      T sum = 0;
-      for (size_t i = c; i < bias_.size(); i += columns_) {
-        sum += bias_[i];
+  // Sets those of the operator's results that are needed.
+  void total(std::vector<Tensor>& dw, std::vector<Tensor>& db) {
+    for (int64_t i = 0; i < columns_.count(); ++i) {
+      const auto head = columns_.head(i), begin = columns_.begin(i), size = columns_.size(i);
+      if (needs_.weight(head)) {
+        dw[head] = sum_of_threads({size, features_}, begin * features_, [&](size_t t) { return weight(t); });
       }
-      db.template data_ptr<T>()[c] = sum;
+      if (needs_.bias(head)) {
+        db[head] = sum_of_threads({size}, begin, [&](size_t t) { return bias_.data() + t * columns_.total(); });
+      }
     }
-    return {dw.to(dtype_), db.to(dtype_)};
   }
 
  private:
-  const int64_t columns_;
+  template <class F>
+  Tensor sum_of_threads(at::IntArrayRef sizes, int64_t offset, const F& sums_of) const {
+    auto result = at::empty(sizes, wide_type(dtype_));
+    T* to = result.template data_ptr<T>();
+    const int64_t n = result.numel();
+    std::copy_n(sums_of(0) + offset, n, to);
+    const size_t threads = bias_.size() / columns_.total();
+    for (size_t t = 1; t < threads; ++t) {
+      const T* from = sums_of(t) + offset;
+      for (int64_t i = 0; i < n; ++i) {
+        to[i] += from[i];
+      }
+    }
+    return result.to(dtype_);
+  }
+
+  const HeadColumns& columns_;
+  const int64_t features_;
   const at::ScalarType dtype_;
-  const bool needs_bias_;
+  const Needs& needs_;
+  const std::vector<Columns> weight_runs_;
   std::vector<Tensor> weight_;
   std::vector<T> bias_;
 };
 
-// Each column's gradient scale, that of its head.
-template <class T>
-std::vector<T> column_scales(at::IntArrayRef head_sizes, const Tensor& grad_scale) {
-  const auto values = grad_scale.to(at::kDouble).contiguous();
-  std::vector<T> scales;
-  for (size_t h = 0; h < head_sizes.size(); ++h) {
-    scales.insert(scales.end(), head_sizes[h], static_cast<T>(values.const_data_ptr<double>()[h]));
+// By matrix products: adds scale * g W to dx, of which `dx_begun` says whether it holds anything yet.
+inline void add_features_gradient(Tensor& dx, bool& dx_begun, const Tensor& g, const Tensor& weight, double scale) {
+  if (scale != 0) {  // not multiplied by 0: the weight may be infinite
+    at::addmm_out(dx, dx, g, weight, /*beta=*/dx_begun ? 1 : 0, /*alpha=*/scale);
+    dx_begun = true;
   }
-  return scales;
-}
-
-// By matrix products, for heads too wide for the skinny kernels; `scaled` is g with each column's scale. x and weight where needed.
-inline std::tuple<Tensor, Tensor, Tensor> gradients_by_products(
-    const Tensor& g, const Tensor& scaled, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
-    std::array<bool, 3> needs) {
-  const auto none = [&] { return g.new_empty({0}); };
-  return {needs[0] ? scaled.mm(*weight) : none(), needs[1] ? g.t().mm(*x) : none(), needs[2] ? g.sum(0) : none()};
 }
 
 }  // namespace grl_ext::cpu

@@ -29,14 +29,51 @@ struct IntegerOf<double> {
 template <class T>
 using Integer = typename IntegerOf<T>::Type;  // as wide as T
 
-// A block of at most kMaxBlockRows rows; what each computes is said in csrc/cpu/kernels/heads.h.
+// Columns [begin, end) of the heads' logits.
+struct Columns {
+  long begin, end;
+};
+
+// One head's logits and targets in a block of rows. A matrix has its columns kMaxBlockRows apart; what follows the last row, up to a
+// whole vector, has a row weight of 0.
+template <class T>
+struct HeadBlock {
+  const T* logits;
+  T* grad_logits;
+  T* scaled;  // grad_logits times scale
+  long rows, columns;
+  const Integer<T>* label;  // each row's class; or null, and
+  const T* target;          // each row's probabilities or values, a matrix
+  const T* row_weight;      // 0 in rows that take no part
+  const T* class_weight;    // null: all 1
+  double smoothing;
+  double grad_factor;  // what the sum over the rows is multiplied by to give the loss
+  double scale;        // what the gradient to the features counts with
+};
+
+// The products of a block's gradients, each unless its result is null.
+template <class T>
+struct GradientsBlock {
+  T* dx;
+  T* dw;  // added to
+  const T* grad_logits;
+  const T* scaled;
+  const T* x;
+  const T* weight;
+  long rows, features, columns;
+  const Columns* dx_columns;  // those that dx counts
+  long dx_runs;
+  const Columns* dw_columns;  // those that dw is needed of
+  long dw_runs;
+};
+
+// A block of at most kMaxBlockRows rows; what each computes is said in csrc/cpu/kernels/heads.h and heads_loss.h.
 template <class T>
 struct HeadsKernels {
   void (*logits)(T* z, const T* x, const T* next, const T* weight, const T* bias, long rows, long features, long columns);
-  double (*cross_entropy)(
-      T* g, T* scaled, const T* z, const Integer<T>* target, long rows, long columns, double weight, double scale, double smoothing);
-  void (*gradients)(
-      T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* weight, long rows, long features, long columns);
+  double (*cross_entropy)(const HeadBlock<T>& head);
+  double (*squared_error)(const HeadBlock<T>& head);
+  void (*gradients)(const GradientsBlock<T>& block);
 };
 
 struct ConvertKernels {

@@ -1,4 +1,4 @@
-// _heads_logits and _heads_gradients on the CPU.
+// _heads_logits and _heads_gradients on the CPU: narrow heads together, in one pass over the features; each wide one by matrix products.
 #include <torch/library.h>
 
 #include "heads_common.h"
@@ -7,79 +7,133 @@
 namespace grl_ext::cpu {
 namespace {
 
-Tensor heads_logits(const Tensor& x_, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const int64_t n = x_.size(0), d = x_.size(1), k = weight.size(0), step = block_rows(d);
-  if (k > kMaxSkinnyColumns) {
-    return at::linear(x_, weight, bias);
+void fused_logits(std::vector<Tensor>& logits, const HeadColumns& columns, const Tensor& x, at::TensorList weight, const OptionalTensors& bias) {
+  const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
+  for (int64_t i = 0; i < columns.count(); ++i) {
+    logits[columns.head(i)] = at::empty({n, columns.size(i)}, x.options());
   }
-  const auto x = x_.contiguous();
-  auto logits = at::empty({n, k}, x.options());
   dispatch_wide(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Parameters<T> parameters(weight, bias);
+    const Parameters<T> parameters(columns, weight, bias);
     for_each_thread(thread_count(n, d, k), n, [&](int64_t, int64_t begin, int64_t end) {
-      Rows<T> features(x, d), out(logits, k);
+      Rows<T> features(x, d);
+      HeadRows<T> out(columns, logits);
       std::vector<T> z(k * kMaxBlockRows);
       for (int64_t r = begin; r < end; r += step) {
         const int64_t rows = std::min(step, end - r);
         const T* next = features.ahead(std::min(r + rows, end - 1));
         heads_kernels<T>().logits(z.data(), features.read(r, rows), next, parameters.weight(), parameters.bias(), rows, d, k);
-        to_rows(out.write(r), z.data(), rows, k);
-        out.written(r, rows);
+        out.write(z.data(), r, rows);
       }
     });
   });
+}
+
+std::vector<Tensor> heads_logits(const Tensor& x_, at::TensorList weight, const OptionalTensors& bias) {
+  const auto division = divide(weight.size(), [&](int64_t h) { return weight[h].size(0); });
+  const auto x = x_.contiguous();
+  std::vector<Tensor> logits(weight.size());
+  if (division.fused.count() > 0) {
+    fused_logits(logits, division.fused, x, weight, bias);
+  }
+  for (const auto h : division.by_products) {
+    logits[h] = at::linear(x, weight[h], bias.get(h));
+  }
   return logits;
 }
 
-std::tuple<Tensor, Tensor, Tensor> heads_gradients(
-    const Tensor& grad_logits, const std::optional<Tensor>& x_, const std::optional<Tensor>& weight_, at::IntArrayRef head_sizes,
-    const Tensor& grad_scale, std::array<bool, 3> needs) {
-  const int64_t n = grad_logits.size(0), k = grad_logits.size(1);
-  const int64_t d = needs[1] ? x_->size(1) : needs[0] ? weight_->size(1) : 0, step = block_rows(d);
-  const auto grad = grad_logits.contiguous();
-  return dispatch_wide(grad.scalar_type(), [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
-    using T = decltype(zero);
-    const auto scales = column_scales<T>(head_sizes, grad_scale);
-    if (k > kMaxSkinnyColumns) {
-      const auto scale = at::tensor(at::ArrayRef<T>(scales), at::TensorOptions().dtype(wide_type(grad.scalar_type())));
-      const auto scaled = at::where(scale.eq(0), at::zeros({}, scale.options()), grad * scale).to(grad.scalar_type());
-      return gradients_by_products(grad, scaled, x_, weight_, needs);
-    }
-    const auto none = grad.new_empty({0});
-    const auto x = needs[1] ? x_->contiguous() : none;
-    const Parameters<T> parameters(needs[0] ? *weight_ : none, std::nullopt);
-    const int64_t threads = thread_count(n, d, 2 * k);
-    auto dx = needs[0] ? empty_kept({n, d}, grad.scalar_type()) : none;
-    ParameterGradients<T> of_parameters(threads, k, d, grad.scalar_type(), needs[1], needs[2]);
-    for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
-      Rows<T> features(x, d), gradient(dx, d), incoming(grad, k);
-      std::vector<T> g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
-      for (int64_t r = begin; r < end; r += step) {
-        const int64_t rows = std::min(step, end - r);
-        to_columns(g.data(), incoming.read(r, rows), rows, k);
-        if (needs[0]) {
-          for (int64_t i = 0; i < k * kMaxBlockRows; ++i) {
-            const T scale = scales[i / kMaxBlockRows];
-            scaled[i] = scale == 0 ? T(0) : g[i] * scale;
-          }
-        }
-        if (needs[0] || needs[1]) {
-          heads_kernels<T>().gradients(
-              needs[0] ? gradient.write(r) : nullptr, of_parameters.weight(t), g.data(), scaled.data(),
-              needs[1] ? features.read(r, rows) : nullptr, parameters.weight(), rows, d, k);
-        }
-        if (needs[0]) {
-          gradient.written(r, rows);
-        }
-        if (needs[2]) {
-          of_parameters.add_to_bias(t, g.data(), rows);
+struct Gradients {
+  Tensor dx;
+  std::vector<Tensor> dw, db;
+
+  Gradients(size_t heads, const at::TensorOptions& options) : dx(at::empty({0}, options)), dw(heads, dx), db(heads, dx) {}
+};
+
+template <class T>
+void fused_gradients(
+    Gradients& gradients, const HeadColumns& columns, at::TensorList grad_logits, const Tensor& x, at::TensorList weight,
+    const std::vector<double>& scales, const Needs& needs, int64_t d) {
+  const auto dtype = grad_logits[0].scalar_type();
+  const int64_t n = grad_logits[0].size(0), k = columns.total(), step = block_rows(d), threads = thread_count(n, d, 2 * k);
+  const auto parameters = needs.x() ? std::optional<Parameters<T>>(std::in_place, columns, weight, OptionalTensors()) : std::nullopt;
+  const auto counted = columns.runs([&](int64_t head) { return scales[head] != 0; });
+  ParameterGradients<T> of_parameters(columns, threads, d, dtype, needs);
+  for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
+    Rows<T> features(x, d), gradient(gradients.dx, d);
+    HeadRows<T> incoming(columns, grad_logits);
+    std::vector<T> g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
+    for (int64_t r = begin; r < end; r += step) {
+      const int64_t rows = std::min(step, end - r);
+      incoming.read(g.data(), r, rows);
+      for (int64_t i = 0; needs.x() && i < columns.count(); ++i) {
+        const T scale = static_cast<T>(scales[columns.head(i)]);
+        for (int64_t j = columns.begin(i) * kMaxBlockRows; j < columns.begin(i + 1) * kMaxBlockRows; ++j) {
+          scaled[j] = g[j] * scale;
         }
       }
-    });
-    const auto [dw, db] = of_parameters.total();
-    return {dx, dw, db};
+      if (needs.x() || needs.any_weight()) {
+        heads_kernels<T>().gradients(
+            {.dx = needs.x() ? gradient.write(r) : nullptr,
+             .dw = of_parameters.weight(t),
+             .grad_logits = g.data(),
+             .scaled = scaled.data(),
+             .x = needs.any_weight() ? features.read(r, rows) : nullptr,
+             .weight = parameters ? parameters->weight() : nullptr,
+             .rows = rows,
+             .features = d,
+             .columns = k,
+             .dx_columns = counted.data(),
+             .dx_runs = static_cast<long>(counted.size()),
+             .dw_columns = of_parameters.weight_columns().data(),
+             .dw_runs = static_cast<long>(of_parameters.weight_columns().size())});
+      }
+      if (needs.x()) {
+        gradient.written(r, rows);
+      }
+      of_parameters.add_to_bias(t, g.data(), rows);
+    }
   });
+  of_parameters.total(gradients.dw, gradients.db);
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
+    at::TensorList grad_logits_, const std::optional<Tensor>& x_, at::TensorList weight, const Tensor& lambda,
+    at::IntArrayRef lambda_index, const c10::List<bool>& needs_) {
+  const Needs needs(needs_);
+  const auto heads = grad_logits_.size();
+  const int64_t n = grad_logits_[0].size(0), d = !weight.empty() ? weight[0].size(1) : x_ ? x_->size(1) : 0;
+  const auto scales = head_scales(lambda, lambda_index);
+  std::vector<Tensor> grad_logits;
+  for (const auto& g : grad_logits_) {
+    grad_logits.push_back(g.contiguous());
+  }
+  const auto division = divide(heads, [&](int64_t h) { return grad_logits[h].size(1); });
+  Gradients gradients(heads, grad_logits[0].options());
+  const auto x = needs.any_weight() ? x_->contiguous() : gradients.dx;
+  if (needs.x()) {
+    gradients.dx = empty_kept({n, d}, grad_logits[0].scalar_type());
+  }
+  bool dx_begun = division.fused.count() > 0;
+  if (division.fused.count() > 0) {
+    dispatch_wide(grad_logits[0].scalar_type(), [&](auto zero) {
+      fused_gradients<decltype(zero)>(gradients, division.fused, grad_logits, x, weight, scales, needs, d);
+    });
+  }
+  for (const auto h : division.by_products) {
+    if (needs.x()) {
+      add_features_gradient(gradients.dx, dx_begun, grad_logits[h], weight[h], scales[h]);
+    }
+    if (needs.weight(h)) {
+      gradients.dw[h] = grad_logits[h].t().mm(x);
+    }
+    if (needs.bias(h)) {
+      gradients.db[h] = grad_logits[h].sum(0);
+    }
+  }
+  if (needs.x() && !dx_begun) {
+    gradients.dx.zero_();
+  }
+  return {gradients.dx, gradients.dw, gradients.db};
 }
 
 }  // namespace

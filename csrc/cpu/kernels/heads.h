@@ -1,10 +1,10 @@
-// The skinny matrix products of the heads and their cross entropy, for one block of rows at a time.
+// The skinny matrix products of the heads, for one block of rows at a time. Their losses are in heads_loss.h.
 //
 // With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K and the least traffic 2 N D elements.
 // A block of rows stays in the L2 cache from the product forward to those backward, so that memory sees the features once.
 // Memory is kept at work meanwhile: the product forward asks, row by row, for the features of the next block; that for the weight's
 // gradient, where there are few columns, for the memory that the features' gradient will be written to.
-// z, g: K x kMaxBlockRows, one column after the other, so that the cross entropy's vectors run over rows.
+// z, g: K x kMaxBlockRows, one column after the other, so that the losses' vectors run over rows.
 
 // A tile's sums stay in registers, of which AVX-512 has 32 and the others 16: kTileRows x kForwardColumns for the logits,
 // kTileRows x kStripVectors for the features' gradient, kWeightColumns x kStripVectors for the weight's.
@@ -114,12 +114,14 @@ void logits(T* z, const T* x, const T* next, const T* w, const T* bias, long row
   }
 }
 
-// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step's S + R loads serve S * R products.
+// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step's S + R loads serve S * R products. A column that does
+// not count is left out, not multiplied by 0: its weight may be infinite.
 template <class T, int R, int S, Edge kEdge>
-void features_gradient_tile(T* dx, const T* scaled, const T* w, long features, long columns, Lanes<T, kEdge> lanes) {
+void features_gradient_tile(
+    T* dx, const T* scaled, const T* w, long features, const Columns* counted, long runs, Lanes<T, kEdge> lanes) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   Vector<T> sum[R][S] = {};
-  for (long c = 0; c < columns; ++c) {
+  const auto add = [&](long c) {
     Vector<T> ws[S];
     GRL_EXT_UNROLL
     for (int s = 0; s < S; ++s) {
@@ -132,6 +134,11 @@ void features_gradient_tile(T* dx, const T* scaled, const T* w, long features, l
       for (int s = 0; s < S; ++s) {
         sum[r][s] += factor * ws[s];
       }
+    }
+  };
+  for (long i = 0; i < runs; ++i) {
+    for (long c = counted[i].begin; c < counted[i].end; ++c) {
+      add(c);
     }
   }
   GRL_EXT_UNROLL
@@ -179,28 +186,30 @@ void weight_gradient_tile(T* dw, const T* g, const T* x, const T* next, long row
 
 // S vectors of features, from `at` on: a narrow strip, so that what its tiles read again is in the L1 cache.
 template <class T, int S, Edge kEdge>
-void gradients_strip(
-    T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* w, long rows, long features, long columns, long at,
-    Lanes<T, kEdge> lanes) {
+void gradients_strip(const GradientsBlock<T>& b, long at, Lanes<T, kEdge> lanes) {
   const auto of_features = [&] {
-    for (long r = 0; dx && r < rows;) {
-      const int height = rows - r >= kTileRows ? kTileRows : 1;
+    for (long r = 0; b.dx && r < b.rows;) {
+      const int height = b.rows - r >= kTileRows ? kTileRows : 1;
       const auto tile = height == 1 ? features_gradient_tile<T, 1, S, kEdge> : features_gradient_tile<T, kTileRows, S, kEdge>;
-      tile(dx + r * features + at, scaled + r, w + at, features, columns, lanes);
+      tile(b.dx + r * b.features + at, b.scaled + r, b.weight + at, b.features, b.dx_columns, b.dx_runs, lanes);
       r += height;
     }
   };
   const auto of_weight = [&](auto ask) {
     constexpr bool kAsk = decltype(ask)::kValue != 0;
-    for (long c = 0; dw && c < columns; c += kWeightColumns) {
-      with_constant<kWeightColumns>(columns - c < kWeightColumns ? columns - c : kWeightColumns, [&](auto constant) {
-        constexpr int C = decltype(constant)::kValue;
-        weight_gradient_tile<kAsk, T, C, S>(
-            dw + c * features + at, g + c * kMaxBlockRows, x + at, kAsk ? dx + at : nullptr, rows, features, lanes);
-      });
+    for (long i = 0; b.dw && i < b.dw_runs; ++i) {
+      const long end = b.dw_columns[i].end;
+      for (long c = b.dw_columns[i].begin; c < end; c += kWeightColumns) {
+        with_constant<kWeightColumns>(end - c < kWeightColumns ? end - c : kWeightColumns, [&](auto constant) {
+          constexpr int C = decltype(constant)::kValue;
+          weight_gradient_tile<kAsk, T, C, S>(
+              b.dw + c * b.features + at, b.grad_logits + c * kMaxBlockRows, b.x + at, kAsk ? b.dx + at : nullptr, b.rows,
+              b.features, lanes);
+        });
+      }
     }
   };
-  if (dx && columns <= kFewColumns) {
+  if (b.dx && b.columns <= kFewColumns) {
     of_weight(Constant<true>{});
     of_features();
   } else {
@@ -209,13 +218,12 @@ void gradients_strip(
   }
 }
 
-// dx = scaled^T w and dw += g x, each unless null, strip by strip over the features.
+// dx = scaled^T w and dw += g x, strip by strip over the features.
 template <class T>
-void gradients(T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* w, long rows, long features, long columns) {
+void gradients(const GradientsBlock<T>& b) {
   constexpr int kLanes = VectorOf<T>::kLanes;
-  const auto strip = [&](auto vectors, long at, auto lanes) {
-    gradients_strip<T, decltype(vectors)::kValue>(dx, dw, g, scaled, x, w, rows, features, columns, at, lanes);
-  };
+  const long features = b.features;
+  const auto strip = [&](auto vectors, long at, auto lanes) { gradients_strip<T, decltype(vectors)::kValue>(b, at, lanes); };
   long d = 0;
   for (; d + kStripVectors * kLanes <= features; d += kStripVectors * kLanes) {
     strip(Constant<kStripVectors>{}, d, Lanes<T, Edge::kNone>(0));
@@ -228,65 +236,6 @@ void gradients(T* dx, T* dw, const T* g, const T* scaled, const T* x, const T* w
   } else if (d < features) {
     strip(Constant<1>{}, 0, Lanes<T, Edge::kShort>(features));
   }
-}
-
-// y * z, and nothing where y is 0, though z be infinite.
-template <class T>
-inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
-  return y == 0 ? Vector<T>{} : y * z;
-}
-
-// Softmax cross entropy of one head over a block of rows (columns == 1: binary, the softmax over the logits 0 and z).
-//   y = (1 - smoothing) [c == target] + smoothing / classes
-//   loss = sum over valid rows of log sum_c exp(z[c] - top) - sum_c y[c] (z[c] - top),   g[c] = (softmax(z)[c] - y[c]) * weight
-// with top the row's largest logit; where y is 0 a class adds nothing to the loss, though its logit be -infinity. A target below
-// zero marks a row that is not valid: no loss, g = 0; so must the rows after the last be marked, up to a whole vector. Returns the
-// loss, summed in T.
-template <class T>
-double cross_entropy(
-    T* g, T* scaled, const T* z, const Integer<T>* target, long rows, long columns, double weight, double scale,
-    double smoothing) {
-  constexpr int kLanes = VectorOf<T>::kLanes;
-  using Integers = Vector<Integer<T>>;
-  const bool binary = columns == 1;
-  const T share = static_cast<T>(smoothing / (binary ? 2 : columns));
-  const T rest = static_cast<T>(1 - smoothing);
-  const Vector<T> zero = {};
-  Vector<T> loss = zero;
-  for (long r = 0; r < rows; r += kLanes) {
-    const Integers wanted = load(target + r);
-    const Integers valid = wanted >= 0;
-    Vector<T> top = binary ? zero : load(z + r);
-    for (long c = 0; c < columns; ++c) {
-      const Vector<T> zs = load(z + c * kMaxBlockRows + r);
-      top = zs <= top ? top : zs;  // NaN goes through
-    }
-    Vector<T> sum = zero;
-    Vector<T> expected = zero;  // sum_c y[c] (z[c] - top)
-    if (binary) {
-      const Integers hit = wanted == 0;
-      sum = exp_nonpositive(zero - top);
-      expected = weighted<T>(share + (hit ? broadcast(rest) : zero), zero - top);
-    }
-    for (long c = 0; c < columns; ++c) {
-      const Vector<T> shifted = load(z + c * kMaxBlockRows + r) - top;
-      const Vector<T> e = exp_nonpositive(shifted);
-      sum += e;
-      const Integers hit = wanted == static_cast<Integer<T>>(binary ? 1 : c);
-      expected += weighted<T>(share + (hit ? broadcast(rest) : zero), shifted);
-      store(g + c * kMaxBlockRows + r, e);
-    }
-    const Vector<T> one_over_sum = T(1) / sum;
-    for (long c = 0; c < columns; ++c) {
-      const Integers hit = wanted == static_cast<Integer<T>>(binary ? 1 : c);
-      const Vector<T> y = share + (hit ? broadcast(rest) : zero);
-      const Vector<T> dz = valid ? (load(g + c * kMaxBlockRows + r) * one_over_sum - y) * static_cast<T>(weight) : zero;
-      store(g + c * kMaxBlockRows + r, dz);
-      store(scaled + c * kMaxBlockRows + r, scale == 0 ? zero : dz * static_cast<T>(scale));
-    }
-    loss += valid ? log_at_least_one(sum) - expected : zero;
-  }
-  return sum_lanes<T>(loss);
 }
 
 // Rows of a half type to float and back.

@@ -9,6 +9,7 @@ namespace {
 #include "vector.h"
 //
 #include "heads.h"
+#include "heads_loss.h"
 }  // namespace
 
 #define GRL_EXT_JOIN(a, b) a##b
@@ -21,8 +22,8 @@ const Kernels GRL_EXT_TABLE(GRL_EXT_ISA) = {
     {scale<BFloat16, float>, scale_each<BFloat16, float>},
     {scale<float, float>, scale_each<float, float>},
     {scale<double, double>, scale_each<double, double>},
-    {logits<float>, cross_entropy<float>, gradients<float>},
-    {logits<double>, cross_entropy<double>, gradients<double>},
+    {logits<float>, cross_entropy<float>, squared_error<float>, gradients<float>},
+    {logits<double>, cross_entropy<double>, squared_error<double>, gradients<double>},
     {widen_rows<Half>, narrow_rows<Half>},
     {widen_rows<BFloat16>, narrow_rows<BFloat16>},
 };

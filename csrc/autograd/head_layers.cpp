@@ -1,0 +1,67 @@
+#include "head_layers.h"
+
+#include <algorithm>
+
+namespace grl_ext {
+
+using at::Tensor;
+
+bool LayersOfHead::needs_input(size_t l) const {
+  const auto any = [&](const std::vector<bool>& needs) {
+    return std::find(needs.begin(), needs.begin() + static_cast<std::ptrdiff_t>(l), true) !=
+        needs.begin() + static_cast<std::ptrdiff_t>(l);
+  };
+  return needs_x || any(needs_weight) || any(needs_bias);
+}
+
+std::vector<Tensor> inputs_of_layers(const Tensor& x, const LayersOfHead& layers) {
+  std::vector<Tensor> inputs{x};
+  for (size_t l = 0; l + 1 < layers.depth(); ++l) {
+    auto output = at::linear(inputs.back(), layers.weight[l], layers.bias[l]);
+    inputs.push_back(at::GradMode::is_enabled() ? output.relu() : output.relu_());
+  }
+  return inputs;
+}
+
+Tensor relu_gradient(Tensor grad, const Tensor& output) {
+  if (at::GradMode::is_enabled()) {
+    return at::threshold_backward(grad, output, 0);
+  }
+  return at::threshold_backward_out(grad, grad, output, 0);
+}
+
+void gradients_of_layers(
+    GradientsOfLayers& gradients, Tensor grad, std::vector<Tensor> inputs, const LayersOfHead& layers, size_t depth) {
+  for (size_t l = depth; l-- > 0;) {
+    if (layers.needs_weight[l]) {
+      gradients.dw[l] = grad.t().mm(inputs[l]);
+    }
+    if (layers.needs_bias[l]) {
+      gradients.db[l] = grad.sum(0);
+    }
+    if (l > 0 && layers.needs_input(l)) {
+      grad = relu_gradient(grad.mm(layers.weight[l]), inputs[l]);
+      inputs.pop_back();
+    } else {
+      gradients.first = l == 0 && layers.needs_x ? std::move(grad) : Tensor();
+      return;
+    }
+  }
+}
+
+void add_reversed_product(Tensor& dx, const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
+  const bool recorded = at::GradMode::is_enabled();
+  if (!lambda.tensor && lambda.value == 0) {  // not multiplied by 0: the weight may be infinite
+    dx = dx.defined() ? dx : grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)});
+  } else if (!lambda.tensor && dx.defined()) {
+    dx = recorded ? dx.addmm(grad, weight, 1, -lambda.value) : dx.addmm_(grad, weight, 1, -lambda.value);
+  } else if (!lambda.tensor) {
+    // With beta = 0 the first argument gives nothing but its shape; under vmap it is multiplied all the same, hence zeros.
+    dx = at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+  } else {
+    const auto part = scale_negate(grad.mm(weight), lambda);
+    dx = !dx.defined() ? part : recorded ? dx + part : dx.add_(part);
+  }
+}
+
+}  // namespace grl_ext

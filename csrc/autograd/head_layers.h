@@ -1,0 +1,46 @@
+// A head of several linear layers with ReLU between them, in matrix products.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+#include "scale_negate.h"
+
+namespace grl_ext {
+
+// One head's layers, and whose gradients are needed.
+struct LayersOfHead {
+  std::vector<at::Tensor> weight;
+  std::vector<std::optional<at::Tensor>> bias;
+  std::vector<bool> needs_weight, needs_bias;
+  bool needs_x;
+
+  size_t depth() const {
+    return weight.size();
+  }
+
+  // Whether a gradient is needed of what layer `l` takes.
+  bool needs_input(size_t l) const;
+};
+
+struct GradientsOfLayers {
+  std::vector<at::Tensor> dw, db;  // undefined where not needed
+  at::Tensor first;                // of the first layer's output; undefined if x needs none
+};
+
+// What each layer takes: x, then the outputs of the hidden layers.
+std::vector<at::Tensor> inputs_of_layers(const at::Tensor& x, const LayersOfHead& layers);
+
+// The gradient of ReLU's input; `output` is what it gave. Overwrites `grad` where no graph is recorded.
+at::Tensor relu_gradient(at::Tensor grad, const at::Tensor& output);
+
+// The gradients of the first `depth` layers from that of the last one's output. Uses `inputs` up.
+void gradients_of_layers(
+    GradientsOfLayers& gradients, at::Tensor grad, std::vector<at::Tensor> inputs, const LayersOfHead& layers, size_t depth);
+
+// Adds -lambda * grad weight to dx, which may be undefined.
+void add_reversed_product(at::Tensor& dx, const at::Tensor& grad, const at::Tensor& weight, const Lambda& lambda);
+
+}  // namespace grl_ext

@@ -1,0 +1,63 @@
+#include "head_loss.h"
+
+namespace grl_ext {
+namespace {
+
+using at::Tensor;
+
+// The targets as probabilities, smoothed: (N, classes).
+Tensor probabilities(const Tensor& target, const Tensor& valid, int64_t size, double smoothing) {
+  const auto classes = classes_of(size);
+  Tensor y;
+  if (target.scalar_type() == at::kLong) {
+    y = at::one_hot(target.masked_fill(valid.logical_not(), 0), classes);
+  } else {
+    y = size == 1 ? at::cat({1 - target, target}, 1) : target;
+    y = at::where(valid.unsqueeze(1), y, at::zeros({}, y.options()));
+  }
+  return y * (1 - smoothing) + smoothing / static_cast<double>(classes);
+}
+
+}  // namespace
+
+Tensor grad_logits_composite(const Tensor& logits, const HeadsOptions& options, size_t h) {
+  const auto wide = logits.to(c10::promoteTypes(logits.scalar_type(), at::kFloat));
+  const auto& target = options.targets[h];
+  const auto size = logits.size(1);
+  const bool labels = target.scalar_type() == at::kLong;
+  const auto zero = at::zeros({}, wide.options());
+  auto row_weight = options.sample_weight.get(h).value_or(at::ones({}, wide.options())).expand_symint({logits.sym_size(0)});
+  auto valid = row_weight.ne(0);
+  if (labels) {
+    valid = valid.logical_and(target.ne(options.ignore_index[h]));
+  }
+  row_weight = at::where(valid, row_weight, zero);
+  const auto column = valid.unsqueeze(1);
+  auto z = at::where(column, wide, zero);
+  auto norm = row_weight.sum();
+  Tensor dz;
+  if (options.kind[h] == kSquaredError) {
+    dz = 2 * (z - at::where(column, target, zero));
+    norm = norm * size;
+  } else {
+    if (size == 1) {
+      z = at::cat({at::zeros_like(z), z}, 1);  // binary: the softmax over 0 and z
+    }
+    auto wanted = probabilities(target, valid, size, options.label_smoothing[h]).to(z.scalar_type());
+    if (const auto class_weight = options.class_weight.get(h)) {
+      wanted = wanted * *class_weight;
+      if (labels) {
+        norm = (row_weight * class_weight->index_select(0, target.masked_fill(valid.logical_not(), 0))).sum();
+      }
+    }
+    dz = wanted.sum(1, /*keepdim=*/true) * z.softmax(1) - wanted;
+    dz = size == 1 ? dz.narrow(1, 1, 1) : dz;
+  }
+  auto factor = row_weight;
+  if (options.mean) {
+    factor = at::where(norm.eq(0), zero, row_weight / norm);
+  }
+  return at::where(column, dz * factor.unsqueeze(1), zero);
+}
+
+}  // namespace grl_ext

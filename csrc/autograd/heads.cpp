@@ -1,0 +1,70 @@
+#include "heads.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include "../heads_checks.h"
+
+namespace grl_ext {
+
+using at::Tensor;
+
+HeadInputs prepare(const Tensor& x, at::TensorList weight, const OptionalTensors& bias) {
+  HeadInputs inputs{x, x, {weight.vec(), bias}};
+  const auto device = x.device().type();
+  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) {
+    const auto dtype = at::autocast::get_autocast_dtype(device);
+    const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };
+    inputs.features = cast(x);
+    inputs.layers.bias = OptionalTensors();
+    for (size_t i = 0; i < weight.size(); ++i) {
+      inputs.layers.weight[i] = cast(weight[i]);
+      const auto given = i < bias.size() ? bias.get(i) : std::nullopt;
+      inputs.layers.bias.push_back(given ? std::optional(cast(*given)) : std::nullopt);
+    }
+  }
+  return inputs;
+}
+
+bool any_requires_grad(const Tensor& x, const HeadLayers& layers) {
+  bool any = x.requires_grad();
+  for (size_t i = 0; !any && i < layers.weight.size(); ++i) {
+    const auto bias = layers.bias.get(i);
+    any = layers.weight[i].requires_grad() || (bias && bias->requires_grad());
+  }
+  return at::GradMode::is_enabled() && any;
+}
+
+torch::autograd::edge_list edges_of(const Tensor& x, const HeadLayers& layers) {
+  using torch::autograd::impl::gradient_edge;
+  torch::autograd::edge_list edges;
+  edges.reserve(1 + 2 * layers.weight.size());
+  edges.push_back(gradient_edge(x));
+  for (const auto& weight : layers.weight) {
+    edges.push_back(gradient_edge(weight));
+  }
+  for (size_t i = 0; i < layers.bias.size(); ++i) {
+    const auto bias = layers.bias.get(i);
+    edges.push_back(bias ? gradient_edge(*bias) : torch::autograd::Edge());
+  }
+  return edges;
+}
+
+Tensor numbers_now(const Tensor& values) {
+  return values.is_cpu() ? values.detach().clone() : values.detach();
+}
+
+Tensor lambda_of(const Tensor& lambda, int64_t index) {
+  return index < 0 ? at::scalar_tensor(-1.0, at::kDouble) : lambda.select(0, index);
+}
+
+c10::List<bool> to_list(const std::vector<bool>& values) {
+  c10::List<bool> list;
+  list.reserve(values.size());
+  for (const bool value : values) {
+    list.push_back(value);
+  }
+  return list;
+}
+
+}  // namespace grl_ext

@@ -1,0 +1,274 @@
+// _heads_loss on the CPU: block by block, logits, losses and all gradients while the features are in the cache. A head too wide for
+// that has its losses between matrix products.
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "../heads.h"
+#include "heads_common.h"
+#include "kept_memory.h"
+
+namespace grl_ext::cpu {
+namespace {
+
+// The heads' targets, weights and losses.
+template <class T>
+class Losses {
+ public:
+  Losses(at::TensorList weight, const HeadsOptions& options, const std::vector<double>& scales, int64_t threads)
+      : scales_(scales), sums_(threads * weight.size()) {
+    const auto loss_weights = options.loss_weight ? options.loss_weight->to(at::kDouble).contiguous() : Tensor();
+    for (size_t h = 0; h < weight.size(); ++h) {
+      const auto& target = options.targets[h];
+      Head head;
+      head.size = weight[h].size(0);
+      head.squared = options.kind[h] == kSquaredError;
+      head.smoothing = options.label_smoothing[h];
+      head.ignore_index = options.ignore_index[h];
+      head.loss_weight = options.loss_weight ? loss_weights.template const_data_ptr<double>()[h] : 1.0;
+      if (target.scalar_type() == at::kLong) {
+        head.labels = target.template const_data_ptr<int64_t>();
+      } else {
+        head.values = target.template const_data_ptr<T>();
+      }
+      head.sample_weight = pointer(options.sample_weight.get(h));
+      head.class_weight = pointer(options.class_weight.get(h));
+      const auto total = total_weight(head, h, target.size(0));
+      head.norm = !options.mean ? 1.0 : head.squared ? total * static_cast<double>(head.size) : total;
+      heads_.push_back(head);
+    }
+  }
+
+  // From a head's logits in a block of rows the gradients, and those with the head's scale. Columns of kMaxBlockRows.
+  void block(int64_t thread, int64_t h, int64_t row, int64_t rows, const T* logits, T* grad_logits, T* scaled) {
+    const Head& head = heads_[h];
+    std::array<Integer<T>, kMaxBlockRows> labels{};
+    std::array<T, kMaxBlockRows> row_weights{};
+    for (int64_t i = 0; i < rows; ++i) {
+      row_weights[i] = head.sample_weight ? head.sample_weight[row + i] : T(1);
+      if (head.labels) {
+        const auto label = head.labels[row + i];
+        labels[i] = label == head.ignore_index ? 0 : static_cast<Integer<T>>(label);
+        row_weights[i] = label == head.ignore_index ? T(0) : row_weights[i];
+      }
+    }
+    std::vector<T> values(head.values ? head.size * kMaxBlockRows : 0);
+    if (head.values) {
+      to_columns(values.data(), head.values + row * head.size, rows, head.size);
+    }
+    const HeadBlock<T> block{
+        .logits = logits,
+        .grad_logits = grad_logits,
+        .scaled = scaled,
+        .rows = static_cast<long>(rows),
+        .columns = static_cast<long>(head.size),
+        .label = head.labels ? labels.data() : nullptr,
+        .target = values.data(),
+        .row_weight = row_weights.data(),
+        .class_weight = head.class_weight,
+        .smoothing = head.smoothing,
+        .grad_factor = head.norm == 0 ? 0.0 : head.loss_weight / head.norm,
+        .scale = scales_[h]};
+    const auto loss = head.squared ? heads_kernels<T>().squared_error : heads_kernels<T>().cross_entropy;
+    sums_[thread * heads_.size() + h] += loss(block);
+  }
+
+  // (loss, head_losses)
+  std::pair<Tensor, Tensor> total() const {
+    const auto options = at::TensorOptions().dtype(std::is_same_v<T, double> ? at::kDouble : at::kFloat);
+    auto head_losses = at::empty({static_cast<int64_t>(heads_.size())}, options);
+    double loss = 0;
+    for (size_t h = 0; h < heads_.size(); ++h) {
+      double sum = 0;
+      for (size_t i = h; i < sums_.size(); i += heads_.size()) {
+        sum += sums_[i];
+      }
+      const double own = heads_[h].norm == 0 ? 0.0 : sum / heads_[h].norm;
+      head_losses.template data_ptr<T>()[h] = static_cast<T>(own);
+      loss += heads_[h].loss_weight * own;
+    }
+    return {at::scalar_tensor(loss, options), head_losses};
+  }
+
+ private:
+  struct Head {
+    int64_t size = 0;
+    const int64_t* labels = nullptr;  // or
+    const T* values = nullptr;        // probabilities or values (rows, size)
+    const T* sample_weight = nullptr;
+    const T* class_weight = nullptr;
+    bool squared = false;
+    double smoothing = 0, loss_weight = 1, norm = 1;
+    int64_t ignore_index = 0;
+  };
+
+  static const T* pointer(const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->template const_data_ptr<T>() : nullptr;
+  }
+
+  // The sum of the rows' weights, before any gradient: their factor depends on it. Refuses what is no target and no weight.
+  static double total_weight(const Head& head, size_t h, int64_t rows) {
+    const int64_t classes = std::max<int64_t>(2, head.size);
+    double total = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      double weight = 1;
+      if (head.sample_weight) {
+        weight = head.sample_weight[r];
+        TORCH_CHECK_VALUE(
+            weight >= 0 && std::isfinite(weight), "sample_weight[", h, "] must be finite and not negative, got ", weight);
+      }
+      if (head.labels) {
+        const auto label = head.labels[r];
+        if (label == head.ignore_index) {
+          continue;
+        }
+        TORCH_CHECK_INDEX(
+            label >= 0 && label < classes, "targets[", h, "] must be in [0, ", classes, ") or ignore_index (", head.ignore_index,
+            "), got ", label);
+        weight *= head.class_weight ? static_cast<double>(head.class_weight[label]) : 1.0;
+      }
+      total += weight;
+    }
+    return total;
+  }
+
+  const std::vector<double>& scales_;
+  std::vector<Head> heads_;
+  std::vector<double> sums_;  // per thread and head
+};
+
+struct Result {
+  std::vector<Tensor> logits;
+  Tensor dx;
+  std::vector<Tensor> dw, db;
+};
+
+// One pass over the features for all heads that fit.
+template <class T>
+void fused(
+    Result& result, Losses<T>& losses, const HeadColumns& columns, int64_t threads, const Tensor& x, at::TensorList weight,
+    const OptionalTensors& bias, const std::vector<double>& scales, const Needs& needs) {
+  const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
+  const Parameters<T> parameters(columns, weight, bias);
+  const auto counted = columns.runs([&](int64_t head) { return scales[head] != 0; });
+  for (int64_t i = 0; i < columns.count(); ++i) {
+    result.logits[columns.head(i)] = at::empty({n, columns.size(i)}, x.options());
+  }
+  ParameterGradients<T> of_parameters(columns, threads, d, x.scalar_type(), needs);
+  for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
+    Rows<T> features(x, d), gradient(result.dx, d);
+    HeadRows<T> out(columns, result.logits);
+    std::vector<T> z(k * kMaxBlockRows), g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
+    for (int64_t r = begin; r < end; r += step) {
+      const int64_t rows = std::min(step, end - r);
+      const T* block = features.read(r, rows);
+      const T* next = features.ahead(std::min(r + rows, end - 1));
+      heads_kernels<T>().logits(z.data(), block, next, parameters.weight(), parameters.bias(), rows, d, k);
+      out.write(z.data(), r, rows);
+      for (int64_t i = 0; i < columns.count(); ++i) {
+        const int64_t at = columns.begin(i) * kMaxBlockRows;
+        losses.block(t, columns.head(i), r, rows, z.data() + at, g.data() + at, scaled.data() + at);
+      }
+      if (needs.x() || needs.any_weight()) {
+        heads_kernels<T>().gradients(
+            {.dx = needs.x() ? gradient.write(r) : nullptr,
+             .dw = of_parameters.weight(t),
+             .grad_logits = g.data(),
+             .scaled = scaled.data(),
+             .x = block,
+             .weight = parameters.weight(),
+             .rows = rows,
+             .features = d,
+             .columns = k,
+             .dx_columns = counted.data(),
+             .dx_runs = static_cast<long>(counted.size()),
+             .dw_columns = of_parameters.weight_columns().data(),
+             .dw_runs = static_cast<long>(of_parameters.weight_columns().size())});
+      }
+      if (needs.x()) {
+        gradient.written(r, rows);
+      }
+      of_parameters.add_to_bias(t, g.data(), rows);
+    }
+  });
+  of_parameters.total(result.dw, result.db);
+}
+
+// One head's losses between matrix products.
+template <class T>
+void by_products(
+    Result& result, bool& dx_begun, Losses<T>& losses, int64_t h, int64_t threads, const Tensor& x, const Tensor& weight,
+    const std::optional<Tensor>& bias, double scale, const Needs& needs) {
+  const int64_t n = x.size(0), k = weight.size(0);
+  const auto logits = at::linear(x, weight, bias);
+  auto grad_logits = at::empty_like(logits);
+  for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
+    Rows<T> in(logits, k), out(grad_logits, k);
+    std::vector<T> z(k * kMaxBlockRows), g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
+    for (int64_t r = begin; r < end; r += kMaxBlockRows) {
+      const int64_t rows = std::min<int64_t>(kMaxBlockRows, end - r);
+      to_columns(z.data(), in.read(r, rows), rows, k);
+      losses.block(t, h, r, rows, z.data(), g.data(), scaled.data());
+      to_rows(out.write(r), g.data(), rows, k);
+      out.written(r, rows);
+    }
+  });
+  result.logits[h] = logits;
+  if (needs.x()) {
+    add_features_gradient(result.dx, dx_begun, grad_logits, weight, scale);
+  }
+  if (needs.weight(h)) {
+    result.dw[h] = grad_logits.t().mm(x);
+  }
+  if (needs.bias(h)) {
+    result.db[h] = grad_logits.sum(0);
+  }
+}
+
+using Output = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>>;
+
+Output heads_loss(
+    const Tensor& x_, at::TensorList weight, const OptionalTensors& bias, at::TensorList targets,
+    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const Tensor& lambda, at::IntArrayRef lambda_index,
+    const std::optional<Tensor>& loss_weight, at::IntArrayRef kind, at::ArrayRef<double> label_smoothing,
+    at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs_) {
+  const HeadsOptions options{targets.vec(), sample_weight, class_weight,          lambda,             lambda_index.vec(),
+                             loss_weight,  kind.vec(),    label_smoothing.vec(), ignore_index.vec(), mean};
+  const auto x = x_.contiguous();
+  const Needs needs(needs_);
+  const auto heads = weight.size();
+  const auto division = divide(heads, [&](int64_t h) { return weight[h].size(0); });
+  const auto scales = head_scales(lambda, lambda_index);
+  int64_t columns = 0;
+  for (const auto& matrix : weight) {
+    columns += matrix.size(0);
+  }
+  const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
+  const auto none = x.new_empty({0});
+  const std::vector<Tensor> no_gradients(heads, none);
+  Result result{
+      std::vector<Tensor>(heads), needs.x() ? empty_kept(x.sizes(), x.scalar_type()) : none, no_gradients, no_gradients};
+  return dispatch_wide(x.scalar_type(), [&](auto zero) -> Output {
+    Losses<decltype(zero)> losses(weight, options, scales, threads);
+    bool dx_begun = division.fused.count() > 0;
+    if (dx_begun) {
+      fused(result, losses, division.fused, threads, x, weight, bias, scales, needs);
+    }
+    for (const auto h : division.by_products) {
+      by_products(result, dx_begun, losses, h, threads, x, weight[h], bias.get(h), scales[h], needs);
+    }
+    if (needs.x() && !dx_begun) {
+      result.dx.zero_();
+    }
+    const auto [loss, head_losses] = losses.total();
+    return {loss, head_losses, result.logits, result.dx, result.dw, result.db};
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(grl_ext, CPU, m) {
+  m.impl("_heads_loss", heads_loss);
+}
+
+}  // namespace grl_ext::cpu

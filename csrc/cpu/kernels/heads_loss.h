@@ -1,0 +1,106 @@
+// The losses of one head over a block of rows, with the gradient of its logits. A row weight of 0 takes the row out: no loss and no
+// gradient, though its logits or targets be NaN.
+
+// y * z, and nothing where y is 0, though z be infinite.
+template <class T>
+inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
+  return y == 0 ? Vector<T>{} : y * z;
+}
+
+// Stores the gradient of one logit's column, and what of it goes to the features.
+template <class T>
+inline void store_gradient(const HeadBlock<T>& head, long c, long r, Vector<T> weight, Vector<T> dz) {
+  const Vector<T> zero = {};
+  dz = weight != 0 ? dz * weight * static_cast<T>(head.grad_factor) : zero;
+  store(head.grad_logits + c * kMaxBlockRows + r, dz);
+  store(head.scaled + c * kMaxBlockRows + r, head.scale == 0 ? zero : dz * static_cast<T>(head.scale));
+}
+
+// Softmax cross entropy (columns == 1: binary, the softmax over the logits 0 and z). For each row, with y the one-hot class or the
+// given probabilities:
+//   u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes),   s = sum_c u[c]
+//   loss = s log sum_c exp(z[c] - top) - sum_c u[c] (z[c] - top),           dz[c] = s softmax(z)[c] - u[c]
+// with top the row's largest logit; where u is 0 a class adds nothing to the loss, though its logit be -infinity.
+// Returns sum_r row_weight[r] loss[r], summed in T.
+template <class T, bool kLabels>
+double cross_entropy_of(const HeadBlock<T>& head) {
+  constexpr int kLanes = VectorOf<T>::kLanes;
+  using Integers = Vector<Integer<T>>;
+  const bool binary = head.columns == 1;
+  const T uniform = static_cast<T>(head.smoothing / (binary ? 2 : head.columns));
+  const T certain = static_cast<T>(1 - head.smoothing);
+  const bool sums_to_one = kLabels && !head.class_weight;
+  const Vector<T> zero = {};
+  Vector<T> loss = zero;
+  for (long r = 0; r < head.rows; r += kLanes) {
+    const Vector<T> weight = load(head.row_weight + r);
+    Integers label = {};
+    if constexpr (kLabels) {
+      label = load(head.label + r);
+    }
+    // u for class c, of which a binary head has two and one column.
+    const auto wanted = [&](long c) {
+      Vector<T> y;
+      if constexpr (kLabels) {
+        const Integers hit = label == static_cast<Integer<T>>(c);
+        y = uniform + (hit ? broadcast(certain) : zero);
+      } else {
+        const Vector<T> given = load(head.target + (binary ? 0 : c) * kMaxBlockRows + r);
+        y = uniform + certain * (binary && c == 0 ? 1 - given : given);
+      }
+      return head.class_weight ? y * head.class_weight[c] : y;
+    };
+    const long first = binary ? 1 : 0;  // the class of the first column
+    Vector<T> top = binary ? zero : load(head.logits + r);
+    for (long c = 0; c < head.columns; ++c) {
+      const Vector<T> z = load(head.logits + c * kMaxBlockRows + r);
+      top = z <= top ? top : z;  // NaN goes through
+    }
+    Vector<T> sum = zero, total = zero, expected = zero;  // of exp(z - top), u and u (z - top)
+    if (binary) {
+      const Vector<T> u = wanted(0);
+      sum = exp_nonpositive(zero - top);
+      total = u;
+      expected = weighted<T>(u, zero - top);
+    }
+    for (long c = 0; c < head.columns; ++c) {
+      const Vector<T> shifted = load(head.logits + c * kMaxBlockRows + r) - top;
+      const Vector<T> e = exp_nonpositive(shifted);
+      const Vector<T> u = wanted(c + first);
+      sum += e;
+      total += u;
+      expected += weighted<T>(u, shifted);
+      store(head.grad_logits + c * kMaxBlockRows + r, e);
+    }
+    total = sums_to_one ? broadcast(T(1)) : total;
+    const Vector<T> per_exp = total / sum;
+    for (long c = 0; c < head.columns; ++c) {
+      store_gradient(head, c, r, weight, load(head.grad_logits + c * kMaxBlockRows + r) * per_exp - wanted(c + first));
+    }
+    loss += weight != 0 ? weight * (total * log_at_least_one(sum) - expected) : zero;
+  }
+  return sum_lanes<T>(loss);
+}
+
+template <class T>
+double cross_entropy(const HeadBlock<T>& head) {
+  return head.label ? cross_entropy_of<T, true>(head) : cross_entropy_of<T, false>(head);
+}
+
+// loss = sum_c (z[c] - target[c])^2, dz = 2 (z - target). Returns sum_r row_weight[r] loss[r], summed in T.
+template <class T>
+double squared_error(const HeadBlock<T>& head) {
+  constexpr int kLanes = VectorOf<T>::kLanes;
+  Vector<T> loss = {};
+  for (long r = 0; r < head.rows; r += kLanes) {
+    const Vector<T> weight = load(head.row_weight + r);
+    Vector<T> squares = {};
+    for (long c = 0; c < head.columns; ++c) {
+      const Vector<T> error = load(head.logits + c * kMaxBlockRows + r) - load(head.target + c * kMaxBlockRows + r);
+      squares += error * error;
+      store_gradient(head, c, r, weight, 2 * error);
+    }
+    loss += weight != 0 ? weight * squares : Vector<T>{};
+  }
+  return sum_lanes<T>(loss);
+}

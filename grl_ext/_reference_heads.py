@@ -1,0 +1,332 @@
+"""The heads in plain PyTorch, layer by layer: the fallback where nothing is compiled, and the oracle of the tests.
+
+The rules are the compiled operations' own: same results, same errors, same gradients of gradients.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grl_ext._reference import as_rows, autocast, check_number, check_tensor, gradient_reversal, without_autocast
+
+CROSS_ENTROPY, SQUARED_ERROR = 0, 1
+
+
+class HeadsOptions(NamedTuple):
+    """What a loss is told of its heads, one entry for each; None in place of a list means its default for all."""
+
+    sample_weight: Sequence[Tensor | None] | None = None
+    class_weight: Sequence[Tensor | None] | None = None
+    loss_weight: Tensor | None = None
+    kind: Sequence[int] | None = None
+    label_smoothing: Sequence[float] | None = None
+    ignore_index: Sequence[int] | None = None
+    mean: bool = True
+
+    def filled(self, heads: int) -> "HeadsOptions":
+        """The same without None in place of lists."""
+        return HeadsOptions(
+            self.sample_weight or [None] * heads,
+            self.class_weight or [None] * heads,
+            self.loss_weight,
+            self.kind or [CROSS_ENTROPY] * heads,
+            self.label_smoothing or [0.0] * heads,
+            self.ignore_index or [-100] * heads,
+            self.mean,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks. The texts are those of csrc/heads_checks.h.
+# ---------------------------------------------------------------------------------------------------------------------
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, features: int) -> None:
+    name = f"weight[{layer}]"
+    if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
+        raise ValueError(f"{name} must have shape [K, {features}] with K at least 1, got {list(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"{name} is on {weight.device} but x is on {x.device}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {weight.dtype}")
+    if bias is not None:
+        name = f"bias[{layer}]"
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name} must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+        if bias.device != x.device:
+            raise ValueError(f"{name} is on {bias.device} but x is on {x.device}")
+        if bias.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {bias.dtype}")
+
+
+def check_layers(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], depth: Sequence[int]) -> None:
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got shape []")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if not weight:
+        raise ValueError("weight must hold at least one head's matrix, got none")
+    if len(bias) != len(weight):
+        raise ValueError(f"bias must have an entry for each of the {len(weight)} matrices in weight, got {len(bias)}")
+    layer = 0
+    for layers in depth:
+        if layers < 1 or layer + layers > len(weight):
+            raise ValueError(f"depth must be positive and sum to the {len(weight)} matrices in weight, got {list(depth)}")
+        features = x.shape[-1]
+        for _ in range(layers):
+            check_layer(x, weight[layer], bias[layer], layer, features)
+            features = weight[layer].shape[0]
+            layer += 1
+    if layer != len(weight):
+        raise ValueError(f"depth must be positive and sum to the {len(weight)} matrices in weight, got {list(depth)}")
+
+
+def check_lambda_of_heads(x: Tensor, lambda_: Tensor, lambda_index: Sequence[int], heads: int) -> None:
+    if lambda_.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"lambda_ must be float32 or float64, got {lambda_.dtype}")
+    if lambda_.dim() != 1:
+        raise ValueError(f"lambda_ must hold the adversaries' numbers, shape [A], got {list(lambda_.shape)}")
+    if lambda_.device != x.device and lambda_.device.type != "cpu":
+        raise ValueError(f"lambda_ is on {lambda_.device} but x is on {x.device}")
+    if len(lambda_index) != heads:
+        raise ValueError(f"lambda_index must have an entry for each of the {heads} heads, got {len(lambda_index)}")
+    for index in lambda_index:
+        if not -1 <= index < lambda_.shape[0]:
+            raise ValueError(
+                f"lambda_index must be -1 or an element of lambda_, of which there are {lambda_.shape[0]}, got {index}"
+            )
+    refuse_gradient("lambda_", lambda_)
+
+
+def refuse_gradient(name: str, tensor: Tensor) -> None:
+    """What the loss has no derivative for must not be lost in silence."""
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, which the heads' loss does not give: pass {name}.detach(), "
+            "or compute this head's loss from heads(features)"
+        )
+
+
+def check_target(x: Tensor, target: Tensor, head: int, leading: list[int], size: int, squared: bool) -> None:
+    name = f"targets[{head}]"
+    labels = target.dtype == torch.int64
+    if target.dtype not in FLOATING and not (labels and not squared):
+        wanted = "floating point (values)" if squared else "torch.int64 (classes) or floating point (probabilities)"
+        raise TypeError(f"{name} must be {wanted}, got {target.dtype}")
+    with_size = [*leading, size]
+    shapes = ([leading] if labels else [with_size]) + ([with_size, leading] if size == 1 else [])
+    if list(target.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {leading if labels or size == 1 else with_size}, got {list(target.shape)}")
+    if target.device != x.device:
+        raise ValueError(f"{name} is on {target.device} but x is on {x.device}")
+    refuse_gradient(name, target)
+
+
+def check_weights(x: Tensor, argument: str, weights: Tensor | None, head: int, sizes: list[int]) -> None:
+    if weights is None:
+        return
+    name = f"{argument}[{head}]"
+    if weights.dtype not in FLOATING:
+        raise TypeError(f"{name} must be floating point, got {weights.dtype}")
+    if list(weights.shape) != sizes:
+        raise ValueError(f"{name} must have shape {sizes}, got {list(weights.shape)}")
+    if weights.device != x.device:
+        raise ValueError(f"{name} is on {weights.device} but x is on {x.device}")
+    refuse_gradient(name, weights)
+
+
+def check_options(x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], options: HeadsOptions, first: int = 0) -> None:
+    """x (..., D) or whatever else has the targets' leading sizes; `sizes`, the columns of each head's logits. `first` numbers them."""
+    heads = len(sizes)
+    for name, entries in {"targets": targets, **options._asdict()}.items():
+        if name not in ("loss_weight", "mean") and len(entries) != heads:
+            raise ValueError(f"{name} must have an entry for each of the {heads} heads, got {len(entries)}")
+    leading = list(x.shape[:-1])
+    for i, size in enumerate(sizes):
+        h = first + i
+        squared = options.kind[i] == SQUARED_ERROR
+        if not squared and options.kind[i] != CROSS_ENTROPY:
+            raise ValueError(f"kind must be 0 (cross entropy) or 1 (squared error), got {options.kind[i]}")
+        check_target(x, targets[i], h, leading, size, squared)
+        check_weights(x, "sample_weight", options.sample_weight[i], h, leading)
+        if squared and options.class_weight[i] is not None:
+            raise ValueError(f"class_weight[{h}] is for a cross entropy, this head has a squared error")
+        check_weights(x, "class_weight", options.class_weight[i], h, [max(2, size)])
+        smoothing = options.label_smoothing[i]
+        if not 0 <= smoothing <= 1:
+            raise ValueError(f"label_smoothing[{h}] must be in [0, 1], got {smoothing:g}")
+        if squared and smoothing != 0:
+            raise ValueError(f"label_smoothing[{h}] is for a cross entropy, this head has a squared error")
+        check_values(targets[i], options.sample_weight[i], h, size, options.ignore_index[i])
+    weights = options.loss_weight
+    if weights is not None:
+        if weights.shape != (heads,):
+            raise ValueError(f"loss_weight must have an entry for each of the {heads} heads, got shape {list(weights.shape)}")
+        if weights.device != x.device and weights.device.type != "cpu":
+            raise ValueError(f"loss_weight is on {weights.device} but x is on {x.device}")
+        refuse_gradient("loss_weight", weights)
+
+
+def check_values(target: Tensor, sample_weight: Tensor | None, head: int, size: int, ignore_index: int) -> None:
+    """Values are only looked at where that costs no synchronisation and they exist."""
+    plain = target.device.type == "cpu" and type(target) is Tensor
+    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if sample_weight is not None and type(sample_weight) is Tensor:
+        wrong = ~((sample_weight >= 0) & sample_weight.isfinite())
+        if wrong.any():
+            number = sample_weight[wrong][0].item()
+            raise ValueError(f"sample_weight[{head}] must be finite and not negative, got {number:g}")
+    if target.dtype == torch.int64:
+        classes = max(2, size)
+        wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if wrong.any():
+            raise IndexError(
+                f"targets[{head}] must be in [0, {classes}) or ignore_index ({ignore_index}), got {target[wrong][0]}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _as_given(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]):
+    """x, weight and bias under autocast."""
+    check_tensor("x", x)
+    for name, tensors in (("weight", weight), ("bias", bias)):
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                check_tensor(f"{name}[{i}]", tensor)
+    x, *parameters = autocast(x, *weight, *bias)
+    return x, parameters[: len(weight)], parameters[len(weight) :]
+
+
+def _seen_by(x: Tensor, lambda_: Tensor, index: int) -> Tensor:
+    """The features as the head sees them: an adversary's gradient to them is reversed."""
+    return x if index < 0 else gradient_reversal(x, lambda_[index])
+
+
+def linear_heads(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lambda_: Tensor, lambda_index: Sequence[int]
+) -> list[Tensor]:
+    x, weight, bias = _as_given(x, weight, bias)
+    check_layers(x, weight, bias, [1] * len(weight))
+    check_lambda_of_heads(x, lambda_, lambda_index, len(weight))
+    with without_autocast(x.device):
+        heads = zip(lambda_index, weight, bias, strict=True)
+        return [F.linear(_seen_by(x, lambda_, index), w, b) for index, w, b in heads]
+
+
+def head_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    kind: int,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    mean: bool,
+) -> Tensor:
+    """One head's loss from logits (N, size) and targets (N) or (N, size). Rows that are not valid add nothing, not even a NaN."""
+    size = logits.shape[1]
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = target.dtype == torch.int64
+    row_weight = z.new_ones(()).expand(z.shape[0]) if sample_weight is None else sample_weight.to(z.dtype)
+    valid = row_weight != 0
+    if labels:
+        valid = valid & (target != ignore_index)
+    zero = z.new_zeros(())
+    row_weight = torch.where(valid, row_weight, zero)
+    z = torch.where(valid[:, None], z, zero)
+    norm = row_weight.sum()
+    if kind == SQUARED_ERROR:
+        losses = (z - torch.where(valid[:, None], target.to(z.dtype), zero)).square().sum(1)
+        norm = norm * size
+    else:
+        if size == 1:
+            z = torch.cat([torch.zeros_like(z), z], 1)  # binary: the softmax over 0 and z
+        classes = z.shape[1]
+        if labels:
+            target = target.masked_fill(~valid, 0)
+            wanted = torch.zeros_like(z).scatter(1, target[:, None], 1.0)
+        else:
+            given = target.to(z.dtype)
+            wanted = torch.where(valid[:, None], torch.cat([1 - given, given], 1) if size == 1 else given, zero)
+        wanted = wanted * (1 - label_smoothing) + label_smoothing / classes
+        if class_weight is not None:
+            class_weight = class_weight.to(z.dtype)
+            wanted = wanted * class_weight
+            norm = (row_weight * class_weight[target]).sum() if labels else norm
+        # A class that is not wanted at all adds nothing, though its logit be -infinity.
+        losses = -torch.where(wanted == 0, zero, wanted * z.log_softmax(1)).sum(1)
+    total = (row_weight * losses).sum()
+    return total * torch.where(norm == 0, zero, 1 / norm) if mean else total
+
+
+def heads_loss(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    depth: Sequence[int],
+    targets: Sequence[Tensor],
+    lambda_: Tensor,
+    lambda_index: Sequence[int],
+    options: HeadsOptions,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    x, weight, bias = _as_given(x, weight, bias)
+    for i, target in enumerate(targets):
+        check_tensor(f"targets[{i}]", target)
+    heads = len(depth)
+    options = options.filled(heads)
+    check_layers(x, weight, bias, depth)
+    check_lambda_of_heads(x, lambda_, lambda_index, heads)
+    last = [sum(depth[: h + 1]) - 1 for h in range(heads)]
+    sizes = [weight[layer].shape[0] for layer in last]
+    check_options(x, sizes, targets, options)
+    losses, logits = [], []
+    with without_autocast(x.device):
+        for h in range(heads):
+            z = _seen_by(x, lambda_, lambda_index[h])
+            for layer in range(last[h] - depth[h] + 1, last[h] + 1):
+                z = F.linear(z, weight[layer], bias[layer])
+                z = z if layer == last[h] else F.relu(z)
+            logits.append(z)
+            losses.append(loss_of_head(z, targets, options, h))
+        return total_loss(losses, options.loss_weight), losses, logits
+
+
+def loss_of_head(logits: Tensor, targets: Sequence[Tensor], options: HeadsOptions, h: int) -> Tensor:
+    """Head h's loss from logits (..., size) and targets that were checked; `options` with all lists filled."""
+    rows = as_rows(logits)
+    target = targets[h]
+    sample_weight = options.sample_weight[h]
+    return head_loss(
+        rows,
+        target.reshape(rows.shape[:1] if target.dtype == torch.int64 else rows.shape),
+        kind=options.kind[h],
+        sample_weight=None if sample_weight is None else sample_weight.reshape(rows.shape[:1]),
+        class_weight=options.class_weight[h],
+        label_smoothing=options.label_smoothing[h],
+        ignore_index=options.ignore_index[h],
+        mean=options.mean,
+    )
+
+
+def total_loss(losses: Sequence[Tensor], loss_weight: Tensor | None) -> Tensor:
+    return sum(loss if loss_weight is None else loss * loss_weight[h].to(loss) for h, loss in enumerate(losses))
+
+
+def numbers(name: str, values: Sequence[float] | Tensor, like: Tensor | None = None) -> Tensor:
+    """Numbers for the heads as one tensor; read now, where they are on the CPU."""
+    if isinstance(values, Tensor):
+        return values
+    if not torch.compiler.is_compiling():
+        values = [check_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+    return torch.tensor(values, dtype=torch.float64)
