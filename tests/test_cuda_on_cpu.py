@@ -41,7 +41,7 @@ def test_scale_negate_equals_the_loop(program):
     assert_passes(run(program("scale_negate_test", "address,undefined", "c++20")))
 
 
-@pytest.mark.parametrize("case", ["half", "bfloat16", "float", "double", "plan"])
+@pytest.mark.parametrize("case", ["half", "bfloat16", "float", "double", "plan", "launches"])
 def test_heads_equal_the_loops(program, case):
     assert_passes(run(program("heads_test", "address,undefined"), case))
 
@@ -56,7 +56,18 @@ def test_heads_refuse_a_target_that_is_no_class(program):
     assert "a target is neither a class of its head nor ignore_index" in result.stderr
 
 
-RIGHT = ["reductions", "shuffle_lanes", "async_copies", "last_block", "limits", "half_types", "barrier", "warp_barrier"]
+RIGHT = [
+    "reductions",
+    "shuffle_lanes",
+    "async_copies",
+    "last_block",
+    "limits",
+    "static_shared_memory",
+    "many_host_threads",
+    "half_types",
+    "barrier",
+    "warp_barrier",
+]
 
 
 @pytest.mark.parametrize("case", RIGHT)

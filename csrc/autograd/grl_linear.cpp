@@ -25,7 +25,7 @@ Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& 
   }
   // No product takes its factor from a tensor. Scaling an operand instead of the result would be less work, but no exact zero where
   // lambda is 0 and the other operand holds an infinity.
-  return scale_negate(grad.mm(weight), lambda);
+  return scale_negate(grad.mm(weight), lambda, Made::kByThisNode);
 }
 
 class GrlLinearBackward : public torch::autograd::Node {

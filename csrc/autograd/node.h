@@ -41,7 +41,8 @@ bool has_kernel(const at::Tensor& tensor);
 // their other path there; this guards torch.ops.
 void refuse_functorch();
 
-// Whether nobody but the holder of `tensor` can see its memory, now or later, so that it may be overwritten.
+// Whether nobody on the host but the holder of `tensor` can see its memory, now or later. Of kernels that are still queued it says
+// nothing: see Made in scale_negate.h.
 bool is_unshared(const at::Tensor& tensor);
 
 }  // namespace grl_ext

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include "../lambda_layout.h"
@@ -12,6 +13,16 @@ namespace {
 
 at::ScalarType arithmetic_type(at::ScalarType dtype) {
   return dtype == at::kDouble || dtype == at::kComplexDouble ? at::kDouble : at::kFloat;
+}
+
+// Whether the host can read this lambda at once. A dispatch mode is to see operators on it instead.
+bool is_host_number(const at::Tensor& lambda) {
+  return lambda.dim() == 0 && lambda.is_cpu() && lambda.layout() == at::kStrided && is_plain(lambda) &&
+      !c10::impl::dispatch_mode_enabled();
+}
+
+double host_number(const at::Tensor& lambda) {
+  return lambda.scalar_type() == at::kDouble ? *lambda.const_data_ptr<double>() : lambda.item<double>();
 }
 
 // The lambda in the form that the kernels read, or nothing where they have none for it.
@@ -40,12 +51,18 @@ at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda) 
     // Not zeros_like: gradients of gradients need the graph.
     return lambda.value == 0 ? grad.masked_fill(at::ones({}, grad.options().dtype(at::kBool)), 0) : grad.mul(-lambda.value);
   }
-  const auto factor = lambda.tensor->to(grad.options().dtype(arithmetic_type(grad.scalar_type()))).mul(-lambda.value);
+  // A number on the CPU is a factor for tensors of any device as it is.
+  const bool on_host = is_host_number(*lambda.tensor);
+  const auto device = on_host ? lambda.tensor->device() : grad.device();
+  const auto factor = lambda.tensor->to(grad.options().dtype(arithmetic_type(grad.scalar_type())).device(device)).mul(-lambda.value);
   const auto scaled = grad.to(c10::promoteTypes(grad.scalar_type(), at::kFloat)).mul(factor).to(grad.scalar_type());
-  return at::where(factor.eq(0), at::zeros({}, grad.options()), scaled);
+  const auto off = on_host
+      ? at::full({}, host_number(*lambda.tensor) * lambda.value == 0, grad.options().dtype(at::kBool))
+      : factor.eq(0);
+  return at::where(off, at::zeros({}, grad.options()), scaled);
 }
 
-at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda) {
+at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made) {
   static const auto out_of_place = c10::Dispatcher::singleton()
                                        .findSchemaOrThrow("grl_ext::_scale_negate", "")
                                        .typed<at::Tensor(const at::Tensor&, double, const std::optional<at::Tensor>&)>();
@@ -56,8 +73,11 @@ at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda) {
   if (at::GradMode::is_enabled() || !has_kernel(grad) || torch::autograd::isFwGradDefined(grad)) {
     return scale_negate_composite(grad, lambda);
   }
+  double value = lambda.value;
   std::optional<at::Tensor> factor;
-  if (lambda.tensor) {
+  if (lambda.tensor && is_host_number(*lambda.tensor)) {
+    value *= host_number(*lambda.tensor);
+  } else if (lambda.tensor) {
     factor = for_kernel(*lambda.tensor, grad);
     if (!factor) {
       return scale_negate_composite(grad, lambda);
@@ -65,19 +85,19 @@ at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda) {
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   if (is_unshared(grad)) {
-    if (factor || lambda.value != -1) {
-      in_place.call(grad, lambda.value, factor);
+    if (!factor && value == -1) {
+      return grad;
     }
-    return grad;
+    if (made == Made::kByThisNode || grad.is_cpu()) {
+      in_place.call(grad, value, factor);
+      return grad;
+    }
   }
-  return out_of_place.call(grad.is_non_overlapping_and_dense() ? grad : grad.contiguous(), lambda.value, factor);
+  return out_of_place.call(grad.is_non_overlapping_and_dense() ? grad : grad.contiguous(), value, factor);
 }
 
 Lambda read_lambda(const at::Tensor& lambda) {
-  if (lambda.dim() == 0 && lambda.is_cpu() && !lambda.requires_grad() && has_kernel(lambda)) {
-    return {lambda.scalar_type() == at::kDouble ? *lambda.const_data_ptr<double>() : lambda.item<double>(), std::nullopt};
-  }
-  return {1.0, lambda};
+  return !lambda.requires_grad() && is_host_number(lambda) ? Lambda{host_number(lambda), std::nullopt} : Lambda{1.0, lambda};
 }
 
 }  // namespace grl_ext

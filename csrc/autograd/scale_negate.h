@@ -15,13 +15,30 @@ struct Lambda {
   std::optional<at::Tensor> tensor;
 };
 
+// Who made a gradient, by which it may be overwritten or not once it has a single owner on the host.
+//
+// Kernels queued on a CUDA stream are no owners. Take z = a + reversal(b), with a made on one stream and b on another. The engine
+// hands one gradient to both branches; a's backward queues its kernels on a's stream and lets go; b's node, on its own stream, is
+// then the only owner of memory that the other stream has still to read. Nothing that a node can see tells this from the harmless
+// case. The stream of the gradient's producer may be the node's own, and so may the default stream, which waits for no other.
+// Whoever else got the gradient comes later in the forward and is gone in the backward. And record_stream keeps the allocator from
+// handing the memory on, not this node from writing to it.
+// So a gradient from the engine is overwritten only where operators have ended when they return, on the CPU. On CUDA a pass in
+// place moves as many bytes as one out of place, and saves only memory until the incoming gradient is freed.
+enum class Made {
+  kElsewhere,   // it comes from the engine
+  kByThisNode,  // and nobody else ever had it
+};
+
 // Takes `grad` over: pass it by std::move, so that its use count is true and it can be scaled in place.
-at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda);
+at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made = Made::kElsewhere);
 
 // In ATen operators, as _reference.scale_negate has it: differentiable, traceable, for every device and layout.
 at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda);
 
-// A 0-d CPU lambda becomes a number now: reading it is cheap, and later changes of it cannot reach into a graph already built.
+// A 0-d CPU lambda becomes a number now: reading it is cheap, and later changes of it cannot reach into a graph already built. Not
+// if it requires grad: gradients of gradients need the tensor. That one's value is read when the backward runs, on the host too:
+// copying it to a GPU would wait for the GPU, and fail during the capture of a CUDA graph.
 Lambda read_lambda(const at::Tensor& lambda);
 
 // A node's lambda between forward and backward.

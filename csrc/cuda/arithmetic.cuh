@@ -4,9 +4,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+#include <cstring>
+
 namespace grl_ext {
 
-// How an element is computed with: f16 and bf16 are widened to f32 and rounded once, on the way out.
+// How an element is computed with: f16 and bf16 are widened to f32 and rounded once, on the way out. widen_pair takes two neighbours
+// in a word, the first in its low half.
 template <typename T>
 struct Arithmetic {
   using type = T;
@@ -19,6 +23,11 @@ struct Arithmetic<__half> {
   using type = float;
   __device__ static float widen(__half x) { return __half2float(x); }
   __device__ static __half narrow(float x) { return __float2half_rn(x); }
+  __device__ static float2 widen_pair(uint32_t bits) {
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof pair);
+    return __half22float2(pair);
+  }
 };
 
 template <>
@@ -26,6 +35,10 @@ struct Arithmetic<__nv_bfloat16> {
   using type = float;
   __device__ static float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
   __device__ static __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
+  // A bfloat16 is the upper half of a float: a shift and a mask for the two, where element by element it takes three instructions.
+  __device__ static float2 widen_pair(uint32_t bits) {
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  }
 };
 
 }  // namespace grl_ext

@@ -1,4 +1,5 @@
-// Every decision about how the heads' kernels are launched, from sizes alone; heads.cuh acts on it. Plain C++: no CUDA, no ATen.
+// Every decision about how the heads' kernels are launched, from sizes alone; heads_launches.cuh acts on it. Plain C++: no CUDA, no
+// ATen.
 //
 // A block of threads sweeps over its own rows, a tile of them in shared memory at a time. For the sweep's life the block keeps the
 // weight in shared memory and its part of the weight's gradient in registers. Features too wide for either are swept in slices.
@@ -22,14 +23,28 @@ constexpr int kRowGroup = 8;
 // take 32 registers in f32, beside which the rest just fits into the 128 that 512 threads may have; with three tiles ptxas spills.
 constexpr int kTilesPerThread = 2;
 
-// The reading of N * H targets that every block may do by itself: it costs less than launching a kernel that counts them once.
-constexpr int64_t kMaxTargetsCountedInPlace = 16384;
+// Features too wide for one block's memory are swept in slices, the blocks of a slice along the grid's second dimension. A slice is
+// a multiple of 32 features: whole sectors of 32 bytes for every type. The narrowest fits any GPU, and more of them than the grid
+// may have there cannot be launched.
+constexpr int kSliceMultiple = 32;
+constexpr int kMaxGridY = 65535;
+constexpr int kMaxFeatures = kMaxGridY * kSliceMultiple;
 
-constexpr int kCountThreads = 256;
-constexpr int kMaxCountBlocks = 128;
-constexpr int kCrossEntropyThreads = 256;
+// The columns of a product are padded to a multiple of this, so that rows of halves begin at multiples of 16 bytes, which the fast
+// products ask for.
+constexpr int kProductColumns = 8;
+
+// The reading of N * H targets that every block may do by itself: it costs less than launching a kernel that adds their weights once.
+constexpr int64_t kMaxRowsCountedInPlace = 16384;
+
+constexpr int kNormThreads = 256;
+constexpr int kMaxNormBlocks = 128;
+constexpr int kProductThreads = 256;
 constexpr int kTotalThreads = 256;
 constexpr int kSmallBlocksPerSm = 8;  // of the 256 threads of the three above: they fill a multiprocessor's 2048
+
+// The sweep's static shared memory at most: what it knows of columns and heads. A block's memory is this and the dynamic part.
+constexpr int kStaticBytes = 4096;
 
 struct HeadsDevice {
   int sm_count;
@@ -40,7 +55,8 @@ struct HeadsProblem {
   int64_t rows;
   int features;
   int columns;
-  int heads;
+  int target_bytes;       // of all heads' targets and sample weights in a row; 0: there is no loss
+  int64_t rows_to_count;  // heads times rows, to be read for the norms; 0: there are none
   int element_bytes;     // of the tensors
   int arithmetic_bytes;  // of what they are computed in
   bool weight_gradient;
@@ -59,6 +75,7 @@ struct Sweep {
   // Where things lie in shared memory, in bytes; the tiles of x come first.
   int weight_at;
   int targets_at;
+  int target_bytes;  // of a row
   int sums_at;
   int g_at;
   int scaled_at;
@@ -85,7 +102,8 @@ inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   };
   place(sweep.stages * sweep.tile_rows * row_bytes);
   sweep.weight_at = place(problem.columns * row_bytes);
-  sweep.targets_at = place(int64_t{8} * sweep.stages * sweep.tile_rows * problem.heads);
+  sweep.target_bytes = problem.target_bytes;
+  sweep.targets_at = place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
   sweep.sums_at = place(8 * 32 * std::max<int64_t>(logits_tiles, sweep.threads / 32));
   sweep.g_at = place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * kMaxSweepColumns);
   sweep.scaled_pitch = sweep.tile_rows + kPiece;  // the lanes that write a row meet in fewer banks than without the kPiece
@@ -97,7 +115,6 @@ inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
 // Two blocks of 256 threads on a multiprocessor, where they fit, also hide each other's barriers; else one block of 512 threads,
 // which f64, at twice the registers a number, cannot have. To be tuned with bench/compare.py --device cuda.
 inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
-  constexpr int kStaticBytes = 256;  // of the kernel's own shared variables, generously
   constexpr int kReservedBytes = 1024;  // by the system, for each block
   const int whole = device.shared_bytes - kStaticBytes;
   const int half = (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes - kStaticBytes;
@@ -127,8 +144,6 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   for (const Shape& shape : shapes) {
     found = found || fits(shape, round_up(problem.features, kPiece));
   }
-  // Slices are whole sectors of 32 bytes for every type. The narrowest fits any GPU.
-  constexpr int64_t kSliceMultiple = 32;
   while (!found) {
     ++sweep.slices;
     const int64_t slice_features = round_up(divide_up(problem.features, sweep.slices), kSliceMultiple);
@@ -151,7 +166,15 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   return sweep;
 }
 
-// The form of heads_cross_entropy.
+// What of a problem the pass for the logits alone has to do with.
+inline HeadsProblem logits_problem(HeadsProblem problem) {
+  problem.target_bytes = 0;
+  problem.weight_gradient = false;
+  problem.logits_only = true;
+  return problem;
+}
+
+// The form of heads_loss.
 enum class HeadsForm {
   kOnePass,    // logits, loss and gradients while a tile of the features is in shared memory: 2 N D elements of traffic
   kTwoPasses,  // the logits of all features first, then loss and gradients slice by slice: 3 N D
@@ -160,32 +183,33 @@ enum class HeadsForm {
 
 struct HeadsPlan {
   HeadsForm form;
-  Sweep logits;      // of two passes, the first
-  Sweep gradients;   // the only pass, or the second
-  int count_blocks;  // of the kernel that counts valid targets; 0: every block of the sweep counts them itself
+  Sweep logits;     // of two passes, the first
+  Sweep gradients;  // the only pass, or the second
+  int norm_blocks;  // of the kernel that adds the rows' weights; 0: every block of the sweep does it for itself
 };
 
-// At least 16 targets a thread.
-inline int count_blocks_for(int64_t targets) {
-  return static_cast<int>(std::min<int64_t>(kMaxCountBlocks, divide_up(targets, 16 * kCountThreads)));
+// At least 16 rows a thread.
+inline int norm_blocks_for(int64_t rows_to_count) {
+  return static_cast<int>(std::min<int64_t>(kMaxNormBlocks, divide_up(rows_to_count, 16 * kNormThreads)));
 }
 
+// Where one pass does not do, halves go to products and the others to two passes. Counted on the compiled code for an H100, cycles
+// for 16 rows of 1024 features and 12 columns on a multiprocessor: two passes of f32 take 15200 for the memory and 9730 to issue, so
+// that the memory binds; of bf16 7600 and 11390, so that the arithmetic does, which the matrix units of a product hardly notice. In
+// f32 a product has no matrix units (unless the user allows TF32) and pads narrow heads to its own tiles.
 inline HeadsPlan plan_heads(const HeadsProblem& problem, const HeadsDevice& device) {
   HeadsPlan plan{};
-  const int64_t targets = problem.rows * problem.heads;
-  plan.count_blocks = targets <= kMaxTargetsCountedInPlace ? 0 : count_blocks_for(targets);
+  plan.norm_blocks = problem.rows_to_count <= kMaxRowsCountedInPlace ? 0 : norm_blocks_for(problem.rows_to_count);
+  plan.form = HeadsForm::kProducts;
   if (problem.columns > kMaxSweepColumns) {
-    plan.form = HeadsForm::kProducts;
     return plan;
   }
   plan.gradients = plan_sweep(problem, device);
-  plan.form = plan.gradients.slices == 1 ? HeadsForm::kOnePass : HeadsForm::kTwoPasses;
-  if (plan.form == HeadsForm::kTwoPasses) {
-    auto logits = problem;
-    logits.heads = 0;  // no targets
-    logits.weight_gradient = false;
-    logits.logits_only = true;
-    plan.logits = plan_sweep(logits, device);
+  if (plan.gradients.slices == 1) {
+    plan.form = HeadsForm::kOnePass;
+  } else if (problem.element_bytes > 2) {
+    plan.form = HeadsForm::kTwoPasses;
+    plan.logits = plan_sweep(logits_problem(problem), device);
   }
   return plan;
 }

@@ -1,8 +1,10 @@
 // The sweep over the features: one kernel, whose passes make the logits, the gradients, or with the loss in between both at once.
 #pragma once
 
-#include "async_copy.cuh"
+#include "heads_gradients.cuh"
+#include "heads_logits.cuh"
 #include "heads_loss.cuh"
+#include "launch.cuh"
 
 namespace grl_ext {
 
@@ -17,276 +19,64 @@ template <typename T>
 struct SweepArguments {
   using A = typename Arithmetic<T>::type;
   Pass pass;
-  Sweep sweep;
+  unsigned weight_columns;  // whose weight gradient is needed
   int64_t rows;
   int features;
   int columns;
-  Heads heads;
-  Targets targets;
-  const T* x;            // (rows, features)
-  const T* weight;       // (columns, features)
-  const T* bias;         // (columns), or null
-  const T* grad_logits;  // (rows, columns)
-  A* z;                  // (rows, columns), or null
-  T* logits;             // (rows, columns)
-  T* dx;                 // (rows, features), or null
-  bool weight_gradient;
-  A* partial;             // by block: the weight's gradient if asked for, then the bias's; `partial_stride` apart
+  Sweep sweep;
+  Norms norms;
+  LossSums sums;
+  const T* x;              // (rows, features)
+  T* dx;                   // (rows, features), or null
+  A* z;                    // (rows, columns), or null
+  A* partial;              // by block: the weights' gradient if asked for, then the biases'; `partial_stride` apart
   int64_t partial_stride;
-  double* losses;         // (blocks, heads): the block's part of each head's mean
+  double* losses;          // (blocks, heads): the block's part of each head's mean
+  Heads<T> heads;
 };
 
-// kPiece neighbouring numbers, moved in as few instructions as there are.
+// Of drivers before CUDA 12.1; the wide types have the largest.
+static_assert(sizeof(SweepArguments<double>) <= 4096 && sizeof(SweepArguments<float>) <= 4096);
+
+// A lane's column, the same in every row. It and its head's loss lie in shared memory: in registers they would be in the way of the
+// arithmetic between one tile's losses and the next one's.
 template <typename T>
-struct alignas(sizeof(T) * kPiece < 16 ? sizeof(T) * kPiece : 16) Piece {
-  T elements[kPiece];
-};
-
-template <typename T, typename A>
-__device__ void load_piece(A (&to)[kPiece], const T* from) {
-  const auto piece = *reinterpret_cast<const Piece<T>*>(from);
-#pragma unroll
-  for (int e = 0; e < kPiece; ++e) {
-    to[e] = Arithmetic<T>::widen(piece.elements[e]);
-  }
-}
-
-// The first `count` numbers of a piece; all at once where `whole` says that every piece is whole and aligned.
-template <typename T, typename A>
-__device__ void store_piece(T* to, const A (&from)[kPiece], int count, bool whole) {
-  Piece<T> piece;
-#pragma unroll
-  for (int e = 0; e < kPiece; ++e) {
-    piece.elements[e] = Arithmetic<T>::narrow(from[e]);
-  }
-  if (whole) {
-    *reinterpret_cast<Piece<T>*>(to) = piece;
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < kPiece; ++e) {
-    if (e < count) {
-      to[e] = piece.elements[e];
-    }
-  }
-}
-
-template <typename T>
-__device__ bool pieces_are_whole(const T* base, int features) {
-  return features % kPiece == 0 && reinterpret_cast<uintptr_t>(base) % alignof(Piece<T>) == 0;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Into shared memory
-// ---------------------------------------------------------------------------------------------------------------------
-
-template <int kBytes>
-__device__ void copy_row(char* to, const char* from, int bytes) {
-  for (int i = lane_id() * kBytes; i < bytes; i += kWarpSize * kBytes) {
-    cp_async<kBytes>(to + i, from + i);
-  }
-}
-
-// Starts to copy `rows` rows of `width` numbers, `stride` apart, to shared memory, `pitch` apart; a warp a row. In the widest
-// copies that all rows are aligned for: only halves at odd addresses have none, and are moved by the thread.
-template <typename T>
-__device__ void copy_rows(T* to, int pitch, const T* from, int64_t stride, int rows, int width) {
-  const auto alignment = reinterpret_cast<uintptr_t>(from) | sizeof(T) * (uintptr_t(pitch) | uintptr_t(stride) | uintptr_t(width));
-  for (int r = warp_id(); r < rows; r += static_cast<int>(blockDim.x) / kWarpSize) {
-    T* const row = to + r * pitch;
-    const T* const source = from + r * stride;
-    auto* const bytes_to = reinterpret_cast<char*>(row);
-    const auto* const bytes_from = reinterpret_cast<const char*>(source);
-    const int bytes = width * static_cast<int>(sizeof(T));
-    if (alignment % 16 == 0) {
-      copy_row<16>(bytes_to, bytes_from, bytes);
-    } else if (alignment % 8 == 0) {
-      copy_row<8>(bytes_to, bytes_from, bytes);
-    } else if (alignment % 4 == 0) {
-      copy_row<4>(bytes_to, bytes_from, bytes);
-    } else {
-      for (int i = lane_id(); i < width; i += kWarpSize) {
-        row[i] = source[i];
-      }
-    }
-  }
-}
-
-// Zeros what a row's last piece holds past its end: the dot products run over whole pieces.
-template <typename T>
-__device__ void zero_row_ends(T* base, int pitch, int rows, int width) {
-  for (int r = static_cast<int>(threadIdx.x); r < rows; r += static_cast<int>(blockDim.x)) {
-    for (int i = width; i % kPiece != 0; ++i) {
-      base[r * pitch + i] = Arithmetic<T>::narrow(0);
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Arithmetic on a tile in shared memory
-// ---------------------------------------------------------------------------------------------------------------------
-
-// The tile's logits, in register tiles of kRowGroup x kColumnGroup dot products, a warp each; where there are more warps than
-// register tiles, several share one and each takes a range of the features.
-struct LogitsTiles {
-  int column_groups;
-  int tiles;
-  int splits;
-
-  __device__ LogitsTiles(int rows, int columns) {
-    const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-    column_groups = (columns + kColumnGroup - 1) / kColumnGroup;
-    tiles = (rows + kRowGroup - 1) / kRowGroup * column_groups;
-    splits = max(1, warps / tiles);
-  }
-
-  // sums[split][tile][row within][column within]. Every piece loaded is used four or eight times: 12 loads of a piece for 128
-  // multiply-adds.
-  template <typename T, typename A>
-  __device__ void multiply(A* sums, const T* x, const T* weight, int pitch, int pieces, int columns) const {
-    static_assert(kRowGroup * kColumnGroup == kWarpSize);
-    for (int job = warp_id(); job < tiles * splits; job += static_cast<int>(blockDim.x) / kWarpSize) {
-      const int split = job / tiles;
-      const int row = job % tiles / column_groups * kRowGroup;
-      const int column = job % tiles % column_groups * kColumnGroup;
-      A sum[kWarpSize] = {};
-      for (int p = pieces * split / splits + lane_id(); p < pieces * (split + 1) / splits; p += kWarpSize) {
-        A w[kColumnGroup][kPiece];
-#pragma unroll
-        for (int c = 0; c < kColumnGroup; ++c) {
-          load_piece(w[c], weight + min(column + c, columns - 1) * pitch + p * kPiece);
-        }
-#pragma unroll
-        for (int r = 0; r < kRowGroup; ++r) {
-          A xs[kPiece];
-          load_piece(xs, x + (row + r) * pitch + p * kPiece);
-#pragma unroll
-          for (int c = 0; c < kColumnGroup; ++c) {
-#pragma unroll
-            for (int e = 0; e < kPiece; ++e) {
-              sum[r * kColumnGroup + c] += xs[e] * w[c][e];
-            }
-          }
-        }
-      }
-      sums[job * kWarpSize + lane_id()] = transposed_sum(sum);
-    }
-  }
-
-  template <typename A>
-  __device__ A sum_of_splits(const A* sums, int row, int column) const {
-    const int tile = row / kRowGroup * column_groups + column / kColumnGroup;
-    const int within = row % kRowGroup * kColumnGroup + column % kColumnGroup;
-    A sum = 0;
-    for (int split = 0; split < splits; ++split) {
-      sum += sums[(split * tiles + tile) * kWarpSize + within];
-    }
-    return sum;
-  }
-};
-
-// dx[r] = sum_c scaled[c][r] w[c]: a thread takes kRowGroup rows of a piece. A step over c: one piece of w, its own, and kRowGroup
-// numbers of `scaled`, the same for all lanes, for 32 multiply-adds.
-template <typename T, typename A>
-__device__ void write_feature_gradient(
-    T* dx, int64_t stride, const A* scaled, int scaled_pitch, const T* weight, int pitch, int columns, int rows, int width, bool whole) {
-  const int pieces = (width + kPiece - 1) / kPiece;
-  const int groups = (rows + kRowGroup - 1) / kRowGroup;
-  for (int item = static_cast<int>(threadIdx.x); item < pieces * groups; item += static_cast<int>(blockDim.x)) {
-    const int group = item / pieces;
-    const int at = (item - group * pieces) * kPiece;
-    A sum[kRowGroup][kPiece] = {};
-#pragma unroll 2
-    for (int c = 0; c < columns; ++c) {
-      A w[kPiece];
-      A s[2][kPiece];
-      load_piece(w, weight + c * pitch + at);
-      load_piece(s[0], scaled + c * scaled_pitch + group * kRowGroup);
-      load_piece(s[1], scaled + c * scaled_pitch + group * kRowGroup + kPiece);
-#pragma unroll
-      for (int r = 0; r < kRowGroup; ++r) {
-#pragma unroll
-        for (int e = 0; e < kPiece; ++e) {
-          sum[r][e] += s[r / kPiece][r % kPiece] * w[e];
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRowGroup; ++r) {
-      if (group * kRowGroup + r < rows) {
-        store_piece(dx + (group * kRowGroup + r) * stride + at, sum[r], width - at, whole);
-      }
-    }
-  }
-}
-
-// The thread's part of the weight's gradient, in registers: kTilesPerThread tiles of kColumnGroup columns x kPiece features.
-template <typename T>
-struct WeightGradient {
+struct Column {
   using A = typename Arithmetic<T>::type;
-  A sum[kTilesPerThread][kColumnGroup][kPiece];
-
-  __device__ void clear() {
-#pragma unroll
-    for (auto& tile : sum) {
-      for (auto& column : tile) {
-        for (A& element : column) {
-          element = 0;
-        }
-      }
-    }
-  }
-
-  // f(tile, first column, first feature) for the thread's tiles.
-  template <typename F>
-  __device__ void for_each_tile(int width, int columns, F f) {
-    const int pieces = (width + kPiece - 1) / kPiece;
-    const int tiles = pieces * ((columns + kColumnGroup - 1) / kColumnGroup);
-#pragma unroll
-    for (int i = 0; i < kTilesPerThread; ++i) {
-      const int tile = static_cast<int>(threadIdx.x) + i * static_cast<int>(blockDim.x);
-      if (tile < tiles) {
-        f(sum[i], tile / pieces * kColumnGroup, tile % pieces * kPiece);
-      }
-    }
-  }
-
-  // sum[c] += sum_r g[r][c] x[r]. A step over r: one piece of x, its own, and one of g, the same for nearly all lanes, for 16
-  // multiply-adds.
-  __device__ void add(const A* g, const T* x, int pitch, int columns, int rows, int width) {
-    for_each_tile(width, columns, [&](A(&tile)[kColumnGroup][kPiece], int column, int at) {
-#pragma unroll 4
-      for (int r = 0; r < rows; ++r) {
-        A xs[kPiece];
-        A gs[kColumnGroup];
-        load_piece(xs, x + r * pitch + at);
-        load_piece(gs, g + r * kMaxSweepColumns + column);
-#pragma unroll
-        for (int c = 0; c < kColumnGroup; ++c) {
-#pragma unroll
-          for (int e = 0; e < kPiece; ++e) {
-            tile[c][e] += gs[c] * xs[e];
-          }
-        }
-      }
-    });
-  }
-
-  __device__ void write(A* dw, int64_t stride, int columns, int width, bool whole) {
-    for_each_tile(width, columns, [&](A(&tile)[kColumnGroup][kPiece], int column, int at) {
-#pragma unroll
-      for (int c = 0; c < kColumnGroup; ++c) {
-        if (column + c < columns) {
-          store_piece(dw + (column + c) * stride + at, tile[c], width - at, whole);
-        }
-      }
-    });
-  }
+  int head;
+  int first_lane, end_lane;  // of the head
+  bool exists;
+  A scale;                   // of the gradient that goes into dx
+  A bias;
+  T* logits;                 // of row 0
+  const T* grad_logits;      // of row 0
+  int target_at, weight_at;  // in the row's targets; no sample weight: -1
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The kernel
-// ---------------------------------------------------------------------------------------------------------------------
+template <typename T>
+__device__ Column<T> column_of_lane(const Heads<T>& heads, int columns) {
+  using A = typename Arithmetic<T>::type;
+  const int lane = lane_id();
+  Column<T> column{};
+  column.exists = lane < columns;
+  column.first_lane = lane;
+  column.end_lane = lane + 1;
+  for (int h = 0; column.exists && h < heads.count; ++h) {
+    const Head<T>& head = heads.head[h];
+    if (head.begin <= lane && lane < head.end) {
+      column.head = h;
+      column.first_lane = head.begin;
+      column.end_lane = head.end;
+      column.scale = static_cast<A>(heads.scale_of(h));
+      column.bias = head.bias ? Arithmetic<T>::widen(head.bias[lane - head.begin]) : A(0);
+      column.logits = head.logits ? head.logits + (lane - head.begin) : nullptr;
+      column.grad_logits = head.grad_logits ? head.grad_logits + (lane - head.begin) : nullptr;
+      column.target_at = head.target_at;
+      column.weight_at = head.sample_weight ? head.weight_at : -1;
+    }
+  }
+  return column;
+}
 
 // z = x W^T + b; g and the loss as in heads_loss.cuh; dx = (g * scale) W; partial dW = g^T x and db = sum g over the block's rows.
 // Per row of D features and K columns, e bytes an element: D e bytes read, D e written; 2 D K operations for the logits and 4 D K
@@ -294,141 +84,194 @@ struct WeightGradient {
 // that it binds before the multiply-adds do.
 // Launch: persistent blocks, each with its range of rows; slices of the features along y, or one after the other within a block
 // (kLogits: their sums meet in z). Tiles arrive by asynchronous copies, the next during the arithmetic of this one where two fit.
-template <typename T, int kThreads>
+// kWithLoss: the passes with a loss, and the logits that go before them; without it the others, which need fewer registers.
+template <typename T, int kThreads, bool kWithLoss>
 __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type) == 8 ? 1 : 512 / kThreads)
     heads_sweep_kernel(const __grid_constant__ SweepArguments<T> in) {
   using A = typename Arithmetic<T>::type;
+  constexpr int kWarps = kThreads / kWarpSize;
   const Sweep& sweep = in.sweep;
   const int pitch = sweep.slice_features;
   char* const shared = dynamic_shared_memory();
   T* const tiles = reinterpret_cast<T*>(shared);
   T* const weight = reinterpret_cast<T*>(shared + sweep.weight_at);
-  auto* const target_tiles = reinterpret_cast<int64_t*>(shared + sweep.targets_at);
+  char* const target_tiles = shared + sweep.targets_at;
   A* const sums = reinterpret_cast<A*>(shared + sweep.sums_at);
+  auto* const scratch = reinterpret_cast<double*>(shared + sweep.sums_at);
   A* const g = reinterpret_cast<A*>(shared + sweep.g_at);
   A* const scaled = reinterpret_cast<A*>(shared + sweep.scaled_at);
-  __shared__ int valid[kHeadsPerLaunch];
+  __shared__ Column<T> columns[kMaxSweepColumns];
+  __shared__ HeadLoss<T> losses[kWithLoss ? kHeadsPerLaunch : 1];
+  __shared__ double norms[kWithLoss ? kHeadsPerLaunch : 1];
+  static_assert(sizeof columns + sizeof losses + sizeof norms <= kStaticBytes);
 
   const bool multiplies = in.pass == Pass::kLogits || in.pass == Pass::kLoss;
-  const bool has_loss = in.pass == Pass::kLoss || in.pass == Pass::kLossOfLogits;
-  const bool reads_x = multiplies || in.weight_gradient;
+  const bool has_loss = kWithLoss && in.pass != Pass::kLogits;
+  const bool reads_x = multiplies || in.weight_columns != 0;
   const bool reads_weight = multiplies || in.dx;
-  if (has_loss) {
-    find_valid(valid, in.targets, in.heads.count);
-  }
-  const auto column = lane_column<A>(in.heads, in.targets, has_loss ? valid : nullptr);
-  const A bias = in.bias && column.exists ? Arithmetic<T>::widen(in.bias[lane_id()]) : A(0);
   const int64_t begin = blockIdx.x * sweep.rows_per_block;
   const int64_t end = min(begin + sweep.rows_per_block, in.rows);
 
-  WeightGradient<T> dw;
-  A db = 0;
-  double loss = 0;
-  for (int slice = static_cast<int>(blockIdx.y); slice < sweep.slices; slice += static_cast<int>(gridDim.y)) {
-    const int first = slice * pitch;
-    const int width = min(pitch, in.features - first);
-    const int pieces = (width + kPiece - 1) / kPiece;
-    const auto start_tile = [&](int stage, int64_t row) {
-      if (row < end) {
-        const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
-        if (reads_x) {
-          copy_rows(tiles + stage * sweep.tile_rows * pitch, pitch, in.x + row * in.features + first, in.features, rows, width);
-        }
-        if (has_loss) {
-          const int heads = in.heads.count;
-          copy_rows(
-              target_tiles + stage * sweep.tile_rows * heads, heads, in.targets.classes + row * heads, heads, rows, heads);
+  const auto width_of = [&](int slice) { return min(pitch, in.features - slice * pitch); };
+  const auto start_tile = [&](int slice, int stage, int64_t row) {
+    const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
+    if (row < end && reads_x) {
+      T* const to = tiles + stage * sweep.tile_rows * pitch;
+      const T* const from = in.x + row * in.features + slice * pitch;
+      for (int r = warp_id(); r < rows; r += kWarps) {
+        copy_row(to + r * pitch, from + r * int64_t{in.features}, width_of(slice));
+      }
+    }
+    if (row < end && has_loss) {
+      char* const to = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
+      for (int i = warp_id(); i < 2 * in.heads.count; i += kWarps) {  // a target or a sample weight
+        const Head<T>& head = in.heads.head[i / 2];
+        const int bytes = head.target_bytes();
+        if (i % 2 == 0) {
+          copy_row(to + sweep.tile_rows * head.target_at, static_cast<const char*>(head.target) + row * bytes, rows * bytes);
+        } else if (head.sample_weight) {
+          copy_row(reinterpret_cast<A*>(to + sweep.tile_rows * head.weight_at), head.sample_weight + row, rows);
         }
       }
-      cp_async_commit();
-    };
-    if (reads_weight) {
-      copy_rows(weight, pitch, in.weight + first, in.features, in.columns, width);
-      zero_row_ends(weight, pitch, in.columns, width);
     }
-    zero_row_ends(tiles, pitch, sweep.stages * sweep.tile_rows, width);
-    start_tile(0, begin);
+    cp_async_commit();
+  };
+  const auto start_slice = [&](int slice, int head_of_lane) {
+    for (int c = warp_id(); reads_weight && c < in.columns; c += kWarps) {
+      const Head<T>& head = in.heads.head[__shfl_sync(kWholeWarp, head_of_lane, c)];
+      copy_row(weight + c * pitch, head.weight + (c - head.begin) * int64_t{in.features} + slice * pitch, width_of(slice));
+    }
+    zero_row_ends(weight, pitch, in.columns, width_of(slice));
+    zero_row_ends(tiles, pitch, sweep.stages * sweep.tile_rows, width_of(slice));
+    start_tile(slice, 0, begin);
+  };
+
+  // 1. The weights and the first tile start to arrive; meanwhile the block finds out what its lanes and heads are.
+  const int first_slice = static_cast<int>(blockIdx.y);
+  {
+    const auto mine = column_of_lane(in.heads, in.columns);
+    start_slice(first_slice, mine.head);
+    if (warp_id() == 0) {
+      columns[lane_id()] = mine;
+    }
+  }
+  if constexpr (kWithLoss) {
+    if (has_loss) {
+      find_norms(norms, scratch, in.norms, in.heads, in.rows);
+      if (static_cast<int>(threadIdx.x) < in.heads.count) {
+        losses[threadIdx.x] = head_loss(in.heads, static_cast<int>(threadIdx.x), norms[threadIdx.x]);
+      }
+    }
+  }
+  __syncthreads();
+
+  WeightGradient<T> dw;
+  dw.needed = in.weight_columns;
+  A db = 0;
+  double loss = 0;
+  for (int slice = first_slice; slice < sweep.slices; slice += static_cast<int>(gridDim.y)) {
+    const int first = slice * pitch;
+    const int width = width_of(slice);
+    const int pieces = (width + kPiece - 1) / kPiece;
+    if (slice != first_slice) {
+      start_slice(slice, columns[lane_id()].head);
+    }
     dw.clear();
 
     int stage = 0;
     for (int64_t row = begin; row < end; row += sweep.tile_rows) {
+      // 2. This tile has arrived, and the next one starts to.
       const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
       const T* const x = tiles + stage * sweep.tile_rows * pitch;
-      const int64_t* const row_targets = target_tiles + stage * sweep.tile_rows * in.heads.count;
+      const char* const targets = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
       if (sweep.stages == 2) {
         stage ^= 1;
-        start_tile(stage, row + sweep.tile_rows);
+        start_tile(slice, stage, row + sweep.tile_rows);
         cp_async_wait<1>();
       } else {
         cp_async_wait<0>();
       }
       __syncthreads();
 
+      // 3. The logits of the tile, in parts.
       const LogitsTiles logits_tiles(rows, in.columns);
       if (multiplies) {
         logits_tiles.multiply(sums, x, weight, pitch, pieces, in.columns);
         __syncthreads();
       }
 
-      // A warp a row, a lane a column.
-      for (int r = warp_id(); r < rows; r += kThreads / kWarpSize) {
+      // 4. Row by row, a warp each, its columns on the lanes: logits, loss, g.
+      const Column<T> column = columns[lane_id()];
+      for (int r = warp_id(); r < rows; r += kWarps) {
         const int64_t at = (row + r) * in.columns + lane_id();
+        const int64_t in_head = (row + r) * (column.end_lane - column.first_lane);
         A z = 0;
         if (multiplies && column.exists) {
-          z = logits_tiles.sum_of_splits(sums, r, lane_id()) + (slice == 0 ? bias : in.z[at]);
+          z = logits_tiles.sum_of_splits(sums, r, lane_id()) + (slice == 0 ? column.bias : in.z[at]);
           if (in.z) {
             in.z[at] = z;
           }
           if (slice == sweep.slices - 1) {
-            in.logits[at] = Arithmetic<T>::narrow(z);
+            column.logits[in_head] = Arithmetic<T>::narrow(z);
           }
-        } else if (in.pass == Pass::kLossOfLogits && column.exists) {
-          z = in.z[at];
         }
         A dz = 0;
-        if (has_loss) {
-          dz = cross_entropy_of_lane(loss, z, row_targets[r * in.heads.count + column.head], column, in.targets.ignore_index);
+        if constexpr (kWithLoss) {
+          if (has_loss) {
+            z = in.pass == Pass::kLossOfLogits && column.exists ? in.z[at] : z;
+            const HeadLoss<T>& head = losses[column.head];
+            RowTarget<T> target;
+            if (column.exists) {
+              const int bytes = head.kind == TargetKind::kClasses ? 8 : (column.end_lane - column.first_lane) * int{sizeof(A)};
+              const char* const own = targets + sweep.tile_rows * column.target_at + r * bytes;
+              const auto* const weights = reinterpret_cast<const A*>(targets + sweep.tile_rows * column.weight_at);
+              target = RowTarget<T>(head, own, column.weight_at < 0 ? A(1) : weights[r]);
+            }
+            dz = loss_of_lane(loss, z, head, target, column.exists, column.first_lane, column.end_lane, in.sums);
+          }
         } else if (in.pass == Pass::kGradients && column.exists) {
-          dz = Arithmetic<T>::widen(in.grad_logits[at]);
+          dz = Arithmetic<T>::widen(column.grad_logits[in_head]);
         }
         db += dz;
         g[r * kMaxSweepColumns + lane_id()] = dz;
-        scaled[lane_id() * sweep.scaled_pitch + r] = column.scale == 0 ? A(0) : dz * column.scale;
+        scaled[lane_id() * sweep.scaled_pitch + r] = dz * column.scale;
       }
+      const unsigned counted = __ballot_sync(kWholeWarp, column.exists && column.scale != 0);
       __syncthreads();
 
+      // 5. The gradients, while the tile is there.
       if (in.dx) {
         write_feature_gradient(
-            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, in.columns, rows, width,
+            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, counted, rows, width,
             pieces_are_whole(in.dx, in.features));
       }
-      if (in.weight_gradient) {
+      if (in.weight_columns != 0) {
         dw.add(g, x, pitch, in.columns, rows, width);
       }
       __syncthreads();
       if (sweep.stages == 1) {
-        start_tile(0, row + sweep.tile_rows);
+        start_tile(slice, 0, row + sweep.tile_rows);
       }
     }
-    if (in.weight_gradient) {
+    if (in.weight_columns != 0) {
       A* const out = in.partial + blockIdx.x * in.partial_stride + first;
       dw.write(out, in.features, in.columns, width, pieces_are_whole(in.partial, in.features));
     }
   }
 
-  // Every slice has seen the whole gradient of the logits: the first one tells.
-  auto* const scratch = reinterpret_cast<double*>(sums);
+  // 6. The block's sums over its rows. Each slice has seen the whole g: the blocks of slice 0 write them.
+  const Column<T> column = columns[lane_id()];
   if (in.partial) {
     const auto total = static_cast<A>(sum_over_warps(static_cast<double>(db), scratch));
     if (blockIdx.y == 0 && warp_id() == 0 && column.exists) {
-      const int64_t dw_size = in.weight_gradient ? int64_t{in.columns} * in.features : 0;
+      const int64_t dw_size = in.weight_columns != 0 ? int64_t{in.columns} * in.features : 0;
       in.partial[blockIdx.x * in.partial_stride + dw_size + lane_id()] = total;
     }
   }
   if (has_loss) {
     const double total = sum_over_warps(loss, scratch);
     if (blockIdx.y == 0 && warp_id() == 0 && column.exists && lane_id() == column.first_lane) {
-      in.losses[blockIdx.x * in.heads.count + column.head] = total / max(1, valid[column.head]);
+      in.losses[blockIdx.x * in.heads.count + column.head] = norms[column.head] == 0 ? 0.0 : total / norms[column.head];
     }
   }
 }

@@ -5,20 +5,51 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <mutex>
+#include <set>
 #include <utility>
 
 namespace grl_ext {
 
-// Dynamic shared memory that any kernel may use; above it the kernel must be told first.
-constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
+// Lets the kernel have all the dynamic shared memory that the current device gives a block. Without this a block gets 48 KB, of
+// which the kernel's static shared arrays are a part.
+// The setting is one per device and kernel, for all host threads. So it is made once and to the most there is: a setting to each
+// launch's own size would let one thread lower it between another's setting and launch.
+inline cudaError_t allow_all_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) {
+    return status;
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({device, kernel}) > 0) {
+    return cudaSuccess;
+  }
+  int most = 0;
+  if (const cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      status != cudaSuccess) {
+    return status;
+  }
+  cudaFuncAttributes attributes{};
+  if (const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel); status != cudaSuccess) {
+    return status;
+  }
+  const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
+  if (const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic);
+      status != cudaSuccess) {
+    return status;
+  }
+  allowed.insert({device, kernel});
+  return cudaSuccess;
+}
 
+// On the current device.
 template <typename... Params, typename... Args>
 cudaError_t launch(
     void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream, Args&&... args) {
-  if (shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (status != cudaSuccess) {
+  if (shared_bytes > 0) {
+    if (const cudaError_t status = allow_all_shared_memory(reinterpret_cast<const void*>(kernel)); status != cudaSuccess) {
       return status;
     }
   }

@@ -4,19 +4,22 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "arithmetic.cuh"
 #include "launch.cuh"
 
 namespace grl_ext {
 
-// The forms of lambda. Each gives, for a run of neighbouring elements that begins at element `i`, a walker whose next() is the
-// lambda of one element after the other; and says whether it would leave a gradient as it is.
+// The forms of lambda. fetch() is called once by each thread. What it returns gives, for a run of neighbouring elements that begins
+// at element `i`, a walker whose next() is the lambda of one element after the other; and says whether it would leave a gradient
+// as it is.
 
 // A number known to the host.
 template <typename A>
 struct LambdaValue {
   A value;
+  __device__ LambdaValue fetch() const { return *this; }
   __device__ LambdaValue run_from(int64_t) const { return *this; }
   __device__ A next() const { return value; }
   __device__ bool changes_nothing() const { return value == A(-1); }
@@ -28,8 +31,7 @@ template <typename A, typename Stored>
 struct LambdaOnDevice {
   const Stored* value;
   A multiplier;
-  __device__ LambdaValue<A> run_from(int64_t) const { return {multiplier * static_cast<A>(__ldg(value))}; }
-  __device__ bool changes_nothing() const { return run_from(0).changes_nothing(); }
+  __device__ LambdaValue<A> fetch() const { return {multiplier * static_cast<A>(__ldg(value))}; }
 };
 
 // A tensor: element i has values[(i / inner) % period]. A run divides once, where it begins, and only counts from there on.
@@ -54,6 +56,7 @@ struct LambdaBroadcast {
     }
   };
 
+  __device__ LambdaBroadcast fetch() const { return *this; }
   __device__ Run run_from(int64_t i) const {
     const Index index = static_cast<Index>(i);
     const Index group = index / inner;
@@ -70,17 +73,30 @@ __device__ T scale_negate_element(T grad, A lambda) {
 
 // What a thread moves at a time: the widest access there is.
 constexpr int kVectorBytes = 16;
-
 template <typename T>
-struct alignas(kVectorBytes) Vector {
-  static constexpr int kSize = kVectorBytes / sizeof(T);
-  T elements[kSize];
-};
+constexpr int kVectorSize = kVectorBytes / sizeof(T);
+
+// The vectors that a thread has loaded before it stores the first. `out` may be `grad`, so that neither the compiler nor the GPU
+// moves a load past a store: one vector at a time would wait for the memory twice.
+constexpr int kVectorsInFlight = 4;
 
 constexpr int kScaleNegateThreads = 256;
-// Eight blocks of 256 threads fill the 2048 thread slots of a multiprocessor, and 2048 loads of 16 bytes each are enough in flight
-// to hide the memory's latency; more blocks would only queue. To be tuned with bench/compare.py --device cuda.
+// Eight blocks of 256 threads fill the 2048 thread slots of a multiprocessor; more blocks would only queue. To be tuned with
+// bench/compare.py --device cuda.
 constexpr int kScaleNegateBlocksPerSm = 8;
+
+// The elements of a vector, each under the next lambda of the run.
+template <typename T, typename Run>
+__device__ uint4 scale_negate_vector(uint4 bits, Run run) {
+  T elements[kVectorSize<T>];
+  memcpy(elements, &bits, kVectorBytes);
+#pragma unroll
+  for (T& element : elements) {
+    element = scale_negate_element(element, run.next());
+  }
+  memcpy(&bits, elements, kVectorBytes);
+  return bits;
+}
 
 // out[i] = -lambda_i * grad[i]; out may be grad.
 // Traffic: one read and one write per element (a broadcast lambda is small and comes from the cache).
@@ -88,13 +104,16 @@ constexpr int kScaleNegateBlocksPerSm = 8;
 // meets another. The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all
 // of them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor). In place by
 // lambda = -1, which is what an unscaled loss's backward asks for, nothing is read or written.
+// __ldcg and __stcg are one instruction of 16 bytes each, past L1, where nothing is read twice. A plain assignment is not: nvcc
+// splits it into its elements where it sees them in registers. tests/test_cuda_code.py counts them in the compiled code.
 template <typename T, typename Lambda>
 __global__ void __launch_bounds__(kScaleNegateThreads)
-    scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda lambda) {
+    scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda form) {
+  const auto lambda = form.fetch();
   if (out == grad && lambda.changes_nothing()) {
     return;
   }
-  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kSize = kVectorSize<T>;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
 
@@ -105,15 +124,23 @@ __global__ void __launch_bounds__(kScaleNegateThreads)
   const int64_t vectors = (n - head) / kSize;
   const int64_t tail = head + vectors * kSize;
 
-  for (int64_t v = thread; v < vectors; v += threads) {
-    const int64_t begin = head + v * kSize;
-    auto run = lambda.run_from(begin);
-    auto vector = *reinterpret_cast<const Vector<T>*>(grad + begin);
+  const auto* const from = reinterpret_cast<const uint4*>(grad + head);
+  auto* const to = reinterpret_cast<uint4*>(out + head);
+  const auto scaled = [&](uint4 bits, int64_t v) { return scale_negate_vector<T>(bits, lambda.run_from(head + v * kSize)); };
+  int64_t v = thread;
+  for (; v + (kVectorsInFlight - 1) * threads < vectors; v += kVectorsInFlight * threads) {
+    uint4 bits[kVectorsInFlight];
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      vector.elements[k] = scale_negate_element(vector.elements[k], run.next());
+    for (int k = 0; k < kVectorsInFlight; ++k) {
+      bits[k] = __ldcg(from + v + k * threads);
     }
-    *reinterpret_cast<Vector<T>*>(out + begin) = vector;
+#pragma unroll
+    for (int k = 0; k < kVectorsInFlight; ++k) {
+      __stcg(to + v + k * threads, scaled(bits[k], v + k * threads));
+    }
+  }
+  for (; v < vectors; v += threads) {
+    __stcg(to + v, scaled(__ldcg(from + v), v));
   }
   for (int64_t j = thread; j < head + n - tail; j += threads) {
     const int64_t i = j < head ? j : j - head + tail;
@@ -127,7 +154,7 @@ cudaError_t scale_negate(T* out, const T* grad, int64_t n, Lambda lambda, int sm
   if (n == 0) {
     return cudaSuccess;
   }
-  constexpr int64_t kPerBlock = kScaleNegateThreads * Vector<T>::kSize;
+  constexpr int64_t kPerBlock = kScaleNegateThreads * kVectorSize<T>;
   const int64_t blocks = std::min<int64_t>((n + kPerBlock - 1) / kPerBlock, int64_t{sm_count} * kScaleNegateBlocksPerSm);
   return launch(
       scale_negate_kernel<T, Lambda>, dim3(static_cast<unsigned>(blocks)), dim3(kScaleNegateThreads), 0, stream, out, grad, n,

@@ -14,7 +14,9 @@
 //   thread is a thread of its own to it, ordered with others by barriers and __threadfence only: a shuffle orders no memory.
 //   The fibres run one at a time and in a fixed order, so what it reports does not depend on luck. 8000 threads a grid at most.
 // - Here: threads that wait for one that has returned or waits elsewhere (the message lists the places), lanes outside the mask
-//   they name, launches beyond the limits of the hardware, misaligned asynchronous copies.
+//   they name, misaligned asynchronous copies.
+// - Launches that a device refuses (device_limits.h): threads, grid, parameters, static and dynamic shared memory together. Not
+//   registers, of which only the compiler knows: tests/test_cuda_code.py looks at those.
 // - Dynamic shared memory begins as NaN. The target of an asynchronous copy is NaN until the copy has been waited for.
 //
 // What differs from a GPU: blocks run one after another, the last one first, so that they cannot wait for each other; there is no
@@ -42,6 +44,8 @@
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 #endif
+
+#include "device_limits.h"
 
 // ---- The language -----------------------------------------------------------------------------------------------------------
 
@@ -91,7 +95,12 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 using cudaStream_t = void*;
+
+struct cudaFuncAttributes {
+  std::size_t sharedSizeBytes;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -104,9 +113,6 @@ struct cudaLaunchConfig_t {
 namespace cuda_emulation {
 
 constexpr unsigned kWarpSize = 32;
-constexpr unsigned kMaxThreads = 1024;
-constexpr std::size_t kSharedBytes = 48 << 10;      // that any kernel may use,
-constexpr std::size_t kMaxSharedBytes = 227 << 10;  // and that one may ask for, with compute capability 9.0
 constexpr std::size_t kStackBytes = 256 << 10;
 
 // The machine's own state is not the kernel's: ThreadSanitizer must not check it, nor see order in it.
@@ -339,25 +345,30 @@ CUDA_EMULATION_UNSEEN inline void run(Block& block) {
   munmap(stacks, stack_bytes);
 }
 
-inline std::map<const void*, std::size_t> shared_bytes_asked_for;  // by kernels, above kSharedBytes
-
-inline cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& kernel) {
+inline cudaError_t run_grid(
+    const cudaLaunchConfig_t& config, const void* function, std::size_t parameter_bytes, const std::function<void()>& kernel) {
   const dim3 grid = config.gridDim;
-  const std::size_t count = std::size_t{config.blockDim.x} * config.blockDim.y * config.blockDim.z;
-  if (count == 0 || count > kMaxThreads || grid.x == 0 || grid.y == 0 || grid.z == 0) {
+  const dim3 size = config.blockDim;
+  const std::size_t count = std::size_t{size.x} * size.y * size.z;
+  if (count == 0 || count > kMaxThreads || size.z > kMaxBlockZ || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX ||
+      grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
     return cudaErrorInvalidConfiguration;
   }
-  if (config.dynamicSmemBytes > std::max(kSharedBytes, shared_bytes_asked_for[function])) {
+  if (parameter_bytes > kMaxParameterBytes || !may_have(function, config.dynamicSmemBytes)) {
     return cudaErrorInvalidValue;
   }
-  const unsigned block_count = grid.x * grid.y * grid.z;
+  ++launches;
+  if (only_judge) {
+    return cudaSuccess;
+  }
+  const std::size_t block_count = std::size_t{grid.x} * grid.y * grid.z;
   if (block_count * count > kMaxGridThreads) {
     fail("a grid of %zu threads, of which ThreadSanitizer can tell %zu apart", block_count * count, kMaxGridThreads);
   }
   // All blocks live until the grid has ended: what one freed and the next got again, memory or ThreadSanitizer's name of a fibre,
   // would be taken for the same.
   std::vector<std::unique_ptr<Block>> blocks;
-  for (unsigned b = block_count; b-- > 0;) {
+  for (auto b = static_cast<unsigned>(block_count); b-- > 0;) {
     blocks.push_back(std::make_unique<Block>(config, kernel, dim3{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}));
     std::thread([&] { run(*blocks.back()); }).join();
   }
@@ -466,19 +477,35 @@ T shuffle(unsigned mask, T value, unsigned source, bool may_ask, Site site) {
 
 // ---- The runtime ------------------------------------------------------------------------------------------------------------
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_emulation::device.id;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(cuda_emulation::device.shared_bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  attributes->sharedSizeBytes = cuda_emulation::static_shared_bytes(function);
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<std::size_t>(bytes) > cuda_emulation::kMaxSharedBytes) {
+  if (!cuda_emulation::may_ask_for(function, bytes)) {
     return cudaErrorInvalidValue;
   }
-  cuda_emulation::shared_bytes_asked_for[function] = bytes;
+  cuda_emulation::dynamic_bytes_asked_for[{cuda_emulation::device.id, function}] = bytes;
   return cudaSuccess;
 }
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const std::tuple<Params...> parameters(std::forward<Args>(args)...);
+  constexpr std::size_t kParameterBytes = (std::size_t{0} + ... + ((sizeof(Params) + 7) / 8 * 8));
   return cuda_emulation::run_grid(
-      *config, reinterpret_cast<const void*>(kernel), [&] { std::apply(kernel, parameters); });
+      *config, reinterpret_cast<const void*>(kernel), kParameterBytes, [&] { std::apply(kernel, parameters); });
 }
 
 // ---- Threads together -------------------------------------------------------------------------------------------------------
@@ -544,6 +571,16 @@ T atomicAdd(T* address, decltype(T{} + T{}) value) {
 template <typename T>
 T __ldg(const T* address) {
   return *address;
+}
+
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+template <typename T>
+void __stcg(T* address, T value) {
+  *address = value;
 }
 
 inline void __pipeline_memcpy_async(void* to, const void* from, std::size_t bytes) {
@@ -615,6 +652,14 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 
 using __half2 = EmulatedVector2<__half>;
 using __nv_bfloat162 = EmulatedVector2<__nv_bfloat16>;
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }

@@ -150,10 +150,80 @@ void last_block() {
 
 __global__ void nothing() {}
 
+struct Large {
+  char bytes[4096];
+};
+
+__global__ void large_parameters(Large, char) {}
+
+template <typename T>
+__global__ void has_static_memory(T* out) {
+  __shared__ T values[64];
+  __shared__ int more[2];
+  values[threadIdx.x] = T(threadIdx.x);
+  more[threadIdx.x % 2] = 0;
+  __syncthreads();
+  *out = values[threadIdx.x] + T(more[threadIdx.x % 2]);
+}
+
+// Past launch(), which asks for all there is.
+template <typename T>
+cudaError_t without_asking(std::size_t dynamic_bytes) {
+  T out;
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(1);
+  config.dynamicSmemBytes = dynamic_bytes;
+  return cudaLaunchKernelEx(&config, has_static_memory<T>, &out);
+}
+
 void limits() {
   expect(launch(nothing, dim3(1), dim3(1025), 0, nullptr) == cudaErrorInvalidConfiguration, "1024 threads at most");
   expect(launch(nothing, dim3(0), dim3(32), 0, nullptr) == cudaErrorInvalidConfiguration, "no empty grids");
+  expect(launch(nothing, dim3(1, 65536), dim3(32), 0, nullptr) == cudaErrorInvalidConfiguration, "65535 blocks along y at most");
+  expect(launch(nothing, dim3(1), dim3(1, 1, 65), 0, nullptr) == cudaErrorInvalidConfiguration, "64 threads along z at most");
   expect(launch(nothing, dim3(1), dim3(32), 228 << 10, nullptr) == cudaErrorInvalidValue, "227 KB of shared memory at most");
+  expect(launch(large_parameters, dim3(1), dim3(1), 0, nullptr, Large{}, 'a') == cudaErrorInvalidValue, "4096 bytes of parameters");
+}
+
+// Static shared memory is a part of every limit.
+void static_shared_memory() {
+  constexpr std::size_t kStatic = 64 * 8 + 16;  // in steps of 16 bytes
+  const auto* const kernel = reinterpret_cast<const void*>(&has_static_memory<double>);
+  expect(cuda_emulation::static_shared_bytes(kernel) == kStatic, "both arrays of the kernel");
+  expect(
+      cuda_emulation::static_shared_bytes(reinterpret_cast<const void*>(&has_static_memory<short>)) == 64 * 2 + 16,
+      "each instantiation has its own");
+  expect(cuda_emulation::static_shared_bytes(reinterpret_cast<const void*>(&nothing)) == 0, "none");
+
+  expect(without_asking<double>((48 << 10) - kStatic) == cudaSuccess, "48 KB in all need no asking");
+  expect(without_asking<double>((48 << 10) - kStatic + 1) == cudaErrorInvalidValue, "more need it");
+  double out;
+  const auto asked = [&](std::size_t bytes) { return launch(has_static_memory<double>, dim3(1), dim3(1), bytes, nullptr, &out); };
+  expect(asked((48 << 10) - kStatic + 1) == cudaSuccess && asked(48 << 10) == cudaSuccess, "launch() asks");
+  expect(asked((227 << 10) - kStatic) == cudaSuccess, "up to what the device has");
+  expect(asked((227 << 10) - kStatic + 1) == cudaErrorInvalidValue, "and no further");
+
+  // launch() asks once, for all there is: a small launch must not lower it for a large one.
+  const auto setting = [&] { return cuda_emulation::dynamic_bytes_asked_for[{cuda_emulation::device.id, kernel}]; };
+  expect(setting() == (227 << 10) - kStatic, "the most there is");
+  expect(asked(64) == cudaSuccess && setting() == (227 << 10) - kStatic, "a small launch leaves it");
+  // And for each device anew.
+  cuda_emulation::device = {1, 99 << 10};
+  expect(asked((99 << 10) - kStatic) == cudaSuccess && setting() == (99 << 10) - kStatic, "another device");
+  expect(asked((99 << 10) - kStatic + 1) == cudaErrorInvalidValue, "that has less");
+}
+
+// Sixteen host threads that start a kernel for the first time at once: each finds the setting made.
+void many_host_threads() {
+  std::vector<std::thread> threads;
+  std::vector<cudaError_t> status(16, cudaErrorInvalidValue);
+  for (int t = 0; t < 16; ++t) {
+    threads.emplace_back([&, t] { status[t] = allow_all_shared_memory(reinterpret_cast<const void*>(&has_static_memory<float>)); });
+  }
+  for (auto& thread : threads) {
+    thread.join();
+  }
+  expect(std::count(status.begin(), status.end(), cudaSuccess) == 16, "all may launch");
 }
 
 // Every half value survives the way through float; between two neighbours the nearer one is taken, the even one at the middle.
@@ -248,6 +318,8 @@ int main(int, char** argv) {
       {"async_copies", async_copies},
       {"last_block", last_block},
       {"limits", limits},
+      {"static_shared_memory", static_shared_memory},
+      {"many_host_threads", many_host_threads},
       {"half_types", half_types},
       {"barrier", [&] { launch(neighbour, dim3(1), dim3(64), 0, nullptr, out, true); }},
       {"warp_barrier", [&] { launch(neighbour_lane, dim3(1), dim3(32), 0, nullptr, out, true); }},

@@ -112,7 +112,7 @@ void check_forms(const Case& c) {
   for (const auto [form, period, inner] : layouts) {
     std::vector<A> values(period);
     for (int64_t p = 0; p < period; ++p) {
-      values[p] = static_cast<A>(p % 3 == 1 ? 0.0 : 0.1 * static_cast<double>(p) - 0.7);
+      values[p] = static_cast<A>(p % 3 == 1 ? 0.0 : 0.1 * static_cast<double>(p % 999) - 0.7);
     }
     const auto lambda_of = [&, period = period, inner = inner](int64_t i) { return double{values[i / inner % period]}; };
     if (inner == 7) {
@@ -130,9 +130,13 @@ void check_type() {
       check_forms<T>({n, offset, offset % 2 ? offset : 0, false});  // reaching a boundary together, and not
     }
   }
-  const int64_t strided = 8 * kScaleNegateThreads * Vector<T>::kSize + 1001;
-  check_forms<T>({strided, 1, 1, true});
-  check_forms<T>({strided, 1, 0, false});
+  // Past the first vector of each thread: a second for some, and several in flight with a rest.
+  const int64_t per_grid = int64_t{kScaleNegateBlocksPerSm} * kScaleNegateThreads * kVectorSize<T>;
+  for (const int64_t strided : {per_grid + 1001, (kVectorsInFlight + 1) * per_grid + 1001}) {
+    check_forms<T>({strided, 1, 1, true});
+    check_forms<T>({strided, 1, 0, false});
+    check_forms<T>({strided, 1, 1, false});
+  }
 }
 
 }  // namespace

@@ -1,0 +1,105 @@
+// How numbers get into shared memory for the sweep, and how a thread takes them from there: in pieces of kPiece.
+#pragma once
+
+#include <cstdint>
+
+#include "arithmetic.cuh"
+#include "async_copy.cuh"
+#include "heads_plan.h"
+#include "warp.cuh"
+
+namespace grl_ext {
+
+// kPiece neighbouring numbers, moved in as few instructions as there are.
+template <typename T>
+struct alignas(sizeof(T) * kPiece < 16 ? sizeof(T) * kPiece : 16) Piece {
+  T elements[kPiece];
+};
+
+template <typename T, typename A>
+__device__ void load_piece(A (&to)[kPiece], const T* from) {
+  if constexpr (sizeof(T) == 2) {
+    const auto pairs = *reinterpret_cast<const uint2*>(from);
+    const float2 first = Arithmetic<T>::widen_pair(pairs.x);
+    const float2 second = Arithmetic<T>::widen_pair(pairs.y);
+    to[0] = first.x;
+    to[1] = first.y;
+    to[2] = second.x;
+    to[3] = second.y;
+  } else {
+    const auto piece = *reinterpret_cast<const Piece<T>*>(from);
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) {
+      to[e] = piece.elements[e];
+    }
+  }
+}
+
+// The first `count` numbers of a piece; all at once where `whole` says that every piece is whole and aligned.
+template <typename T, typename A>
+__device__ void store_piece(T* to, const A (&from)[kPiece], int count, bool whole) {
+  Piece<T> piece;
+#pragma unroll
+  for (int e = 0; e < kPiece; ++e) {
+    piece.elements[e] = Arithmetic<T>::narrow(from[e]);
+  }
+  if (whole) {
+    *reinterpret_cast<Piece<T>*>(to) = piece;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kPiece; ++e) {
+    if (e < count) {
+      to[e] = piece.elements[e];
+    }
+  }
+}
+
+template <typename T>
+__device__ bool pieces_are_whole(const T* base, int features) {
+  return features % kPiece == 0 && reinterpret_cast<uintptr_t>(base) % alignof(Piece<T>) == 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Into shared memory
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <int kBytes>
+__device__ void copy_bytes_by(char* to, const char* from, int bytes) {
+  for (int i = lane_id() * kBytes; i < bytes; i += kWarpSize * kBytes) {
+    cp_async<kBytes>(to + i, from + i);
+  }
+}
+
+// Starts to copy `count` numbers to shared memory, by the whole warp, in the widest copies that both ends are aligned for. Only halves
+// at odd addresses have none: the lanes move those at once.
+template <typename T>
+__device__ void copy_row(T* to, const T* from, int count) {
+  const int bytes = count * static_cast<int>(sizeof(T));
+  const auto alignment = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<unsigned>(bytes);
+  auto* const bytes_to = reinterpret_cast<char*>(to);
+  const auto* const bytes_from = reinterpret_cast<const char*>(from);
+  if (alignment % 16 == 0) {
+    copy_bytes_by<16>(bytes_to, bytes_from, bytes);
+  } else if (alignment % 8 == 0) {
+    copy_bytes_by<8>(bytes_to, bytes_from, bytes);
+  } else if (alignment % 4 == 0) {
+    copy_bytes_by<4>(bytes_to, bytes_from, bytes);
+  } else {
+    for (int i = lane_id(); i < count; i += kWarpSize) {
+      to[i] = from[i];
+    }
+  }
+}
+
+// Zeros what a row's last piece holds past its end: the dot products run over whole pieces.
+template <typename T>
+__device__ void zero_row_ends(T* base, int pitch, int rows, int width) {
+  for (int r = static_cast<int>(threadIdx.x); r < rows; r += static_cast<int>(blockDim.x)) {
+    for (int i = width; i % kPiece != 0; ++i) {
+      base[r * pitch + i] = Arithmetic<T>::narrow(0);
+    }
+  }
+}
+
+}  // namespace grl_ext

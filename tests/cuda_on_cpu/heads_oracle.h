@@ -1,0 +1,389 @@
+// What the heads' kernels are compared with: plain loops in double precision, how far from them the kernels may be, and memory between
+// guards.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <list>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "heads_launches.cuh"
+
+namespace heads_oracle {
+
+using namespace grl_ext;
+
+struct HeadCase {
+  int size;
+  TargetKind kind = TargetKind::kClasses;
+  bool sample_weight = false;
+  bool class_weight = false;
+  double smoothing = 0;
+  double loss_weight = 1;
+  double lambda = NAN;  // NaN: a predictor
+  bool bias = true;
+  bool all_ignored = false;       // no valid row: by ignore_index, or by weights of 0
+  bool needs_weight = true;
+  bool needs_bias = true;
+  bool infinite_weight = false;   // its matrix holds infinities and NaN
+
+  double scale() const { return std::isnan(lambda) ? 1 : -lambda; }
+  int classes() const { return std::max(2, size); }
+};
+
+struct Case {
+  int64_t rows;
+  int features;
+  std::vector<HeadCase> heads;
+  HeadsDevice device = {3, 227 << 10};
+  bool needs_dx = true;
+  bool mean = true;
+  bool on_device = false;        // lambda and the loss weights
+  bool nan_rows = false;         // some rows of x are NaN; they have weight 0 in every head, and their targets are NaN where they can be
+  int offset = 0;                // elements that x begins past an aligned address
+};
+
+inline std::vector<HeadCase> heads_of(const std::vector<int>& sizes) {
+  std::vector<HeadCase> heads;
+  for (const int size : sizes) {
+    heads.push_back({size});
+  }
+  return heads;
+}
+
+inline std::string describe(const Case& c) {
+  std::string text = "N " + std::to_string(c.rows) + ", D " + std::to_string(c.features) + ", " + std::to_string(c.device.sm_count) +
+      " multiprocessors, " + std::to_string(c.device.shared_bytes) + " bytes of shared memory" + (c.mean ? "" : ", sum") +
+      (c.needs_dx ? "" : ", no dx") + (c.on_device ? ", numbers on the device" : "") + (c.offset ? ", misaligned" : "") +
+      (c.nan_rows ? ", rows of NaN" : "");
+  for (const HeadCase& h : c.heads) {
+    const char* const kinds[] = {"none", "classes", "probabilities", "values"};
+    text += "\n  head of " + std::to_string(h.size) + " with " + kinds[static_cast<int>(h.kind)] +
+        (h.sample_weight ? ", sample weights" : "") + (h.class_weight ? ", class weights" : "") + (h.smoothing > 0 ? ", smoothed" : "") +
+        (h.bias ? "" : ", no bias") + (h.all_ignored ? ", ignored" : "") + (h.needs_weight ? "" : ", frozen weight") +
+        (h.needs_bias ? "" : ", frozen bias") + (h.infinite_weight ? ", infinite" : "") + ", lambda " + std::to_string(h.lambda);
+  }
+  return text;
+}
+
+// Repeatable numbers in [-1, 1).
+class Numbers {
+ public:
+  double next() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<double>(static_cast<int64_t>(state_ >> 11) - (int64_t{1} << 52)) * 0x1p-52;
+  }
+  int64_t below(int64_t n) { return static_cast<int64_t>((next() + 1) / 2 * static_cast<double>(n)); }
+
+ private:
+  uint64_t state_ = 12345;
+};
+
+template <typename T>
+double value(const T& x) {
+  return Arithmetic<T>::widen(x);
+}
+
+template <typename T>
+T element(double x) {
+  return Arithmetic<T>::narrow(static_cast<typename Arithmetic<T>::type>(x));
+}
+
+// n elements between two guards; those of an output begin as the guard's pattern too.
+template <typename T>
+class Guarded {
+ public:
+  explicit Guarded(int64_t n, int offset = 0) : n_(n), begin_(kGuard + offset), bytes_((begin_ + n + kGuard) * sizeof(T) + 16) {
+    std::memset(bytes_.data(), kPattern, bytes_.size());
+    base_ = reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(bytes_.data()), 16));
+  }
+  T* data() { return reinterpret_cast<T*>(base_) + begin_; }
+  T& operator[](int64_t i) { return data()[i]; }
+  int64_t size() const { return n_; }
+  bool guards_hold() {
+    bool hold = true;
+    for (const char& byte : bytes_) {
+      const char* const end = reinterpret_cast<char*>(data() + n_);
+      hold &= (&byte >= reinterpret_cast<char*>(data()) && &byte < end) || byte == static_cast<char>(kPattern);
+    }
+    return hold;
+  }
+  bool same_bits(Guarded& other) { return std::memcmp(data(), other.data(), n_ * sizeof(T)) == 0; }
+
+ private:
+  static constexpr int kGuard = 16;
+  static constexpr int kPattern = 0xa5;
+  int64_t n_;
+  int64_t begin_;
+  std::vector<char> bytes_;
+  char* base_;
+};
+
+// What the loops say, and how far from it the kernels may be before they round to the tensors' type.
+struct Sums {
+  std::vector<double> sum, error;
+  explicit Sums(int64_t n) : sum(n), error(n) {}
+  void add(int64_t i, double term, double error_of_term) {
+    sum[i] += term;
+    error[i] += error_of_term;
+  }
+};
+
+// Half a unit in the last place of the tensors' type and of the type they are computed in.
+template <typename T>
+constexpr double kRounding = 0x1p-53;
+template <>
+constexpr double kRounding<float> = 0x1p-24;
+template <>
+constexpr double kRounding<__half> = 0x1p-11;
+template <>
+constexpr double kRounding<__nv_bfloat16> = 0x1p-8;
+
+// A smallest step of its own for results that are subnormal halves.
+template <typename T>
+constexpr double kSmallest = std::is_same_v<T, __half> ? 0x1p-25 : 0;
+
+// The heads' losses and the gradient of the total for the logits, with what each inherits from an error of `z_error` in the logits.
+struct Losses {
+  std::vector<double> head, head_error;
+  double total = 0, total_error = 0;
+  std::vector<double> g, g_error;  // (rows, columns)
+};
+
+// The inputs of a case, as the operators get them, and their loops.
+template <typename T>
+struct Inputs {
+  using A = typename Arithmetic<T>::type;
+  static constexpr int64_t kIgnoreIndex = -100;
+
+  Case c;
+  int count;
+  int columns = 0;
+  std::vector<int> head_of, begin;
+  Guarded<T> x;
+  std::vector<Guarded<T>> weight, bias, grad_logits;
+  std::vector<std::vector<int64_t>> classes;
+  std::vector<std::vector<A>> dense, sample_weight, class_weight;
+  std::vector<float> lambda;         // of the adversaries, as the device holds it
+  std::vector<double> loss_weight;
+
+  explicit Inputs(const Case& c) : c(c), count(static_cast<int>(c.heads.size())), x(c.rows * c.features, c.offset) {
+    Numbers numbers;
+    for (int64_t i = 0; i < c.rows * c.features; ++i) {
+      x[i] = element<T>(c.nan_rows && i / c.features % 3 == 1 ? NAN : numbers.next());
+    }
+    for (int h = 0; h < count; ++h) {
+      const HeadCase& head = c.heads[h];
+      begin.push_back(columns);
+      columns += head.size;
+      head_of.insert(head_of.end(), head.size, h);
+      weight.emplace_back(int64_t{head.size} * c.features, h % 2);  // each at its own alignment
+      bias.emplace_back(head.size, 1);
+      grad_logits.emplace_back(c.rows * head.size);
+      for (int64_t i = 0; i < weight[h].size(); ++i) {
+        weight[h][i] = element<T>(numbers.next() * 3 / std::sqrt(c.features));
+      }
+      if (head.infinite_weight) {
+        weight[h][0] = element<T>(INFINITY);
+        weight[h][weight[h].size() - 1] = element<T>(NAN);
+      }
+      for (int k = 0; k < head.size; ++k) {
+        bias[h][k] = element<T>(numbers.next());
+      }
+      for (int64_t i = 0; i < grad_logits[h].size(); ++i) {
+        grad_logits[h][i] = element<T>(numbers.next());
+      }
+      make_targets(head, numbers);
+      if (!std::isnan(head.lambda)) {
+        lambda.push_back(static_cast<float>(head.lambda));
+      }
+      loss_weight.push_back(head.loss_weight);
+    }
+    begin.push_back(columns);
+  }
+
+  bool is_nan_row(int64_t r) const { return c.nan_rows && r % 3 == 1; }
+
+  void make_targets(const HeadCase& head, Numbers& numbers) {
+    std::vector<int64_t> labels;
+    std::vector<A> values, weights, per_class;
+    for (int64_t r = 0; r < c.rows; ++r) {
+      const bool out = head.all_ignored || (is_nan_row(r) && !head.sample_weight);
+      labels.push_back(out || numbers.below(5) == 0 ? kIgnoreIndex : numbers.below(head.classes()));
+      const bool zero = head.all_ignored || is_nan_row(r) || numbers.below(4) == 0;
+      weights.push_back(static_cast<A>(zero ? 0 : 1.5 + numbers.next()));
+      double left = 1;
+      for (int k = 0; k < head.size; ++k) {
+        double v = numbers.next();
+        if (head.kind == TargetKind::kProbabilities) {
+          v = k + 1 == head.size && head.size > 1 ? left : left * (v + 1) / 2;
+          left -= v;
+        }
+        values.push_back(static_cast<A>(is_nan_row(r) ? NAN : v));
+      }
+    }
+    for (int k = 0; k < head.classes(); ++k) {
+      per_class.push_back(static_cast<A>(k == 2 ? 0.0 : 1.25 + numbers.next()));  // one class counts for nothing
+    }
+    classes.push_back(labels);
+    dense.push_back(values);
+    sample_weight.push_back(weights);
+    class_weight.push_back(per_class);
+  }
+
+  // As the operators get them, kHeadsPerLaunch at a time; results, where `place(head, h)` puts them.
+  template <typename Place>
+  std::vector<Heads<T>> launches(const Place& place) {
+    std::vector<Heads<T>> all;
+    int adversary = 0;
+    for (int h = 0; h < count; ++h) {
+      const HeadCase& from = c.heads[h];
+      if (h % kHeadsPerLaunch == 0) {
+        Heads<T>& heads = all.emplace_back();
+        heads = {};
+        heads.first = h;
+        if (c.on_device) {
+          heads.lambda.floats = lambda.data();
+          heads.loss_weight.doubles = loss_weight.data();
+        }
+      }
+      Head<T>& head = all.back().head[all.back().count++];
+      head.weight = weight[h].data();
+      head.bias = from.bias ? bias[h].data() : nullptr;
+      head.target = from.kind == TargetKind::kClasses ? static_cast<const void*>(classes[h].data()) : dense[h].data();
+      head.sample_weight = from.sample_weight ? sample_weight[h].data() : nullptr;
+      head.class_weight = from.class_weight ? class_weight[h].data() : nullptr;
+      head.ignore_index = kIgnoreIndex;
+      head.smoothing = from.smoothing;
+      head.scale = c.on_device && !std::isnan(from.lambda) ? NAN : from.scale();
+      head.loss_weight = c.on_device ? NAN : from.loss_weight;
+      head.begin = begin[h];
+      head.end = begin[h + 1];
+      head.lambda_index = static_cast<int16_t>(std::isnan(from.lambda) ? -1 : adversary++);
+      head.kind = from.kind;
+      place(head, h);
+    }
+    return all;
+  }
+
+  double scale_of(int h) const { return c.on_device && !std::isnan(c.heads[h].lambda) ? -double{static_cast<float>(c.heads[h].lambda)} : c.heads[h].scale(); }
+
+  // Roundings of a sum of n terms, at the terms' size: n at worst, about its root in fact, and those of its terms.
+  static double roundings(double n) { return (8 + std::sqrt(n)) * kRounding<A>; }
+
+  Sums wanted_logits() {
+    Sums want(c.rows * columns);
+    for (int64_t r = 0; r < c.rows; ++r) {
+      for (int k = 0; k < columns; ++k) {
+        const int h = head_of[k], own = k - begin[h];
+        const auto add = [&](double term) { want.add(r * columns + k, term, roundings(c.features) * std::fabs(term)); };
+        add(c.heads[h].bias ? value(bias[h][own]) : 0);
+        for (int d = 0; d < c.features; ++d) {
+          add(value(x[r * c.features + d]) * value(weight[h][int64_t{own} * c.features + d]));
+        }
+      }
+    }
+    return want;
+  }
+
+  double row_weight(int64_t r, int h) const {
+    const HeadCase& head = c.heads[h];
+    const double s = head.sample_weight ? sample_weight[h][r] : 1;
+    return head.kind == TargetKind::kClasses && classes[h][r] == kIgnoreIndex ? 0 : s;
+  }
+
+  double norm_of(int h) const {
+    const HeadCase& head = c.heads[h];
+    double norm = 0;
+    for (int64_t r = 0; r < c.rows; ++r) {
+      const double s = row_weight(r, h);
+      const bool by_class = head.kind == TargetKind::kClasses && head.class_weight && s != 0;
+      norm += s * (by_class ? class_weight[h][classes[h][r]] : head.kind == TargetKind::kValues ? head.size : 1);
+    }
+    return c.mean ? norm : 1;
+  }
+
+  // From the logits z (rows, columns), each known up to `z_error`.
+  Losses wanted_losses(const std::vector<double>& z, double z_error) const {
+    Losses out;
+    out.head.assign(count, 0);
+    out.head_error.assign(count, 0);
+    out.g.assign(z.size(), 0);
+    out.g_error.assign(z.size(), 0);
+    for (int h = 0; h < count; ++h) {
+      const HeadCase& head = c.heads[h];
+      const double norm = norm_of(h);
+      const bool binary = head.size == 1;
+      for (int64_t r = 0; r < c.rows; ++r) {
+        const double s = row_weight(r, h);
+        if (s == 0 || norm == 0) {
+          continue;
+        }
+        const double* const own = &z[r * columns + begin[h]];
+        const double factor = s * head.loss_weight / norm;
+        double loss = 0, loss_error = 0;
+        const auto set = [&](int k, double dz, double error) {
+          out.g[r * columns + begin[h] + k] = factor * dz;
+          out.g_error[r * columns + begin[h] + k] = std::fabs(factor) * error;
+        };
+        if (head.kind == TargetKind::kValues) {
+          for (int k = 0; k < head.size; ++k) {
+            const double error = own[k] - dense[h][r * head.size + k];
+            loss += error * error;
+            loss_error += (2 * std::fabs(error) + 1) * z_error;
+            set(k, 2 * error, 2 * z_error * (1 + std::fabs(error)));
+          }
+        } else {
+          std::vector<double> logits(head.classes(), 0.0), u(head.classes());
+          for (int k = 0; k < head.size; ++k) {
+            logits[k + binary] = own[k];
+          }
+          double top = -INFINITY, sum = 0, mass = 0;
+          for (int k = 0; k < head.classes(); ++k) {
+            double y = classes[h][r] == k;
+            if (head.kind == TargetKind::kProbabilities) {
+              y = !binary ? dense[h][r * head.size + k] : k == 1 ? dense[h][r] : 1 - dense[h][r];
+            }
+            u[k] = (head.class_weight ? class_weight[h][k] : 1) * (head.smoothing / head.classes() + (1 - head.smoothing) * y);
+            mass += u[k];
+            top = std::max(top, logits[k]);
+          }
+          for (const double logit : logits) {
+            sum += std::exp(logit - top);
+          }
+          for (int k = 0; k < head.classes(); ++k) {
+            loss += u[k] == 0 ? 0 : u[k] * (std::log(sum) - (logits[k] - top));
+            if (k >= binary) {
+              set(k - binary, mass * std::exp(logits[k] - top) / sum - u[k], (1 + mass) * z_error);
+            }
+          }
+          loss_error = (1 + mass + std::fabs(loss)) * z_error;
+        }
+        out.head[h] += s * loss / norm;
+        out.head_error[h] += s * loss_error / norm;
+      }
+      out.total += head.loss_weight * out.head[h];
+      out.total_error += std::fabs(head.loss_weight) * out.head_error[h];
+    }
+    return out;
+  }
+};
+
+// Memory for one operator, NaN all over.
+struct Allocator {
+  std::list<std::vector<double>> pieces;
+  void* operator()(int64_t bytes) {
+    pieces.emplace_back(bytes / 8 + 64, NAN);
+    return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(pieces.back().data()), 256));
+  }
+};
+
+inline auto allocator() {
+  return [memory = std::make_shared<Allocator>()](int64_t bytes) { return (*memory)(bytes); };
+}
+
+}  // namespace heads_oracle
