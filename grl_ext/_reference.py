@@ -7,6 +7,7 @@ autograd nodes cannot go: `torch.func` transforms, and devices for which no kern
 import contextlib
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,7 @@ def check_number(name: str, value: object) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number or a real tensor, got {type(value).__name__}")
     value = float(value)
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced
+    if not abs(value) <= sys.float_info.max:  # torch.compile can trace neither math.isfinite nor a comparison with infinity
         raise ValueError(f"{name} must be finite, got {value}")
     return value
 
