@@ -284,7 +284,8 @@ class AdversarialHeads(_LambdaModule):
         initial = dict.fromkeys(adversaries, 1.0)
         initial.update(lambda_ if isinstance(lambda_, Mapping) else dict.fromkeys(adversaries, lambda_))
         self._check_lambda_names(initial)
-        self._register_lambda(tuple(check_number("lambda_", number) for number in initial.values()), device)
+        text = "lambda_[{!r}]" if isinstance(lambda_, Mapping) else "lambda_"
+        self._register_lambda(tuple(check_number(text.format(name), number) for name, number in initial.items()), device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -18,10 +18,12 @@ using torch::autograd::variable_list;
 
 // -lambda * (grad @ weight)
 Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
-  if (!lambda.tensor) {
+  if (!lambda.tensor && lambda.value != 0) {
     // With beta = 0 the first argument gives nothing but its shape; under vmap it is multiplied all the same, hence zeros.
-    return lambda.value == 0 ? grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)})
-                             : at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+    return at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+  }
+  if (!lambda.tensor && !at::GradMode::is_enabled()) {  // gradients of gradients need the graph, of zeros too
+    return grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)});
   }
   // No product takes its factor from a tensor. Scaling an operand instead of the result would be less work, but no exact zero where
   // lambda is 0 and the other operand holds an infinity.
@@ -66,8 +68,10 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
 
   variable_list apply(variable_list&& grads) override {
     const auto needs = needed([this](size_t i) { return should_compute_output(i); });
-    const auto lambda = lambda_.unpack(mutex_);
-    return gradients(grads[0], lambda, needs[1] ? unpack(x_) : Tensor(), needs[0] ? unpack(weight_) : Tensor(), needs);
+    const bool reads_lambda = needs[0] || (needs[1] && at::GradMode::is_enabled());  // it may have changed where nobody reads it
+    return gradients(
+        grads[0], reads_lambda ? lambda_.unpack(mutex_) : Lambda(), needs[1] ? unpack(x_) : Tensor(),
+        needs[0] ? unpack(weight_) : Tensor(), needs);
   }
 
   void release_variables() override {
