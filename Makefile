@@ -1,6 +1,8 @@
 # make test       environment, build, every test
 # make bench      environment, build, bench/compare.py
 # make examples   the experiments with their default settings, and the README's plots
+# make fuzz       COUNT=100000 random programs through grl_ext and through plain PyTorch
+# make asan       the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make cuda-check the CUDA build compiled, linked, imported and tested on the CPU, with the oldest supported torch; needs nvcc, no GPU
 #
 # make PYTHON=python3 VENV= ...  uses the environment of that Python as it is and downloads nothing.
@@ -29,7 +31,7 @@ READY = $(VENV)/.ready
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples cuda-check clean
+.PHONY: env build test bench examples fuzz asan cuda-check clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -51,6 +53,24 @@ bench: build
 
 examples: build
 	for name in moons pair_digits dann_digits market; do $(RUN) examples/$$name.py --out examples/results/$$name || exit 1; done
+
+COUNT ?= 10000
+fuzz: build
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/fuzz.py --count $(COUNT)
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/fuzz.py --count $(COUNT) --path fallback
+
+# The sanitizers' build is a copy of its own. Python and torch are not built with them: libasan goes first by LD_PRELOAD, leaks are
+# theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
+ASAN_TESTS = test_gradient_reversal.py test_grl_linear.py test_in_place_backward.py test_errors.py test_gradients_of_gradients.py \
+  test_adversarial_heads.py test_linear_heads.py test_heads_*.py test_kept_memory.py fuzz/test_fuzz.py
+ASAN_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+asan: env
+	rm -rf build/asan && mkdir -p build/asan && cp -r setup.py pyproject.toml README.md LICENSE csrc grl_ext tests build/asan/
+	rm -f build/asan/grl_ext/*.so
+	cd build/asan && CFLAGS="$(ASAN_FLAGS)" LDFLAGS="-fsanitize=address,undefined" GRL_EXT_BUILD=cpu $(PY) setup.py --quiet build_ext --inplace
+	cd build/asan/tests && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 GRL_EXT_REQUIRE_COMPILED=1 PYTHONPATH=$(CURDIR)/build/asan \
+	  $(PY) -m pytest -q -p no:cacheprovider $(ASAN_TESTS)
 
 # The tests run from their own folder, so that they see the installed package and not the source tree. Those of the examples and
 # the benchmark do not depend on the build.

@@ -216,8 +216,11 @@ class AdversarialHeads(_LambdaModule):
         self.losses = {name: (losses or {}).get(name, "cross_entropy") for name in self.head_names}
         self._kinds = {name: functional.kind_of(f"losses[{name!r}]", loss) for name, loss in self.losses.items()}
         self._squared = any(loss == "mse" for loss in self.losses.values())
-        self._register_lambda(torch.ones(len(adversaries), dtype=torch.float64), device)
-        self._set_lambda(lambda_)
+        initial = dict.fromkeys(adversaries, 1.0)
+        initial.update(lambda_ if isinstance(lambda_, Mapping) else dict.fromkeys(adversaries, lambda_))
+        self._check_lambda_names(initial)
+        text = "lambda_[{!r}]" if isinstance(lambda_, Mapping) else "lambda_"
+        self._register_lambda(tuple(check_number(text.format(name), number) for name, number in initial.items()), device)
 
     if TYPE_CHECKING:
 
@@ -258,13 +261,16 @@ class AdversarialHeads(_LambdaModule):
         if not isinstance(value, Mapping):
             super()._set_lambda(value)
             return
-        if unknown := value.keys() - self.adversaries.keys():
-            raise ValueError(f"lambda_ names {sorted(unknown)}, but the adversaries are {list(self.adversaries)}")
+        self._check_lambda_names(value)
         numbers = {name: check_number(f"lambda_[{name!r}]", number) for name, number in value.items()}
         with torch.no_grad():
             for i, name in enumerate(self.adversaries):
                 if name in numbers:
                     self.lambda_[i].fill_(numbers[name])
+
+    def _check_lambda_names(self, value: Mapping[str, float]) -> None:
+        if unknown := value.keys() - self.adversaries.keys():
+            raise ValueError(f"lambda_ names {sorted(unknown)}, but the adversaries are {list(self.adversaries)}")
 
     def forward(
         self,
@@ -312,7 +318,7 @@ class AdversarialHeads(_LambdaModule):
 
     def _logits(self, features: Tensor, heads: Sequence[_Head]) -> dict[str, Tensor]:
         """The first linear layers together, and what follows them; other modules behind the reversal."""
-        lambda_ = self._buffers["lambda_"]
+        lambda_ = self.lambda_
         joined = [head for head in heads if head.path.layers]
         logits: dict[str, Tensor] = {}
         if joined:
@@ -357,7 +363,7 @@ class AdversarialHeads(_LambdaModule):
                 biases,
                 None if len(layers) == len(heads) else [len(head.path.layers) for head in heads],
                 targets,
-                self._buffers["lambda_"],
+                self.lambda_,
                 [head.index for head in heads],
                 options,
             )
