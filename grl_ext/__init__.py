@@ -5,6 +5,8 @@ from grl_ext.functional import HeadsOutput, gradient_reversal, grl_linear, heads
 from grl_ext.modules import GRL, AdversarialHeads, GRLLinear
 from grl_ext.schedules import LambdaScheduler
 
+__version__ = "0.2.0"
+
 __all__ = [
     "GRL",
     "AdversarialHeads",
