@@ -8,6 +8,7 @@ GRL_EXT_BUILD=auto (default)   CUDA kernels too, if torch is a CUDA build and a 
               cpu              CPU kernels only
               python           nothing compiled: the pure PyTorch path
 CUDA_HOME                      the CUDA toolkit, where it is not found by itself
+GRL_EXT_REPOSITORY             the address of the repository, for the links on a package page
 
 `python build_backend.py` prints the packages that make up the CUDA toolkit for the torch of this Python, or nothing if there are none.
 """
@@ -187,6 +188,26 @@ def torch_requirement(plan: Plan) -> str:
         return f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"
     major, minor = plan.torch.release
     return f"torch=={major}.{minor}.*"
+
+
+def package_page() -> dict:
+    """setup()'s arguments for a package page: the README, and links into the repository if GRL_EXT_REPOSITORY says where that is.
+
+    A package page has no tree beside it, so there the README's links into the tree lead to this release in the repository.
+    """
+    readme = (ROOT / "README.md").read_text()
+    urls = {}
+    if repository := os.environ.get("GRL_EXT_REPOSITORY", "").rstrip("/"):
+
+        def absolute(link: re.Match) -> str:
+            kind = "raw" if link[1].endswith((".png", ".svg")) else "blob"
+            return f"]({repository}/{kind}/v{release()}/{link[1]})"
+
+        parts = re.split(r"(```.*?```|`[^`\n]*`)", readme, flags=re.DOTALL)  # code, which has brackets of its own, at the odd places
+        parts[::2] = [re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", absolute, part) for part in parts[::2]]
+        readme = "".join(parts)
+        urls = {"Source": repository, "Issues": f"{repository}/issues", "Changelog": f"{repository}/blob/v{release()}/CHANGELOG.md"}
+    return {"long_description": readme, "long_description_content_type": "text/markdown", "project_urls": urls}
 
 
 def missing_toolkit_packages() -> list[str]:

@@ -7,8 +7,9 @@ import os
 import sys
 from glob import glob
 
-import build_backend
 from setuptools import setup
+
+import build_backend
 
 # 8.0 code runs on every 8.x GPU, 9.0 is Hopper's own, and newer GPUs compile the PTX when it is loaded.
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
@@ -21,10 +22,14 @@ def extension(plan: build_backend.Plan) -> dict:
         return {}
     if plan.toolkit:
         os.environ["CUDA_HOME"] = str(plan.toolkit)  # cpp_extension looks at it when it is imported
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    # Paths in error messages and assertions begin at the tree's root and at torch's package, on whatever machine they were compiled.
+    site = os.path.dirname(torch.__path__[0])
+    here = [f"-ffile-prefix-map={folder}/=" for folder in (os.getcwd(), site)]
     sources = sorted(f for f in glob("csrc/**/*.cpp", recursive=True) if not f.startswith("csrc/cuda/"))
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", *here]
     if sys.platform == "linux":
         flags.append("-fopenmp")  # at::parallel_for is inline: without this flag it runs on one thread
     if plan.toolkit:
@@ -36,7 +41,7 @@ def extension(plan: build_backend.Plan) -> dict:
             sources + sorted(glob("csrc/cuda/*.cu")),
             extra_compile_args={
                 "cxx": [*flags, "-DGRL_EXT_WITH_CUDA", f'-DGRL_EXT_CUDA_ARCHS="{archs}"'],
-                "nvcc": ["-O3", "-lineinfo"],
+                "nvcc": ["-O3", *(f"-Xcompiler={flag}" for flag in here)],
             },
         )
         module.libraries = build_backend.name_cudart(module.libraries, module.library_dirs)
@@ -55,5 +60,6 @@ plan = build_backend.make_plan() if compiles or "dist_info" in commands else bui
 setup(
     version=build_backend.version(plan),
     install_requires=[build_backend.torch_requirement(plan)],
+    **build_backend.package_page(),
     **(extension(plan) if compiles else {}),
 )

@@ -62,7 +62,9 @@ def test_an_extension_that_does_not_load_gives_one_warning_and_the_fallback_work
     result = run(USE, package_without_extension)
     warning, outcome = result.stdout.splitlines()
     assert outcome == "fallback [-0.5, -0.5, -0.5]"
-    assert warning.startswith(f"RuntimeWarning: grl_ext runs without its kernels: the compiled extension does not load with torch {torch.__version__}: ")
+    assert warning.startswith(
+        f"RuntimeWarning: grl_ext runs without its kernels: the compiled extension does not load with torch {torch.__version__}: "
+    )
     assert f"_C{EXTENSION_SUFFIXES[0]}" in warning, "the loader's own reason"
     assert warning.endswith("Rebuild it for this torch: pip install --force-reinstall --no-deps --no-cache-dir .")
 

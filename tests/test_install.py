@@ -90,9 +90,7 @@ def test_missing_torch_is_named_with_the_remedy(bare):
 
 def test_an_old_torch_is_refused(tmp_path):
     fake_torch(tmp_path, "2.7.1")
-    assert only_message(build_ext(tmp_path, PYTHONPATH=str(tmp_path))) == (
-        "grl_ext: torch 2.7.1 is too old: 2.8 or later is needed."
-    )
+    assert only_message(build_ext(tmp_path, PYTHONPATH=str(tmp_path))) == ("grl_ext: torch 2.7.1 is too old: 2.8 or later is needed.")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA: this one has it")
@@ -235,6 +233,31 @@ def test_the_metadata_is_known_before_anything_is_compiled(source, tmp_path, fro
     metadata = message_from_string((tmp_path / result.stdout.splitlines()[-1] / "METADATA").read_text())
     assert metadata["Version"] == version.format(grl_ext.__version__)
     assert "torch==2.9.*" in metadata.get_all("Requires-Dist")
+
+
+def test_a_package_page_links_into_the_repository(source, tmp_path, monkeypatch):
+    import grl_ext
+
+    text = "![plot](docs/a.png) and [`page`](docs/b.md), [there](https://c.org), [below](#d), `heads[0](x)`\n```python\ny[1](z)\n```\n"
+    (source / "README.md").write_text(text)
+    monkeypatch.setattr(build_backend, "ROOT", source)
+    monkeypatch.delenv("GRL_EXT_REPOSITORY", raising=False)
+    assert build_backend.package_page()["long_description"] == text
+    monkeypatch.setenv("GRL_EXT_REPOSITORY", "https://example.org/us/grl_ext")
+    tag = f"v{grl_ext.__version__}"
+    assert build_backend.package_page()["long_description"] == (
+        text.replace("docs/a.png", f"https://example.org/us/grl_ext/raw/{tag}/docs/a.png").replace(
+            "docs/b.md", f"https://example.org/us/grl_ext/blob/{tag}/docs/b.md"
+        )
+    )
+
+    variables = {"GRL_EXT_BUILD": "python", "GRL_EXT_REPOSITORY": "https://example.org/us/grl_ext"}
+    code = f"import build_backend; print(build_backend.prepare_metadata_for_build_wheel({str(tmp_path)!r}))"
+    result = run("-c", code, cwd=source, PYTHONPATH=str(source), **variables)
+    assert result.returncode == 0, result.stderr
+    metadata = message_from_string((tmp_path / result.stdout.splitlines()[-1] / "METADATA").read_text())
+    assert "Source, https://example.org/us/grl_ext" in metadata.get_all("Project-URL")
+    assert f"/raw/{tag}/docs/a.png" in metadata.get_payload() and metadata["Description-Content-Type"] == "text/markdown"
 
 
 def test_sdist_holds_everything_a_build_needs_and_needs_no_torch(tmp_path):
