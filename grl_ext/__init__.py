@@ -8,6 +8,8 @@ from grl_ext.heads import AdversarialHeads, HeadsOutput
 from grl_ext.modules import GRL, GRLLinear
 from grl_ext.schedules import LambdaScheduler
 
+__version__ = "0.2.0"
+
 __all__ = [
     "GRL",
     "AdversarialHeads",

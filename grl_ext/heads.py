@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from grl_ext import functional
-from grl_ext._reference import check_number, check_tensor
+from grl_ext._reference import check_tensor
 from grl_ext._reference_heads import HeadsOptions, check_options, loss_of_head, numbers, total_loss
-from grl_ext.modules import GRL, GRLLinear, _LambdaModule
+from grl_ext.modules import GRL, GRLLinear, _LambdaModule, _number
 
 __all__ = ["AdversarialHeads", "HeadsOutput"]
 
@@ -220,7 +220,7 @@ class AdversarialHeads(_LambdaModule):
         initial.update(lambda_ if isinstance(lambda_, Mapping) else dict.fromkeys(adversaries, lambda_))
         self._check_lambda_names(initial)
         text = "lambda_[{!r}]" if isinstance(lambda_, Mapping) else "lambda_"
-        self._register_lambda(tuple(check_number(text.format(name), number) for name, number in initial.items()), device)
+        self._register_lambda(tuple(_number(number, text.format(name)) for name, number in initial.items()), device)
 
     if TYPE_CHECKING:
 
@@ -262,7 +262,7 @@ class AdversarialHeads(_LambdaModule):
             super()._set_lambda(value)
             return
         self._check_lambda_names(value)
-        numbers = {name: check_number(f"lambda_[{name!r}]", number) for name, number in value.items()}
+        numbers = {name: _number(number, f"lambda_[{name!r}]") for name, number in value.items()}
         with torch.no_grad():
             for i, name in enumerate(self.adversaries):
                 if name in numbers:
@@ -318,7 +318,7 @@ class AdversarialHeads(_LambdaModule):
 
     def _logits(self, features: Tensor, heads: Sequence[_Head]) -> dict[str, Tensor]:
         """The first linear layers together, and what follows them; other modules behind the reversal."""
-        lambda_ = self.lambda_
+        lambda_ = self._buffers["lambda_"]
         joined = [head for head in heads if head.path.layers]
         logits: dict[str, Tensor] = {}
         if joined:
@@ -363,7 +363,7 @@ class AdversarialHeads(_LambdaModule):
                 biases,
                 None if len(layers) == len(heads) else [len(head.path.layers) for head in heads],
                 targets,
-                self.lambda_,
+                self._buffers["lambda_"],
                 [head.index for head in heads],
                 options,
             )

@@ -116,10 +116,10 @@ class _LambdaModule(nn.Module):
             missing_keys.remove(prefix + "lambda_")
 
 
-def _number(value: Tensor | float) -> float:
+def _number(value: Tensor | float, name: str = "lambda_") -> float:
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
         value = value.item()
-    return check_number("lambda_", value)
+    return check_number(name, value)
 
 
 def _to_supported(lambda_: Tensor, device: torch.device) -> Tensor:
