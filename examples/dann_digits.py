@@ -93,11 +93,11 @@ class Network(nn.Module):
         super().__init__()
         kernel = 5 if size >= 28 else 3
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, 32, kernel),
+            nn.Conv2d(3, 32, kernel, bias=False),  # batch norm removes a bias too
             BatchNorm(32),
             nn.MaxPool2d(2),
             nn.ReLU(),
-            nn.Conv2d(32, 48, kernel),
+            nn.Conv2d(32, 48, kernel, bias=False),
             BatchNorm(48),
             nn.MaxPool2d(2),
             nn.ReLU(),
