@@ -1,6 +1,7 @@
 # make test       environment, build, every test
 # make bench      environment, build, bench/compare.py
-# make examples   the experiments with their default settings, and the README's plots
+# make examples   the experiments with their default settings, on data that ships with scikit-learn or is generated
+# make examples-real DATA=folder   those with published data on it; examples/README.md tells what the folder holds
 # make cuda-check the CUDA build compiled, linked, imported and tested on the CPU, with the oldest supported torch; needs nvcc, no GPU
 #
 # make PYTHON=python3 VENV= ...  uses the environment of that Python as it is and downloads nothing.
@@ -13,7 +14,7 @@ CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(lastword $(sort $(wildcar
 TORCH = torch==2.13.0
 OLDEST_TORCH = torch==2.11.0
 BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
-TEST_TOOLS = pytest hypothesis expecttest scikit-learn matplotlib tqdm pillow
+TEST_TOOLS = pytest hypothesis expecttest scikit-learn scikit-image matplotlib tqdm pillow
 # pytorch-adapt's layer alone: its full requirements include torchvision, which the layer does not need.
 PEERS = pytorch-revgrad pytorch-adapt==0.0.83 pytorch-metric-learning==2.9.0 torchmetrics==1.9.0 lightning-utilities==0.15.3
 
@@ -29,7 +30,7 @@ READY = $(VENV)/.ready
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples cuda-check clean
+.PHONY: env build test bench examples examples-real cuda-check clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -51,6 +52,17 @@ bench: build
 
 examples: build
 	for name in moons pair_digits dann_digits market; do $(RUN) examples/$$name.py --out examples/results/$$name || exit 1; done
+
+DATA ?= data
+MNIST = $(DATA)/mnist
+PRICES = $(DATA)/prices/sp500_dataset.csv.gz
+INDEX = $(DATA)/prices/sp500_index.csv.gz
+REAL = examples/results/real
+
+examples-real: build
+	$(RUN) examples/dann_digits.py --mnist $(MNIST) --photos scikit-image --out $(REAL)/dann_digits
+	$(RUN) examples/market.py --csv $(PRICES) --index $(INDEX) --out $(REAL)/market
+	$(RUN) examples/pair_digits.py --mnist $(MNIST) --out $(REAL)/pair_digits
 
 # The tests run from their own folder, so that they see the installed package and not the source tree. Those of the examples and
 # the benchmark do not depend on the build.

@@ -124,12 +124,12 @@ class Network(nn.Module):
         found = {"excess": self.predictor(features), "market": self.adversary(features)}
         return sum(F.mse_loss(value.squeeze(-1), getattr(sample, name).clamp(-CLIP, CLIP)) for name, value in found.items())
 
-    def parameter_groups(self, lr: float) -> list[dict]:
-        """Three learning rates. `metrics.json` and the README beside this file tell how they were chosen before the test dates."""
+    def parameter_groups(self, lr: float, hidden_rate: float) -> list[dict]:
+        """Three learning rates. `README.md` beside this file tells how they were chosen."""
         return [
             {"params": [*self.linear.parameters(), *self.predictor.parameters()], "lr": lr},
             # At the full rate it learns the training dates' noise.
-            {"params": self.hidden.parameters(), "lr": 0.1 * lr},
+            {"params": self.hidden.parameters(), "lr": hidden_rate * lr},
             # An adversary that lags behind chases the features around instead of emptying them: it alone learns faster.
             {"params": self.adversary.parameters(), "lr": 30 * lr},
         ]
@@ -139,7 +139,7 @@ def train(lambda_: float, seed: int, sample: Samples, args: Namespace, progress:
     torch.manual_seed(seed)
     network = Network(lambda_).to(args.device)
     # Little momentum, as is usual where two networks play against each other.
-    optimizer = torch.optim.Adam(network.parameter_groups(args.lr), betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam(network.parameter_groups(args.lr, args.hidden_rate), betas=(0.5, 0.999))
     rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.steps)  # to 0: the noise is far larger than what can be learned
     lambdas = grl_ext.LambdaScheduler(network, grl_ext.schedules.linear(0.0, lambda_), args.steps)
     for _ in range(args.steps):
@@ -258,6 +258,7 @@ def main(arguments: list[str] | None = None) -> dict:
     options.add_argument("--steps", type=int, default=3000)
     options.add_argument("--dates-per-batch", type=int, default=64)
     options.add_argument("--lr", type=float, default=1e-3, help="of Adam at the start, falling to 0; thirty times that for the adversary")
+    options.add_argument("--hidden-rate", type=float, default=0.1, help="times the learning rate, for the encoder's hidden part")
     options.add_argument("--lambda", dest="lambda_", type=float, default=1.0, help="where lambda rises to, in a straight line")
     args = options.parse_args(arguments)
     if args.index and not args.csv:

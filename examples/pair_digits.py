@@ -104,7 +104,8 @@ def train(variant: Variant, seed: int, pairs: Pairs, held_out: Pairs, args: Name
 def saved_or_trained(name: str, seed: int, pairs: Pairs, held_out: Pairs, args: Namespace, progress: tqdm) -> Curves:
     """One run, kept in a file of the output folder. `--resume` takes a finished run from there, if it had the same settings."""
     file = args.out / "runs" / f"{name}-{seed}.json"
-    settings = {option: str(getattr(args, option)) for option in ("mnist", "pairs", "batch", "epochs", "every", "lr")}
+    settings = {option: getattr(args, option) for option in ("pairs", "batch", "epochs", "every", "lr")}
+    settings["digits"] = "MNIST" if args.mnist else "scikit-learn"
     if args.resume and file.exists():
         saved = json.loads(file.read_text())
         if saved["settings"] == settings:

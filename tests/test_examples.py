@@ -106,7 +106,7 @@ def market_samples(dates: int, stocks: int) -> tuple[market.Samples, market.Samp
 
 def test_market_learns_the_excess_return():
     args = experiment.parser("market", "", 1).parse_args([])
-    args.lr, args.dates_per_batch = 1e-3, 16
+    args.lr, args.hidden_rate, args.dates_per_batch = 1e-3, 1.0, 16
     train_sample, test_sample = market_samples(800, 20)
     assert train_sample.windows.shape == (800 * 7 // 10 - market.BETA_DAYS, 20, 2 * market.WINDOW)
     networks = []
@@ -154,7 +154,7 @@ def test_what_happens_on_test_dates_changes_nothing_before_them():
 
 def test_market_lets_the_adversary_alone_learn_faster():
     network = market.Network(1.0)
-    groups = network.parameter_groups(0.5)
+    groups = network.parameter_groups(0.5, 1.0)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert rates.keys() == {id(p) for p in network.parameters()}
     for name, p in network.named_parameters():
@@ -366,9 +366,21 @@ def test_dann_digits_control_is_the_same_network_with_other_statistics():
     training = dann_training("source only")
     training.step()
     weights = [p.clone() for p in training.network.parameters()]
-    found = training.target_accuracies()
+    found = training.judge()
     assert list(found) == ["source only", "AdaBN control"]
     assert all(map(torch.equal, weights, training.network.parameters()))
+
+
+def test_dann_digits_tells_dark_crops_from_bright_ones(monkeypatch):
+    training = dann_training()
+    digits = training.domains.target_test_digits
+    rows = torch.arange(len(digits))
+    is_bright = training.domains.target_test.backgrounds(rows).mean((1, 2, 3)) > 0.5
+    answers = torch.where(is_bright, digits, (digits + 1) % 10)  # a network that is right in front of bright crops only
+    monkeypatch.setattr(training.network, "forward", lambda images, rows=iter(rows.split(250)): (F.one_hot(answers[next(rows)], 10), None))
+    found = training.target_accuracy()
+    assert found["on_bright_crops"] == 1 and found["on_dark_crops"] == 0
+    assert found["target_accuracy"] == pytest.approx(is_bright.float().mean().item()) and 0.1 < is_bright.float().mean() < 0.9
 
 
 def test_dann_digits_reverses_lambda_times_the_domains_gradient():

@@ -181,9 +181,13 @@ class Blended:
         return len(self.corners)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
+        return (self.backgrounds(rows) - self.images[rows % len(self.images)]).abs_()
+
+    def backgrounds(self, rows: Tensor) -> Tensor:
+        """The crops alone, (n, 3, size, size)."""
         size = torch.arange(self.images.shape[-1], device=rows.device)
         at = self.corners[rows, None, None] + self.widths[rows, None, None] * size[:, None] + size
-        return (self.pixels[:, at].transpose(0, 1) - self.images[rows % len(self.images)]).abs_()
+        return self.pixels[:, at].transpose(0, 1)
 
     def to(self, device: str) -> "Blended":
         return Blended(*(tensor.to(device) for tensor in vars(self).values()))
