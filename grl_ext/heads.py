@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from grl_ext import functional
-from grl_ext._reference import check_number, check_tensor
-from grl_ext._reference_heads import HeadsOptions, check_options, loss_of_head, numbers, total_loss
+from grl_ext._reference import check_tensor
+from grl_ext._reference_heads import (
+    HeadsOptions,
+    check_ignored,
+    check_options,
+    check_smoothing,
+    loss_of_head,
+    numbers,
+    total_loss,
+)
 from grl_ext.modules import GRL, GRLLinear, _LambdaModule
 
 __all__ = ["AdversarialHeads", "HeadsOutput"]
@@ -48,6 +56,12 @@ def _why_not_linear(module: nn.Module) -> str | None:
     if getattr(type(module), "forward", None) is not nn.Linear.forward:
         return f"{type(module).__name__} is not nn.Linear"
     return _own_call(module)
+
+
+def _begins_linear(module: nn.Module) -> bool:
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    return isinstance(module, nn.Linear)
 
 
 class _Path(NamedTuple):
@@ -112,7 +126,8 @@ class AdversarialHeads(_LambdaModule):
             ``heads.lambda_ = 0.3``, ``heads.lambda_ = {"domain": 0.3}``.
         losses: ``"cross_entropy"`` (the default; binary for size 1) or ``"mse"`` by name.
         dim: which dimension of the features holds them; 1 for maps ``(N, C, H, W)``. Logits have theirs in the same place. Maps in
-            ``channels_last`` memory are read as they are; others are copied.
+            ``channels_last`` memory are read as they are; others are copied. A module that does not begin with an ``nn.Linear``
+            gets the features as they are.
         device, dtype: of the linear layers made here.
 
     Attributes:
@@ -126,7 +141,7 @@ class AdversarialHeads(_LambdaModule):
         targets: by head name. A head left out takes no part: no loss, and the ``.grad`` of its parameters stays as it is.
         sample_weight: ``(...)``, for all heads or by name.
         class_weight: ``(classes,)`` by name.
-        loss_weight: numbers by name; 1 for those not named.
+        loss_weight: a number for all heads, or numbers by name; 1 for those not named.
         label_smoothing, ignore_index: for all heads or by name.
         reduction: ``"mean"`` or ``"sum"``.
 
@@ -198,7 +213,7 @@ class AdversarialHeads(_LambdaModule):
             *,
             sample_weight: Tensor | Mapping[str, Tensor] | None = None,
             class_weight: Mapping[str, Tensor] | None = None,
-            loss_weight: Mapping[str, float] | None = None,
+            loss_weight: float | Mapping[str, float] | None = None,
             label_smoothing: float | Mapping[str, float] = 0.0,
             ignore_index: int | Mapping[str, int] = -100,
             reduction: str = "mean",
@@ -224,11 +239,12 @@ class AdversarialHeads(_LambdaModule):
             return
         if unknown := value.keys() - self.adversaries.keys():
             raise ValueError(f"lambda_ names {sorted(unknown)}, but the adversaries are {list(self.adversaries)}")
-        numbers = {name: check_number(f"lambda_[{name!r}]", number) for name, number in value.items()}
+        with _Named(list(value)):
+            given = dict(zip(value, numbers("lambda_", list(value.values())).unbind(), strict=True)) if value else {}
         with torch.no_grad():
             for i, name in enumerate(self.adversaries):
-                if name in numbers:
-                    self.lambda_[i].fill_(numbers[name])
+                if name in given:
+                    self.lambda_[i].copy_(given[name])
 
     def forward(
         self,
@@ -237,7 +253,7 @@ class AdversarialHeads(_LambdaModule):
         *,
         sample_weight: Tensor | Mapping[str, Tensor] | None = None,
         class_weight: Mapping[str, Tensor] | None = None,
-        loss_weight: Mapping[str, float] | None = None,
+        loss_weight: float | Mapping[str, float] | None = None,
         label_smoothing: float | Mapping[str, float] = 0.0,
         ignore_index: int | Mapping[str, int] = -100,
         reduction: str = "mean",
@@ -253,10 +269,10 @@ class AdversarialHeads(_LambdaModule):
         options = HeadsOptions(
             self._per_head("sample_weight", sample_weight, names, None),
             self._per_head("class_weight", class_weight, names, None),
-            numbers("loss_weight", self._per_head("loss_weight", loss_weight, names, 1.0)) if loss_weight else None,
+            self._loss_weight(loss_weight, names),
             [self._kinds[name] for name in names] if any(self._kinds[name] for name in names) else None,
             self._smoothing(label_smoothing, names),
-            self._per_head("ignore_index", None if ignore_index == -100 else ignore_index, names, -100),
+            self._ignored(ignore_index, names),
             functional.check_reduction(reduction),
         )
         if self.dim not in (-1, features.dim() - 1):
@@ -297,8 +313,10 @@ class AdversarialHeads(_LambdaModule):
         for name, module, index in heads:
             if name in first:
                 result[name] = first[name]
-            else:
-                result[name] = module(features if index < 0 else functional.gradient_reversal(features, lambda_[index]))
+                continue
+            seen = features if index < 0 else functional.gradient_reversal(features, lambda_[index])
+            # A linear layer takes its features from the last dimension, however it is run.
+            result[name] = self._back(module(self._last(seen)), features) if _begins_linear(module) else module(seen)
         return result
 
     def _last(self, features: Tensor) -> Tensor:
@@ -381,12 +399,28 @@ class AdversarialHeads(_LambdaModule):
         self._check_names(option, given)
         return [given.get(name, otherwise) for name in names]
 
+    def _loss_weight(self, given, names: Sequence[str]) -> Tensor | None:
+        values = self._per_head("loss_weight", given, names, 1.0)
+        if values is None:
+            return None
+        with _Named(names):
+            return numbers("loss_weight", values)
+
     def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str]) -> list[float] | None:
         if isinstance(given, Mapping):
-            return self._per_head("label_smoothing", given, names, 0.0)
-        if given == 0:
+            values = self._per_head("label_smoothing", given, names, 0.0)
+        elif given == 0:
             return None
-        return [0.0 if self.losses[name] == "mse" else given for name in names]  # for all that have one
+        else:
+            values = [0.0 if self.losses[name] == "mse" else given for name in names]  # for all that have one
+        with _Named(names):
+            return check_smoothing(values)
+
+    def _ignored(self, given: int | Mapping[str, int], names: Sequence[str]) -> list[int] | None:
+        if given == -100:
+            return None
+        with _Named(names):
+            return check_ignored(self._per_head("ignore_index", given, names, -100))
 
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
         if unknown := [name for name in given if name not in self.predictors and name not in self.adversaries]:
@@ -404,7 +438,7 @@ class AdversarialHeads(_LambdaModule):
 class _Named:
     """Puts the heads' names in place of their numbers in errors; `layers` are the names of the layers' heads."""
 
-    _PLACE = re.compile(r"\b(weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
+    _PLACE = re.compile(r"\b(lambda_|weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
 
     def __init__(self, names: Sequence[str], layers: Sequence[str] = ()) -> None:
         self.names, self.layers = names, layers
