@@ -4,6 +4,7 @@ The rules are the compiled operations' own: same results, same errors, same grad
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -28,13 +29,17 @@ class HeadsOptions(NamedTuple):
 
     def filled(self, heads: int) -> "HeadsOptions":
         """The same without None in place of lists."""
+
+        def each(given: Sequence | None, default) -> Sequence:
+            return [default] * heads if given is None else given
+
         return HeadsOptions(
-            self.sample_weight or [None] * heads,
-            self.class_weight or [None] * heads,
+            each(self.sample_weight, None),
+            each(self.class_weight, None),
             self.loss_weight,
-            self.kind or [CROSS_ENTROPY] * heads,
-            self.label_smoothing or [0.0] * heads,
-            self.ignore_index or [-100] * heads,
+            each(self.kind, CROSS_ENTROPY),
+            each(self.label_smoothing, 0.0),
+            each(self.ignore_index, -100),
             self.mean,
         )
 
@@ -131,6 +136,7 @@ def check_weights(x: Tensor, argument: str, weights: Tensor | None, head: int, s
     if weights is None:
         return
     name = f"{argument}[{head}]"
+    check_tensor(name, weights)
     if weights.dtype not in FLOATING:
         raise TypeError(f"{name} must be floating point, got {weights.dtype}")
     if list(weights.shape) != sizes:
@@ -323,10 +329,38 @@ def total_loss(losses: Sequence[Tensor], loss_weight: Tensor | None) -> Tensor:
     return sum(loss if loss_weight is None else loss * loss_weight[h].to(loss) for h, loss in enumerate(losses))
 
 
-def numbers(name: str, values: Sequence[float] | Tensor, like: Tensor | None = None) -> Tensor:
-    """Numbers for the heads as one tensor; read now, where they are on the CPU."""
+def numbers(name: str, values: Sequence[Tensor | float] | Tensor, places: Sequence[int] | None = None) -> Tensor:
+    """Numbers of heads in one tensor; read now, where they are on the CPU. `places` are their heads, which errors name."""
     if isinstance(values, Tensor):
         return values
     if not torch.compiler.is_compiling():
-        values = [check_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
-    return torch.tensor(values, dtype=torch.float64)
+        places = range(len(values)) if places is None else places
+        values = [_number(f"{name}[{h}]", value) for h, value in zip(places, values, strict=True)]
+    devices = [value.device for value in values if isinstance(value, Tensor)]
+    if not devices:
+        return torch.tensor(values, dtype=torch.float64)
+    device = next((device for device in devices if device.type != "cpu"), devices[0])
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+
+
+def _number(name: str, value: Tensor | float) -> Tensor | float:
+    if not isinstance(value, Tensor):
+        return check_number(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name} must be a real number or a real tensor, got a tensor of {value.dtype}")
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
+    return value
+
+
+def check_smoothing(values: Sequence[float]) -> Sequence[float]:
+    if torch.compiler.is_compiling():
+        return values
+    return [check_number(f"label_smoothing[{h}]", value) for h, value in enumerate(values)]
+
+
+def check_ignored(values: Sequence[int]) -> Sequence[int]:
+    for h, value in enumerate(values):
+        if not isinstance(value, Integral):
+            raise TypeError(f"ignore_index[{h}] must be an integer, got {type(value).__name__}")
+    return values

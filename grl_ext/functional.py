@@ -2,6 +2,7 @@
 (`torch.compile`, `torch.export`, `torch.jit`), plain PyTorch (`_reference`) under `torch.func` and where nothing is compiled."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -148,20 +149,26 @@ def _heads_path(x: Tensor, *others: Tensor | None) -> str:
     return "reference" if path == "eager" and not _PLAIN.issuperset(map(type, (x, *others))) else path
 
 
-def _lambda_of_heads(lambda_: Sequence[Tensor | float | None]) -> tuple[Tensor, list[int]]:
+def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
     """The adversaries' numbers as one tensor, and each head's place in it; -1 for a predictor."""
-    if isinstance(lambda_, Tensor) or not isinstance(lambda_, Sequence):
+    if isinstance(lambda_, Tensor | str) or not isinstance(lambda_, Sequence):
         raise TypeError(
             f"lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got {type(lambda_).__name__}"
         )
-    numbers = [value for value in lambda_ if value is not None]
-    index = iter(range(len(numbers)))
-    lambda_index = [-1 if value is None else next(index) for value in lambda_]
-    if not any(isinstance(value, Tensor) for value in numbers):
-        return _reference_heads.numbers("lambda_", numbers), lambda_index
-    device = next(value.device for value in numbers if isinstance(value, Tensor))
-    tensors = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in numbers]
-    return torch.stack(tensors), lambda_index
+    if len(lambda_) != heads:
+        raise ValueError(f"lambda_ must have an entry for each of the {heads} heads, got {len(lambda_)}")
+    adversaries = [h for h, value in enumerate(lambda_) if value is not None]
+    lambda_index = [-1] * heads
+    for i, h in enumerate(adversaries):
+        lambda_index[h] = i
+    return _reference_heads.numbers("lambda_", [lambda_[h] for h in adversaries], adversaries), lambda_index
+
+
+def _layers_of_head(name: str, h: int, given: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
+    if isinstance(given, Tensor) or not hasattr(given, "__iter__"):
+        check_tensor(f"{name}[{h}]", given)
+        return [given]
+    return list(given)
 
 
 def linear_heads(
@@ -200,7 +207,7 @@ def linear_heads(
     tensors = (x, *weight, *bias)
     if has_torch_function(tensors):
         return handle_torch_function(linear_heads, tensors, x, weight, bias, lambda_=lambda_)
-    return run_linear_heads(x, weight, bias, *_lambda_of_heads(lambda_))
+    return run_linear_heads(x, weight, bias, *_lambda_of_heads(lambda_, len(weight)))
 
 
 def run_linear_heads(
@@ -253,7 +260,7 @@ def heads_loss(
     losses: Sequence[str] | None = None,
     sample_weight: Tensor | Sequence[Tensor | None] | None = None,
     class_weight: Sequence[Tensor | None] | None = None,
-    loss_weight: Tensor | Sequence[float] | None = None,
+    loss_weight: float | Sequence[Tensor | float] | Tensor | None = None,
     label_smoothing: float | Sequence[float] = 0.0,
     ignore_index: int | Sequence[int] = -100,
     reduction: str = "mean",
@@ -281,7 +288,7 @@ def heads_loss(
             outputs of the squared error.
         sample_weight: ``(...)``, finite and not negative, for all heads or for each. A row of weight 0 takes no part.
         class_weight: for each head ``(classes,)`` or None. A head of size 1 has two classes.
-        loss_weight: for each head a number; or a tensor of them.
+        loss_weight: a number, for all heads or for each; or a tensor of them.
         label_smoothing: in [0, 1], for all heads or for each, as in ``F.cross_entropy``.
         ignore_index: for all heads or for each, the class that marks a row without a label.
         reduction: ``"mean"``, the weighted mean above; or ``"sum"``, its numerator. For single rows' losses use
@@ -304,12 +311,15 @@ def heads_loss(
         >>> out.loss.backward()
     """
     heads = len(weight)
-    depth = [1 if isinstance(layers, Tensor) else len(layers) for layers in weight]
+    layers = [_layers_of_head("weight", h, given) for h, given in enumerate(weight)]
+    depth = [len(own) for own in layers]
+    matrices = [layer for own in layers for layer in own]
     bias = [None] * heads if bias is None else bias
-    matrices = [layer for layers in weight for layer in ([layers] if isinstance(layers, Tensor) else layers)]
+    if len(bias) != heads:
+        raise ValueError(f"bias must have an entry for each of the {heads} heads, got {len(bias)}")
     vectors = []
-    for layers, count in zip(bias, depth, strict=True):
-        vectors += [None] * count if layers is None else [layers] if isinstance(layers, Tensor) else layers
+    for h, given in enumerate(bias):
+        vectors += [None] * depth[h] if given is None else _layers_of_head("bias", h, given)
     tensors = (x, *matrices, *vectors, *targets)
     if has_torch_function(tensors):
         return handle_torch_function(
@@ -329,21 +339,28 @@ def heads_loss(
             reduction=reduction,
         )
     kind = None if losses is None else [kind_of(f"losses[{h}]", loss) for h, loss in enumerate(losses)]
+    if kind is not None and len(kind) != heads:
+        raise ValueError(f"losses must have an entry for each of the {heads} heads, got {len(kind)}")
     smoothing = None
     if isinstance(label_smoothing, Sequence):
-        smoothing = label_smoothing
+        smoothing = _reference_heads.check_smoothing(label_smoothing)
     elif label_smoothing != 0:  # for all heads that have one
         smoothing = [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)]
+        smoothing = _reference_heads.check_smoothing(smoothing)
+    if isinstance(loss_weight, Real):
+        loss_weight = [loss_weight] * heads
+    if not isinstance(ignore_index, Sequence):
+        ignore_index = None if ignore_index == -100 else [ignore_index] * heads
     options = HeadsOptions(
         [sample_weight] * heads if isinstance(sample_weight, Tensor) else sample_weight,
         class_weight,
         None if loss_weight is None else _reference_heads.numbers("loss_weight", loss_weight),
         kind,
         smoothing,
-        ignore_index if isinstance(ignore_index, Sequence) else None if ignore_index == -100 else [ignore_index] * heads,
+        None if ignore_index is None else _reference_heads.check_ignored(ignore_index),
         check_reduction(reduction),
     )
-    return run_heads_loss(x, matrices, vectors, depth, targets, *_lambda_of_heads(lambda_), options)
+    return run_heads_loss(x, matrices, vectors, depth, targets, *_lambda_of_heads(lambda_, heads), options)
 
 
 def run_heads_loss(

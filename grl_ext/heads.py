@@ -1,7 +1,8 @@
 """Predictors and adversaries over the same features: modules by name, and how each of them is run."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
@@ -9,7 +10,15 @@ from torch import Tensor, nn
 
 from grl_ext import functional
 from grl_ext._reference import check_tensor
-from grl_ext._reference_heads import HeadsOptions, check_options, loss_of_head, numbers, total_loss
+from grl_ext._reference_heads import (
+    HeadsOptions,
+    check_ignored,
+    check_options,
+    check_smoothing,
+    loss_of_head,
+    numbers,
+    total_loss,
+)
 from grl_ext.modules import GRL, GRLLinear, _LambdaModule, _number
 
 __all__ = ["AdversarialHeads", "HeadsOutput"]
@@ -61,6 +70,12 @@ def _weights_and_biases(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list
     return weights, biases
 
 
+def _begins_linear(module: nn.Module) -> bool:
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    return isinstance(module, nn.Linear)
+
+
 class _Path(NamedTuple):
     """How a head is run: its name in the repr, with the reason, and the linear layers that are computed together."""
 
@@ -94,19 +109,29 @@ class _Head(NamedTuple):
     path: _Path
 
 
-_PLACE = re.compile(r"\b(weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
+_PLACE = re.compile(r"\b(lambda_|weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
 _ERRORS = (TypeError, ValueError, IndexError)
 
 
 def _named(error: Exception, heads: Sequence[_Head]) -> Exception:
     """The error with the heads' names in place of their numbers."""
+    return _with_names(error, [head.name for head in heads], [head.name for head in heads for _ in head.path.layers])
 
+
+def _with_names(error: Exception, names: Sequence[str], layers: Sequence[str]) -> Exception:
     def name(match: re.Match[str]) -> str:
-        of_layers = match[1] in ("weight", "bias")
-        names = [head.name for head in heads for _ in (head.path.layers if of_layers else "1")]
-        return f"{match[1]}[{names[int(match[2])]!r}]"
+        known = layers if match[1] in ("weight", "bias") else names
+        return f"{match[1]}[{known[int(match[2])]!r}]"
 
     return type(error)(_PLACE.sub(name, str(error)))
+
+
+@contextlib.contextmanager
+def _renamed(names: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except _ERRORS as error:
+        raise _with_names(error, names, ()) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +170,8 @@ class AdversarialHeads(_LambdaModule):
             ``heads.lambda_ = 0.3``, ``heads.lambda_ = {"domain": 0.3}``.
         losses: ``"cross_entropy"`` (the default; binary for size 1) or ``"mse"`` by name.
         dim: which dimension of the features holds them; 1 for maps ``(N, C, H, W)``. Logits have theirs in the same place. Maps in
-            ``channels_last`` memory are read as they are; others are copied.
+            ``channels_last`` memory are read as they are; others are copied. A module that does not begin with an ``nn.Linear``
+            gets the features as they are.
         device, dtype: of the linear layers made here.
 
     Attributes:
@@ -159,7 +185,7 @@ class AdversarialHeads(_LambdaModule):
         targets: by head name. A head left out takes no part: no loss, and the ``.grad`` of its parameters stays as it is.
         sample_weight: ``(...)``, for all heads or by name.
         class_weight: ``(classes,)`` by name.
-        loss_weight: numbers by name; 1 for those not named.
+        loss_weight: a number for all heads, or numbers by name; 1 for those not named.
         label_smoothing, ignore_index: for all heads or by name.
         reduction: ``"mean"`` or ``"sum"``.
 
@@ -235,7 +261,7 @@ class AdversarialHeads(_LambdaModule):
             *,
             sample_weight: Tensor | Mapping[str, Tensor] | None = None,
             class_weight: Mapping[str, Tensor] | None = None,
-            loss_weight: Mapping[str, float] | None = None,
+            loss_weight: float | Mapping[str, float] | None = None,
             label_smoothing: float | Mapping[str, float] = 0.0,
             ignore_index: int | Mapping[str, int] = -100,
             reduction: str = "mean",
@@ -262,11 +288,12 @@ class AdversarialHeads(_LambdaModule):
             super()._set_lambda(value)
             return
         self._check_lambda_names(value)
-        numbers = {name: _number(number, f"lambda_[{name!r}]") for name, number in value.items()}
+        with _renamed(list(value)):
+            given = dict(zip(value, numbers("lambda_", list(value.values())).unbind(), strict=True)) if value else {}
         with torch.no_grad():
             for i, name in enumerate(self.adversaries):
-                if name in numbers:
-                    self.lambda_[i].fill_(numbers[name])
+                if name in given:
+                    self.lambda_[i].copy_(given[name])
 
     def _check_lambda_names(self, value: Mapping[str, float]) -> None:
         if unknown := value.keys() - self.adversaries.keys():
@@ -279,7 +306,7 @@ class AdversarialHeads(_LambdaModule):
         *,
         sample_weight: Tensor | Mapping[str, Tensor] | None = None,
         class_weight: Mapping[str, Tensor] | None = None,
-        loss_weight: Mapping[str, float] | None = None,
+        loss_weight: float | Mapping[str, float] | None = None,
         label_smoothing: float | Mapping[str, float] = 0.0,
         ignore_index: int | Mapping[str, int] = -100,
         reduction: str = "mean",
@@ -296,10 +323,10 @@ class AdversarialHeads(_LambdaModule):
         options = HeadsOptions(
             self._per_head("sample_weight", sample_weight, names, None),
             self._per_head("class_weight", class_weight, names, None),
-            numbers("loss_weight", self._per_head("loss_weight", loss_weight, names, 1.0)) if loss_weight else None,
+            self._loss_weight(loss_weight, names) if loss_weight is not None else None,
             [self._kinds[name] for name in names] if self._squared else None,
             self._smoothing(label_smoothing, names) if label_smoothing else None,
-            None if ignore_index == -100 else self._per_head("ignore_index", ignore_index, names, -100),
+            None if ignore_index == -100 else self._ignored(ignore_index, names),
             functional.check_reduction(reduction),
         )
         given = [targets[name] for name in names]
@@ -334,9 +361,12 @@ class AdversarialHeads(_LambdaModule):
                     output = part(output)
                 logits[head.name] = self._back(output, features)
         for head in heads:
-            if not head.path.layers:
-                seen = features if head.index < 0 else functional.gradient_reversal(features, lambda_[head.index])
-                logits[head.name] = head.module(seen)
+            if head.path.layers:
+                continue
+            seen = features if head.index < 0 else functional.gradient_reversal(features, lambda_[head.index])
+            # A linear layer takes its features from the last dimension, however it is run.
+            linear = _begins_linear(head.module)
+            logits[head.name] = self._back(head.module(self._last(seen)), features) if linear else head.module(seen)
         return {head.name: logits[head.name] for head in heads}
 
     def _is_moved(self, features: Tensor) -> bool:
@@ -413,10 +443,24 @@ class AdversarialHeads(_LambdaModule):
         self._check_names(option, given)
         return [given.get(name, otherwise) for name in names]
 
+    def _loss_weight(self, given, names: Sequence[str]) -> Tensor | None:
+        values = self._per_head("loss_weight", given, names, 1.0)
+        if values is None:
+            return None
+        with _renamed(names):
+            return numbers("loss_weight", values)
+
     def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str]) -> list[float] | None:
         if isinstance(given, Mapping):
-            return self._per_head("label_smoothing", given, names, 0.0)
-        return [0.0 if self.losses[name] == "mse" else given for name in names]  # for all that have one
+            values = self._per_head("label_smoothing", given, names, 0.0)
+        else:
+            values = [0.0 if self.losses[name] == "mse" else given for name in names]  # for all that have one
+        with _renamed(names):
+            return check_smoothing(values)
+
+    def _ignored(self, given: int | Mapping[str, int], names: Sequence[str]) -> list[int] | None:
+        with _renamed(names):
+            return check_ignored(self._per_head("ignore_index", given, names, -100))
 
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
         if unknown := [name for name in given if name not in self.predictors and name not in self.adversaries]:
