@@ -2,6 +2,7 @@
 # make bench      environment, build, bench/compare.py
 # make examples   the experiments with their default settings, and the README's plots
 # make cuda-check the CUDA build compiled, linked, imported and tested on the CPU, with the oldest supported torch; needs nvcc, no GPU
+# make gpu        everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks its command lines without one
 #
 # make PYTHON=python3 VENV= ...  uses the environment of that Python as it is and downloads nothing.
 
@@ -29,7 +30,7 @@ READY = $(VENV)/.ready
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples cuda-check clean
+.PHONY: env build test bench examples cuda-check gpu clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -59,8 +60,11 @@ cuda-check:
 	  $(CUDA_VENV)/bin/python -m pip install --quiet $(OLDEST_TORCH) $(BUILD_TOOLS) $(TEST_TOOLS) && touch $(CUDA_VENV)/.ready; }
 	GRL_EXT_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	cd tests && ../$(CUDA_VENV)/bin/python -m grl_ext
-	cd tests && GRL_EXT_REQUIRE_COMPILED=1 ../$(CUDA_VENV)/bin/python -m pytest -q --ignore-glob='*example*' --ignore=test_bench.py \
+	cd tests && GRL_EXT_REQUIRE_COMPILED=1 GRL_EXT_REQUIRE_CUDA_CODE=1 ../$(CUDA_VENV)/bin/python -m pytest -q --ignore-glob='*example*' --ignore=test_bench.py \
 	  --ignore=test_cuda_on_cpu.py
+
+gpu: env
+	$(RUN) bench/gpu.py $(if $(DRY),--dry)
 
 clean:
 	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV)
