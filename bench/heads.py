@@ -1,11 +1,13 @@
 """The fused heads: two heads over the same features, forward, losses and all gradients, against the layer-by-layer network.
 
-Every row starts from the same weights and computes the loss and the gradients of features, weights and biases.
+Every row starts from the same weights and computes the loss and the gradients of features and parameters.
 """
 
 import copy
 import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,64 +19,130 @@ import founding
 import grl_ext
 from cases import COEFF, Case, Row, Settings, Work, WrongResult, _compiled, check_gradients
 
-Shape = tuple[int, int, tuple[int, int]]  # rows, features, classes of the predictor and of the adversary
+Sizes = tuple[int, ...]  # of a head's layers; the last is its classes
 
-SHAPES: dict[str, Shape] = {
-    "128x256_10+2": (128, 256, (10, 2)),
-    "1000x1764_2+2": (1000, 1764, (2, 2)),
-    "4096x1024_10+2": (4096, 1024, (10, 2)),
-    "16384x2048_31+2": (16384, 2048, (31, 2)),
-}
-CUDA_SHAPES: dict[str, Shape] = SHAPES | {
-    f"65536x{d}_{k}+2": (65536, d, (k, 2)) for d in (1024, 2048) for k in (2, 10, 31)
-}
+
+@dataclass(frozen=True)
+class Shape:
+    rows: int
+    features: int
+    predictor: Sizes
+    adversary: Sizes
+    adversary_loss: str = "cross_entropy"
+    weighted: bool = False  # weights for rows and for the predictor's classes
+
+    @property
+    def name(self) -> str:
+        heads = "+".join("-".join(map(str, sizes)) for sizes in (self.predictor, self.adversary))
+        return f"{self.rows}x{self.features}_{heads}"
+
+    @property
+    def operations(self) -> int:
+        """Of the matrix products forward and backward."""
+        products = 0
+        for sizes in (self.predictor, self.adversary):
+            products += sum(a * b for a, b in zip((self.features, *sizes), sizes))
+        return 6 * self.rows * products
+
+
+LINEAR = [
+    Shape(128, 256, (10,), (2,)),
+    Shape(1000, 1764, (2,), (2,)),
+    Shape(4096, 1024, (10,), (2,)),
+    Shape(16384, 2048, (31,), (2,)),
+]
+CUDA_LINEAR = [*LINEAR, *(Shape(65536, d, (k,), (2,)) for d in (1024, 2048) for k in (2, 10, 31))]
+WEIGHTED = [Shape(1000, 1764, (2,), (2,), weighted=True), Shape(4096, 1024, (10,), (2,), weighted=True)]
+REGRESSION = [Shape(4096, 1024, (10,), (1,), adversary_loss="mse")]
+HIDDEN = [
+    Shape(64, 256, (10,), (1024, 1024, 2)),
+    Shape(128, 768, (100, 100, 10), (100, 2)),
+    Shape(4096, 1024, (10,), (1024, 1024, 2)),
+]
+
+
+def _module(features: int, sizes: Sizes) -> nn.Module:
+    layers: list[nn.Module] = []
+    for size in sizes:
+        layers += [nn.Linear(features, size), nn.ReLU()]
+        features = size
+    return layers[0] if len(sizes) == 1 else nn.Sequential(*layers[:-1])
 
 
 class Problem:
-    """Features, targets and two linear heads."""
+    """Features, targets and two heads."""
 
     def __init__(self, shape: Shape, settings: Settings) -> None:
-        n, d, classes = shape
+        self.shape = shape
+        n, d = shape.rows, shape.features
         kwargs = {"device": settings.device, "dtype": settings.dtype}
         generator = torch.Generator().manual_seed(0)
         # CUDA rows take turns over buffers that together exceed the caches; a CPU step finds its features where the extractor
         # left them, as in a network.
         self.features = torch.randn(n, d, generator=generator).to(**kwargs).requires_grad_()
-        self.targets = [torch.randint(size, (n,), generator=generator).to(settings.device) for size in classes]
+        self.regression = shape.adversary_loss == "mse"
+        classes = torch.randint(shape.predictor[-1], (n,), generator=generator)
+        other = torch.randn(n, 1, generator=generator) if self.regression else torch.randint(shape.adversary[-1], (n,), generator=generator)
+        self.targets = [target.to(settings.device) for target in (classes, other)]
+        self.sample_weight = torch.rand(n, generator=generator).to(settings.device) if shape.weighted else None
+        self.class_weight = torch.rand(shape.predictor[-1], generator=generator).to(settings.device) if shape.weighted else None
         torch.manual_seed(0)
-        self.linears = [nn.Linear(d, size).to(**kwargs) for size in classes]
-        # Sums over n rows or d features, in float32 at least, in any order; half types round inputs to the last product once more.
+        self.modules = [_module(d, sizes).to(**kwargs) for sizes in (shape.predictor, shape.adversary)]
+        # Sums over n rows or d features, in float32 at least, in any order; half types round what each layer gives once more.
         accumulator = torch.float64 if settings.dtype == torch.float64 else torch.float32
         self.tolerance = 4 * math.sqrt(max(n, d)) * torch.finfo(accumulator).eps
         if settings.dtype in (torch.float16, torch.bfloat16):
-            self.tolerance += 8 * torch.finfo(settings.dtype).eps
+            self.tolerance += 8 * max(len(shape.predictor), len(shape.adversary)) * torch.finfo(settings.dtype).eps
 
-    def fused(self) -> grl_ext.AdversarialHeads:
-        predictor, adversary = self.linears
-        return grl_ext.AdversarialHeads.from_linears({"predictor": predictor}, {"adversary": adversary}, lambda_=COEFF)
+    def losses(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """As plain PyTorch has them."""
+        if self.sample_weight is None:
+            adversary = F.mse_loss(other, self.targets[1].to(other)) if self.regression else F.cross_entropy(other, self.targets[1])
+            return F.cross_entropy(logits, self.targets[0]), adversary
+        weight, classes = self.sample_weight.to(logits), self.class_weight.to(logits)
+        rows = F.cross_entropy(logits, self.targets[0], weight=classes, reduction="none")
+        predictor = (weight * rows).sum() / (weight * classes[self.targets[0]]).sum()
+        rows = F.cross_entropy(other, self.targets[1], reduction="none")
+        return predictor, (weight * rows).sum() / weight.sum()
 
     def expected(self) -> list[Tensor]:
-        """The gradients in float64: of the features, both weights, both biases."""
+        """The gradients in float64: of the features, and of the predictor's and the adversary's parameters."""
         x = self.features.detach().double().requires_grad_()
-        predictor, adversary = (copy.deepcopy(linear).double() for linear in self.linears)
-        own = F.cross_entropy(predictor(x), self.targets[0]), F.cross_entropy(adversary(x), self.targets[1])
+        predictor, adversary = (copy.deepcopy(module).double() for module in self.modules)
+        own = self.losses(predictor(x), adversary(x))
         (dx,) = torch.autograd.grad(own[0] - COEFF * own[1], x, retain_graph=True)
-        weights = [predictor.weight, adversary.weight, predictor.bias, adversary.bias]
-        return [dx, *torch.autograd.grad(own[0] + own[1], weights)]
+        return [dx, *torch.autograd.grad(own[0] + own[1], [*predictor.parameters(), *adversary.parameters()])]
+
+    def fused(self) -> tuple[grl_ext.AdversarialHeads, dict[str, Tensor], dict[str, object]]:
+        predictor, adversary = (copy.deepcopy(module) for module in self.modules)
+        heads = grl_ext.AdversarialHeads(
+            self.shape.features,
+            {"predictor": predictor},
+            {"adversary": adversary},
+            lambda_=COEFF,
+            losses={"adversary": self.shape.adversary_loss},
+        )
+        options = {}
+        if self.sample_weight is not None:
+            options = {"sample_weight": self.sample_weight, "class_weight": {"predictor": self.class_weight}}
+        return heads, {"predictor": self.targets[0], "adversary": self.targets[1]}, options
 
 
-def _layered(problem: Problem, layer: nn.Module) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
-    predictor, adversary = (copy.deepcopy(linear) for linear in problem.linears)
+Made = tuple[Callable[[], Tensor], list[nn.Parameter]]
+
+
+def _layered(problem: Problem, layer: nn.Module) -> Made:
+    predictor, adversary = (copy.deepcopy(module) for module in problem.modules)
 
     def loss() -> Tensor:
         x = problem.features
-        return F.cross_entropy(predictor(x), problem.targets[0]) + F.cross_entropy(adversary(layer(x)), problem.targets[1])
+        return sum(problem.losses(predictor(x), adversary(layer(x))))
 
-    return loss, [predictor.weight, adversary.weight, predictor.bias, adversary.bias]
+    return loss, [*predictor.parameters(), *adversary.parameters()]
 
 
-def _linear_cross_entropy(problem: Problem) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
-    predictor, adversary = (copy.deepcopy(linear) for linear in problem.linears)
+def _linear_cross_entropy(problem: Problem) -> Made:
+    predictor, adversary = (copy.deepcopy(linear) for linear in problem.modules)
     layer = grl_ext.GRL(COEFF).to(problem.features.device)
 
     def loss() -> Tensor:
@@ -82,38 +150,62 @@ def _linear_cross_entropy(problem: Problem) -> tuple[Callable[[], Tensor], list[
         own = F.linear_cross_entropy(x, predictor.weight, problem.targets[0], linear_bias=predictor.bias)
         return own + F.linear_cross_entropy(layer(x), adversary.weight, problem.targets[1], linear_bias=adversary.bias)
 
-    return loss, [predictor.weight, adversary.weight, predictor.bias, adversary.bias]
+    return loss, [*predictor.parameters(), *adversary.parameters()]
 
 
-def _fused_loss(problem: Problem) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
-    heads = problem.fused()
-    targets = {"predictor": problem.targets[0], "adversary": problem.targets[1]}
-    return (lambda: heads.loss(problem.features, targets).loss), [heads.weight, heads.bias]
+def _fused_loss(problem: Problem, with_weights: bool = True) -> Made:
+    heads, targets, options = problem.fused()
+    options = options if with_weights else {}
+    return (lambda: heads(problem.features, targets, **options).loss), list(heads.parameters())
 
 
-def _fused_linear(problem: Problem) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
-    heads = problem.fused()
+def _fused_logits(problem: Problem) -> Made:
+    heads, _, _ = problem.fused()
 
     def loss() -> Tensor:
         logits = heads(problem.features)
-        return F.cross_entropy(logits["predictor"], problem.targets[0]) + F.cross_entropy(logits["adversary"], problem.targets[1])
+        return sum(problem.losses(logits["predictor"], logits["adversary"]))
 
-    return loss, [heads.weight, heads.bias]
+    return loss, list(heads.parameters())
+
+
+def _roofline(problem: Problem) -> Row:
+    """The larger of one copy of the features and the products' operations in one large product."""
+    features = problem.features.detach()
+    side = 1024
+    columns = max(1, round(problem.shape.operations / (2 * side * side)))
+    square, matrix = (torch.randn(side, size, device=features.device).to(features.dtype) for size in (side, columns))
+
+    def seconds(step: Callable[[], Tensor]) -> float:
+        samples = []
+        for _ in range(5):
+            start = time.perf_counter()
+            step()
+            if features.is_cuda:
+                torch.cuda.synchronize()
+            samples.append(time.perf_counter() - start)
+        return sorted(samples)[2]
+
+    bounds = {"limit: one copy": features.clone, "limit: arithmetic": lambda: square @ matrix}
+    name = max(bounds, key=lambda bound: seconds(bounds[bound]))
+    return Row(name, "limit", bounds[name])
 
 
 def _build(shape: Shape, measured: str, settings: Settings) -> Work:
     problem = Problem(shape, settings)
-    made: dict[tuple[str, str], tuple[Callable[[], Tensor], list[nn.Parameter]]] = {
+    made: dict[tuple[str, str], Made] = {
         ("naive", "naive"): _layered(problem, baselines.Naive(COEFF)),
         ("tuned", "peer"): _layered(problem, baselines.Tuned(COEFF)),
     }
     if not settings.quick and measured == "time" and baselines.compile_problem(settings.device) is None:
         loss, parameters = _layered(problem, baselines.Naive(COEFF))
         made["compiled naive", "peer"] = _compiled(loss, "compiled"), parameters
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    linear = len(shape.predictor) == len(shape.adversary) == 1
+    plain = linear and not shape.weighted and not problem.regression
+    if plain and hasattr(F, "linear_cross_entropy"):  # torch 2.13
         made["F.linear_cross_entropy", "peer"] = _linear_cross_entropy(problem)
-    made["linear_heads", "ours"] = _fused_linear(problem)
-    made["heads.loss", "ours"] = _fused_loss(problem)
+    made["heads(features)", "ours"] = _fused_logits(problem)
+    made["heads(features, targets)", "ours"] = _fused_loss(problem)
 
     def step_of(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Callable[[], list[Tensor]]:
         inputs = [problem.features, *parameters]
@@ -124,43 +216,57 @@ def _build(shape: Shape, measured: str, settings: Settings) -> Work:
     def check() -> None:
         expected = problem.expected()
         for row in rows:
-            dx, *found = row.step()
-            if len(found) == 2:  # the fused heads' weights and biases are one tensor each
-                sizes = [linear.out_features for linear in problem.linears]
-                found = [*found[0].split(sizes), *found[1].split(sizes)]
-            check_gradients(row.name, [dx, *found], expected, problem.tolerance)
+            check_gradients(row.name, row.step(), expected, problem.tolerance)
 
     if measured == "memory":
         return Work(rows, check, "limit: the features' gradient alone, " + f"{problem.features.nbytes / 1e6:.1f} MB")
-    limit = Row("limit", "limit", lambda: problem.features.detach().clone())
-    return Work([*rows, limit], check, "limit: one copy of the features, which reads them once and writes as much as their gradient")
+    limits = [_roofline(problem)]
+    if shape.weighted:
+        limits.insert(0, Row("the same without weights", "limit", step_of(*_fused_loss(problem, with_weights=False))))
+    return Work(
+        [*rows, *limits], check, "limit: the larger of one copy of the features and the products' operations in one large product"
+    )
+
+
+def _case(group: str, shape: Shape, what: str, settings: Settings) -> Case:
+    return Case(
+        f"{group}/{shape.name}",
+        f"{what}, forward + backward, {shape.rows}x{shape.features} features",
+        partial(_build, shape, "time", settings),
+        seconds=1.0 if settings.quick else 5.0,
+    )
 
 
 def heads(settings: Settings) -> list[Case]:
-    shapes = CUDA_SHAPES if settings.device == "cuda" else SHAPES
-    wanted = ["128x256_10+2"] if settings.quick else list(shapes)
-    return [
-        Case(
-            f"heads/{name}",
-            "two heads and their cross entropy, forward + backward, {}x{} features, {} classes".format(
-                *shapes[name][:2], "+".join(map(str, shapes[name][2]))
-            ),
-            partial(_build, shapes[name], "time", settings),
-            seconds=1.0 if settings.quick else 5.0,
-        )
-        for name in wanted
-    ]
+    shapes = LINEAR[:1] if settings.quick else CUDA_LINEAR if settings.device == "cuda" else LINEAR
+    return [_case("heads", shape, "two linear heads and their cross entropy", settings) for shape in shapes]
+
+
+def heads_weighted(settings: Settings) -> list[Case]:
+    shapes = [Shape(128, 256, (10,), (2,), weighted=True)] if settings.quick else WEIGHTED
+    return [_case("heads_weighted", shape, "the same with weights for rows and classes", settings) for shape in shapes]
+
+
+def heads_mse(settings: Settings) -> list[Case]:
+    shapes = [Shape(128, 256, (10,), (1,), adversary_loss="mse")] if settings.quick else REGRESSION
+    return [_case("heads_mse", shape, "a classifier and a regression adversary", settings) for shape in shapes]
+
+
+def heads_hidden(settings: Settings) -> list[Case]:
+    shapes = [Shape(64, 256, (10,), (32, 2))] if settings.quick else HIDDEN
+    return [_case("heads_hidden", shape, "heads with hidden layers and their cross entropy", settings) for shape in shapes]
 
 
 def heads_memory(settings: Settings) -> list[Case]:
-    name = "128x256_10+2" if settings.quick else "4096x1024_10+2"
+    shapes = LINEAR[:1] if settings.quick else [LINEAR[2], *HIDDEN]
     return [
         Case(
-            f"heads_memory/{name}",
-            "peak memory of the same step beyond features, weights and targets",
-            partial(_build, SHAPES[name], "memory", settings),
+            f"heads_memory/{shape.name}",
+            "peak memory of the same step beyond features, parameters and targets",
+            partial(_build, shape, "memory", settings),
             measures="memory",
         )
+        for shape in shapes
     ]
 
 
@@ -232,9 +338,9 @@ def _build_founding(batch: int, settings: Settings) -> Work:
         rows.append(Row(name, "naive" if name == "naive" else "ours", step_of(loss, list(network.parameters()))))
 
     network = copy.deepcopy(start)
-    fused = grl_ext.AdversarialHeads.from_linears({"out": network.out}, {"advout": network.advout}, lambda_=COEFF)
+    fused = grl_ext.AdversarialHeads(network.out.in_features, {"out": network.out}, {"advout": network.advout}, lambda_=COEFF)
     targets = {"out": labels, "advout": 1 - labels}
-    first_losses["AdversarialHeads"] = lambda: fused.loss(network.extractor(images), targets).loss
+    first_losses["AdversarialHeads"] = lambda: fused(network.extractor(images), targets).loss
     parameters = [*network.extractor.parameters(), *fused.parameters()]
     rows.append(Row("AdversarialHeads", "ours", step_of(first_losses["AdversarialHeads"], parameters)))
 
@@ -266,18 +372,21 @@ def founding_heads(settings: Settings) -> list[Case]:
 def _build_switch(columns: int, settings: Settings) -> Work:
     n, d = 4096, 1024
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(n, d), torch.randn(columns, d) / math.sqrt(d), torch.zeros(columns)
-    sizes, scale = [columns - 2, 2], torch.tensor([1.0, -COEFF])
-    dz = torch.randn(n, columns) / n
-    columns_scale = scale.repeat_interleave(torch.tensor(sizes))
+    sizes = [columns - 2, 2]
+    x, weight = torch.randn(n, d), [torch.randn(size, d) / math.sqrt(d) for size in sizes]
+    lambda_, index = torch.tensor([COEFF], dtype=torch.float64), [-1, 0]
+    dz = [torch.randn(n, size) / n for size in sizes]
 
     def by_products() -> tuple[Tensor, ...]:
-        F.linear(x, weight, bias)
-        return (dz * columns_scale).mm(weight), dz.T.mm(x), dz.sum(0)
+        for matrix in weight:
+            F.linear(x, matrix)
+        dx = dz[0].mm(weight[0])
+        return dx.addmm_(dz[1], weight[1], alpha=-COEFF), *(g.T.mm(x) for g in dz)
 
     def ours() -> tuple[Tensor, ...]:
-        torch.ops.grl_ext._heads_logits(x, weight, bias)
-        return torch.ops.grl_ext._heads_gradients(dz, x, weight, sizes, scale, [True] * 3)
+        torch.ops.grl_ext._heads_logits(x, weight, [None, None])
+        dx, dw, _ = torch.ops.grl_ext._heads_gradients(dz, x, weight, lambda_, index, [True, True, True, False, False])
+        return dx, *dw
 
     def check() -> None:
         check_gradients("_heads_gradients", ours(), by_products(), 4 * math.sqrt(n) * torch.finfo(torch.float32).eps)
@@ -298,5 +407,13 @@ def switch(settings: Settings) -> list[Case]:
 
 
 # `switch` serves whoever sets the bound and is run by name only.
-GROUPS = {"heads": heads, "heads_memory": heads_memory, "grl_linear": grl_linear, "founding_heads": founding_heads}
+GROUPS = {
+    "heads": heads,
+    "heads_weighted": heads_weighted,
+    "heads_mse": heads_mse,
+    "heads_hidden": heads_hidden,
+    "heads_memory": heads_memory,
+    "grl_linear": grl_linear,
+    "founding_heads": founding_heads,
+}
 BY_NAME_ONLY = {"switch": switch}

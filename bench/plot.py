@@ -57,7 +57,7 @@ def _panel(panel: Axes, case: dict, with_names: bool) -> None:
         panel.plot([q1, q3], [place, place], color="black", linewidth=1)
         panel.text(max(q3, 0.0) + 0.03 * right, place, f"{middle:.2g}" if abs(middle) < 10 else f"{middle:.0f}", va="center", fontsize=9)
     panel.set_yticks(range(len(rows)), [NAMES.get(row["name"], row["name"]) for row in rows] if with_names else [], fontsize=10)
-    for label, row in zip(panel.get_yticklabels(), rows):
+    for label, row in zip(panel.get_yticklabels(), rows, strict=False):
         if row["kind"] == "ours":
             label.set(color=COLOURS["ours"], fontweight="bold")
     panel.set_title(f"{case['name'].removeprefix('tax/')} elements, {unit}", fontsize=10, loc="left")

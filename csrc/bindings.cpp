@@ -53,9 +53,13 @@ at::Tensor grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py
   const auto& matrix = to_tensor("weight", weight);
   const auto vector = to_optional_tensor("bias", bias);
   if (THPVariable_Check(lambda.ptr())) {
-    return grl_linear(features, matrix, vector, THPVariable_Unpack(lambda.ptr()));
+    const auto& tensor = THPVariable_Unpack(lambda.ptr());
+    const py::gil_scoped_release no_gil;
+    return grl_linear(features, matrix, vector, tensor);
   }
-  return grl_linear_by_value(features, matrix, vector, to_number("lambda_", lambda));
+  const auto number = to_number("lambda_", lambda);
+  const py::gil_scoped_release no_gil;
+  return grl_linear_by_value(features, matrix, vector, number);
 }
 
 // What Python gives of the heads: sequences with an entry for each. None in place of an option's sequence means its default.

@@ -72,7 +72,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def plot(shown: dict[str, tuple[Network, dict[str, dict]]], source: Tensor, labels: Tensor, target: Tensor):
     """Above the class boundary, below the domain boundary; left the plain network, right the adversarial one."""
     figure, axes = experiment.plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey=True, layout="constrained")
-    extent = [float(v) for pair in zip(torch.cat([source, target]).amin(0) - 0.4, torch.cat([source, target]).amax(0) + 0.4) for v in pair]
+    points = torch.cat([source, target])
+    extent = [float(v) for pair in zip(points.amin(0) - 0.4, points.amax(0) + 0.4, strict=True) for v in pair]
     x, y = (torch.linspace(extent[i], extent[i + 1], 200) for i in (0, 2))
     grid = torch.cartesian_prod(x, y)
     colour = experiment.COLOURS

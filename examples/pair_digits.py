@@ -4,11 +4,13 @@ Two digits are added pixel by pixel. The predictor says whether one of them is a
 adversary learns to say the opposite. The published claim is that the reversed branch makes the predictor learn faster and better.
 The same network is trained as published (stock layers and `GRL`) and in its fused form (`AdversarialHeads`), with the reversal on
 and off, and without it at twice and half the learning rate; and at every point we ask whether the reversed gradient points
-where the predictor's own does.
+where the predictor's own does. `--published` is the published setting itself, on MNIST.
 """
 
 import copy
+import json
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,10 @@ VARIANTS = {
 }
 
 
+# The published setting: 2000 steps in all, at a rate so low that one run takes some eight minutes of one core.
+PUBLISHED = {"pairs": 2000, "batch": 1000, "epochs": 1000, "every": 10, "lr": 0.001, "seeds": 3, "variants": ["reversed", "plain"]}
+
+
 @dataclass(frozen=True)
 class Pairs:
     images: Tensor
@@ -71,12 +77,15 @@ def build(variant: Variant, seed: int) -> tuple[nn.Module, MnistNN2, Callable[[T
     return network, network, lambda images, labels: sum(losses(network, images, labels))
 
 
-def train(variant: Variant, seed: int, pairs: Pairs, held_out: Pairs, args: Namespace, progress: tqdm) -> dict[str, list[float]]:
-    """One run. Returns the curves on held-out pairs, a value for every `args.every` epochs."""
+Curves = dict[str, list[float]]  # by quantity, a value for every `--every` epochs
+
+
+def train(variant: Variant, seed: int, pairs: Pairs, held_out: Pairs, args: Namespace, progress: tqdm) -> Curves:
+    """One run: its curves on held-out pairs, and the accuracies on the training pairs."""
     trained, network, loss_of = build(variant, seed)
     trained.to(args.device), network.to(args.device)
     optimizer = torch.optim.SGD(trained.parameters(), lr=args.lr * variant.rate)
-    curves: dict[str, list[float]] = {"loss": [], "accuracy": [], "adversary": [], "agreement": []}
+    curves: Curves = defaultdict(list)
     for epoch in range(1, args.epochs + 1):
         for images, labels in zip(pairs.images.split(args.batch), pairs.labels.split(args.batch), strict=True):
             optimizer.zero_grad()
@@ -84,8 +93,27 @@ def train(variant: Variant, seed: int, pairs: Pairs, held_out: Pairs, args: Name
             optimizer.step()
             progress.update()
         if epoch % args.every == 0:
-            for name, value in measure(published_form(trained, network), held_out).items():
+            published = published_form(trained, network)
+            on_training = measure(published, pairs)
+            found = measure(published, held_out) | {f"training_{name}": on_training[name] for name in ("accuracy", "adversary")}
+            for name, value in found.items():
                 curves[name].append(value)
+    return dict(curves)
+
+
+def saved_or_trained(name: str, seed: int, pairs: Pairs, held_out: Pairs, args: Namespace, progress: tqdm) -> Curves:
+    """One run, kept in a file of the output folder. `--resume` takes a finished run from there, if it had the same settings."""
+    file = args.out / "runs" / f"{name}-{seed}.json"
+    settings = {option: getattr(args, option) for option in ("pairs", "batch", "epochs", "every", "lr")}
+    settings["digits"] = "MNIST" if args.mnist else "scikit-learn"
+    if args.resume and file.exists():
+        saved = json.loads(file.read_text())
+        if saved["settings"] == settings:
+            progress.update(args.epochs * -(-args.pairs // args.batch))
+            return saved["curves"]
+    curves = train(VARIANTS[name], seed, pairs, held_out, args, progress)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"settings": settings, "curves": curves}))
     return curves
 
 
@@ -99,7 +127,7 @@ def published_form(trained: nn.Module, network: MnistNN2) -> MnistNN2:
 
 @torch.no_grad()
 def measure(network: MnistNN2, pairs: Pairs) -> dict[str, float]:
-    """Held-out accuracies, both against the label, so that an adversary who succeeds is below 0.5; and the gradients' agreement."""
+    """The loss, both accuracies against the label, so that an adversary who succeeds is below 0.5; and the gradients' agreement."""
     _, prediction, adversarial = network(pairs.images)
     labels = pairs.labels
     # What the features are told by each head, in closed form: the softmax's error times the weights; then the reversal's sign.
@@ -118,17 +146,19 @@ def first_epoch_at(level: float, curve: list[float], every: int) -> float:
     return next((every * (i + 1) for i, value in enumerate(curve) if value >= level), every * (len(curve) + 1))
 
 
-def summarise(curves: dict[str, list[dict[str, list[float]]]], args: Namespace) -> dict:
+def summarise(curves: dict[str, list[Curves]], args: Namespace) -> dict:
     """By variant, over the seeds: when it reaches 85 and 90 %, where it ends, and how the two gradients agree."""
 
-    def over_seeds(name: str, value: Callable[[dict[str, list[float]]], float]) -> dict:
+    def over_seeds(name: str, value: Callable[[Curves], float]) -> dict:
         return experiment.spread([value(run) for run in curves[name]])
 
     return {
         name: {
             "epochs_to_0.85": over_seeds(name, lambda run: first_epoch_at(0.85, run["accuracy"], args.every)),
             "epochs_to_0.90": over_seeds(name, lambda run: first_epoch_at(0.9, run["accuracy"], args.every)),
+            "halfway_accuracy": over_seeds(name, lambda run: run["accuracy"][(len(run["accuracy"]) - 1) // 2]),
             "final_accuracy": over_seeds(name, lambda run: run["accuracy"][-1]),
+            "final_training_accuracy": over_seeds(name, lambda run: run["training_accuracy"][-1]),
             "final_loss": over_seeds(name, lambda run: run["loss"][-1]),
             "first_agreement": over_seeds(name, lambda run: run["agreement"][0]),
             "final_agreement": over_seeds(name, lambda run: run["agreement"][-1]),
@@ -137,26 +167,32 @@ def summarise(curves: dict[str, list[dict[str, list[float]]]], args: Namespace) 
     }
 
 
-def plot(curves: dict[str, list[dict[str, list[float]]]], args: Namespace):
-    figure, axes = experiment.plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
+def plot(curves: dict[str, list[Curves]], args: Namespace):
+    figure, axes = experiment.plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     epochs = [args.every * (i + 1) for i in range(len(curves["plain"][0]["loss"]))]
     panels = {
         "accuracy": "predictor: accuracy on held-out pairs",
-        "adversary": "adversary: accuracy against the label\n(its target is the complement)",
+        "training_accuracy": "predictor: accuracy on the training pairs",
+        "loss": "predictor: loss on held-out pairs",
+        "training_adversary": "adversary: accuracy against the label\non the training pairs (its target is the complement)",
         "agreement": "cosine of reversed and own gradient\nat the features",
     }
+    *axes, for_legend = axes.flat
     for axis, (quantity, title) in zip(axes, panels.items(), strict=True):
-        for name, variant in VARIANTS.items():
+        for name in curves:
+            variant = VARIANTS[name]
             experiment.curve(axis, epochs, [run[quantity] for run in curves[name]], variant.title, variant.colour, variant.style)
         axis.set(title=title, xlabel="epoch")
-    axes[0].set_ylim(0.55, 1.0)
-    axes[1].set_ylim(0.0, 0.5)
-    axes[2].axhline(0, color="black", linewidth=0.8)
-    axes[0].legend(loc="lower right")
+    for axis in axes[:2]:
+        axis.set_ylim(0.5, 1.0)
+    axes[3].set_ylim(0.0, 0.6)
+    axes[4].axhline(0, color="black", linewidth=0.8)
+    for_legend.axis("off")
+    for_legend.legend(*axes[0].get_legend_handles_labels(), loc="center", title=f"mean ± standard deviation of {len(curves['plain'])} seeds")
     return figure
 
 
-def largest_differences(runs: list[dict[str, list[float]]], others: list[dict[str, list[float]]]) -> dict[str, float]:
+def largest_differences(runs: list[Curves], others: list[Curves]) -> dict[str, float]:
     """By quantity, over all seeds and epochs."""
     return {
         quantity: max(abs(a - b) for run, other in zip(runs, others, strict=True) for a, b in zip(run[quantity], other[quantity], strict=True))
@@ -164,31 +200,51 @@ def largest_differences(runs: list[dict[str, list[float]]], others: list[dict[st
     }
 
 
-def verdict(results: dict) -> str:
-    with_, without, double = (results[name] for name in ("reversed", "plain", "double"))
-    epochs = "epochs_to_0.90"
-    return (
-        f"finding: epochs to 90 % {experiment.shown(with_[epochs], 0)} with reversal, {experiment.shown(without[epochs], 0)} without, "
-        f"{experiment.shown(double[epochs], 0)} without at twice the learning rate; final accuracy "
-        f"{experiment.shown(with_['final_accuracy'])}, {experiment.shown(without['final_accuracy'])}, "
-        f"{experiment.shown(double['final_accuracy'])}; the reversed gradient's cosine with the predictor's own goes from "
-        f"{with_['first_agreement']['mean']:+.2f} to {with_['final_agreement']['mean']:+.2f}; published and fused network "
-        f"differ by at most {results['published_to_fused']['accuracy']:.3f} in accuracy, {results['published_to_fused']['loss']:.1g} in loss"
-    )
+def verdict(results: dict, args: Namespace) -> str:
+    """With and without reversal, and at other rates where they were run: speed, end, and how the two gradients agree."""
+    with_, without = results["reversed"], results["plain"]
+    titles = {"reversed": "with reversal", "plain": "without", "double": "without at twice the rate", "half": "without at half the rate"}
+    titles = {name: title for name, title in titles.items() if name in results}
+
+    def each(quantity: str, digits: int = 3) -> str:
+        return ", ".join(f"{experiment.shown(results[name][quantity], digits)} {title}" for name, title in titles.items())
+
+    parts = [
+        f"epochs to 90 % {each('epochs_to_0.90', 0)} (past {args.epochs}: not reached)",
+        f"final held-out accuracy {each('final_accuracy')}",
+        f"on the training pairs {each('final_training_accuracy')}",
+        f"final held-out loss {each('final_loss')}",
+        f"without reversal after half of the epochs {experiment.shown(without['halfway_accuracy'])}",
+        "the reversed gradient's cosine with the predictor's own goes from "
+        f"{with_['first_agreement']['mean']:+.2f} to {with_['final_agreement']['mean']:+.2f}",
+    ]
+    if "published_to_fused" in results:
+        furthest = results["published_to_fused"]
+        parts.append(f"published and fused network differ by at most {furthest['accuracy']:.3f} in accuracy, {furthest['loss']:.1g} in loss")
+    return "finding: " + "; ".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> dict:
     options = experiment.parser("pair_digits", __doc__.splitlines()[0], seeds=5)
     options.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files (gz or not), instead of scikit-learn's digits")
+    options.add_argument("--published", action="store_true", help="the published setting, on MNIST: other defaults for the options below")
     options.add_argument("--pairs", type=int, default=200, help="training pairs")
     options.add_argument("--batch", type=int, default=100)
     options.add_argument("--epochs", type=int, default=100)
-    options.add_argument("--every", type=int, default=4, help="epochs between measurements on 500 held-out pairs")
+    options.add_argument("--every", type=int, default=4, help="epochs between measurements on the training pairs and 500 held-out pairs")
     options.add_argument("--lr", type=float, default=0.03, help="of plain SGD")
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="reversed and plain must be among them")
+    options.add_argument("--resume", action="store_true", help="take finished runs with the same settings from the output folder")
+    if options.parse_known_args(arguments)[0].published:
+        options.set_defaults(**PUBLISHED)
     args = options.parse_args(arguments)
+    if args.published and args.mnist is None:
+        options.error("--published needs --mnist: the published setting is on MNIST")
+    if not {"reversed", "plain"} <= set(args.variants):
+        options.error("--variants needs reversed and plain, which the finding compares")
     digits = data.load_digits(args.mnist, 28)
-    curves: dict[str, list[dict[str, list[float]]]] = {name: [] for name in VARIANTS}
-    steps = len(VARIANTS) * args.seeds * args.epochs * -(-args.pairs // args.batch)
+    curves: dict[str, list[Curves]] = {name: [] for name in args.variants}
+    steps = len(args.variants) * args.seeds * args.epochs * -(-args.pairs // args.batch)
     with tqdm(total=steps, unit="step") as progress:
         for seed in range(args.seed, args.seed + args.seeds):
             generator = torch.Generator().manual_seed(seed)
@@ -196,12 +252,13 @@ def main(arguments: list[str] | None = None) -> dict:
             pairs = Pairs(*(tensor.to(args.device) for tensor in drawn))
             drawn = data.digit_pairs(digits.test_images, digits.test_digits, 500, generator)
             held_out = Pairs(*(tensor.to(args.device) for tensor in drawn))
-            for name, variant in VARIANTS.items():
+            for name in args.variants:
                 progress.set_description(f"{name}, seed {seed}")
-                curves[name].append(train(variant, seed, pairs, held_out, args, progress))
+                curves[name].append(saved_or_trained(name, seed, pairs, held_out, args, progress))
     results = summarise(curves, args)
-    results["published_to_fused"] = largest_differences(curves["reversed"], curves["fused"])
-    return experiment.finish(args, {**results, "curves": curves}, plot(curves, args), verdict(results))
+    if "fused" in curves:
+        results["published_to_fused"] = largest_differences(curves["reversed"], curves["fused"])
+    return experiment.finish(args, {**results, "curves": curves}, plot(curves, args), verdict(results, args))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Gradient reversal that costs nothing: a fused layer and fused adversarial heads for PyTorch."""
 
+__version__ = "0.2.0"
+
 from grl_ext import schedules
 from grl_ext.functional import HeadsLoss, gradient_reversal, grl_linear, heads_loss, linear_heads
 from grl_ext.heads import AdversarialHeads, HeadsOutput

@@ -4,12 +4,15 @@ import platform
 
 import torch
 
-from grl_ext import _backend
+from grl_ext import __version__, _backend
 
 
 def main() -> None:
     info = _backend.C.build_info() if _backend.C else None
-    print(f"grl_ext on torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    untested = ""
+    if _backend.release(torch.__version__) > _backend.NEWEST_TESTED_TORCH:
+        untested = f" (untested: the newest that was is {'.'.join(map(str, _backend.NEWEST_TESTED_TORCH))})"
+    print(f"grl_ext {__version__} on torch {torch.__version__}{untested}, Python {platform.python_version()}, {platform.machine()}")
     if info is None:
         print(f"compiled: no ({_backend.why_not})")
     else:

@@ -7,6 +7,7 @@ autograd nodes cannot go: `torch.func` transforms, and devices for which no kern
 import contextlib
 import math
 import numbers
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def check_number(name: str, value: object) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number or a real tensor, got {type(value).__name__}")
     value = float(value)
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # torch.compile can trace neither math.isfinite nor a comparison with infinity
         raise ValueError(f"{name} must be finite, got {value}")
     return value
 
@@ -84,6 +85,12 @@ def scale_negate(grad: Tensor, lambda_: Tensor | float) -> Tensor:
     """-lambda * grad in grad's dtype, rounded once, and exact zeros where lambda is 0 (even of an infinite gradient)."""
     if grad.is_complex():  # by parts: the product with a complex number would make NaN of infinity times 0
         return torch.complex(scale_negate(grad.real, lambda_), scale_negate(grad.imag, lambda_))
+    if grad.layout == torch.sparse_coo and (isinstance(lambda_, Tensor) or lambda_ == 0):
+        if isinstance(lambda_, Tensor) and lambda_.numel() > 1:
+            return scale_negate(grad.to_dense(), lambda_)
+        entries = grad.coalesce()
+        values = scale_negate(entries.values(), lambda_.reshape(()) if isinstance(lambda_, Tensor) else lambda_)
+        return torch.sparse_coo_tensor(entries.indices(), values, grad.shape, is_coalesced=True)
     if not isinstance(lambda_, Tensor):
         # Not zeros_like: gradients of gradients need the graph.
         return grad * -lambda_ if lambda_ != 0 else grad.masked_fill(torch.ones((), dtype=torch.bool, device=grad.device), 0)
@@ -125,27 +132,28 @@ class _ReversalWithJvp(_Reversal):
         return scale_negate(tangent, lambda_)
 
 
+def read_now(lambda_: Tensor) -> Tensor | float:
+    """A 0-d CPU lambda as it is now, so that later changes cannot reach into a graph already built."""
+    if type(lambda_) is Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling():
+        return lambda_.item()
+    return lambda_.clone()  # its value cannot be looked at
+
+
 def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
     check_tensor("x", x)
-    compiling, functorch = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    functorch = torch._C._are_functorch_transforms_active()
     if isinstance(lambda_, Tensor):
         check_lambda(x, lambda_)
         if not x.requires_grad and not functorch:
             lambda_ = lambda_.detach()  # the output must not require a gradient for lambda's sake
-        if lambda_.dim() == 0 and lambda_.device.type == "cpu" and not (lambda_.requires_grad or compiling or functorch):
-            if type(lambda_) is Tensor:
-                lambda_ = lambda_.item()  # read now: later changes cannot reach into a graph already built
-    elif compiling:
-        # One graph serves all values of a changing number only if it becomes a tensor, and that by a product.
-        lambda_ = torch.ones((), dtype=torch.float64) * lambda_
+        if lambda_.dim() == 0 and lambda_.device.type == "cpu" and not (lambda_.requires_grad or functorch):
+            lambda_ = read_now(lambda_)
     else:
         lambda_ = check_number("lambda_", lambda_)
 
-    if compiling and functorch:
+    if functorch and torch.compiler.is_compiling():
         # Dynamo loses the backward of a Function inside a transform. This has the same derivatives for finite x.
         return x - (1 + lambda_) * (x - x.detach())
-    if compiling:
-        return _Reversal.apply(x, lambda_)
     if functorch:
         return _ReversalWithJvp.apply(x, lambda_)
     # A Function that returns a view may not scale its tangent: forward mode is done by hand.
@@ -187,8 +195,26 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
     check_tensors(x, weight, bias)
     if isinstance(lambda_, Tensor):
         check_lambda(x, lambda_)
-    elif not torch.compiler.is_compiling():
+    else:
         lambda_ = check_number("lambda_", lambda_)
     x, weight, bias = autocast(x, weight, bias)
     check_linear(x, weight, bias)
     return F.linear(gradient_reversal(x, lambda_), weight, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def register_operators() -> None:
+    """The layer's operators where no extension has registered them: what a graph holds, so that its gradient is reversed too."""
+    for name, function, schema in (
+        ("gradient_reversal", gradient_reversal, "(Tensor(a) x, Tensor lambda_) -> Tensor(a)"),
+        ("grl_linear", grl_linear, "(Tensor x, Tensor weight, Tensor? bias, Tensor lambda_) -> Tensor"),
+    ):
+        _library.define(name + schema)
+        _library.impl(name, function, "CompositeImplicitAutograd")
+
+
+_library = torch.library.Library("grl_ext", "FRAGMENT")  # what it registers lives as long as it does

@@ -1,5 +1,5 @@
-"""The operations. Each picks its path and leaves the work to it: C++ in eager mode, the registered operator under
-`torch.compile`, plain PyTorch (`_reference`) under `torch.func` and where nothing is compiled."""
+"""The operations. Each picks its path and leaves the work to it: C++ in eager mode, the registered operator in graphs
+(`torch.compile`, `torch.export`, `torch.jit`), plain PyTorch (`_reference`) under `torch.func` and where nothing is compiled."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,21 +10,40 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from grl_ext import _backend, _reference, _reference_heads
-from grl_ext._reference import check_number
+from grl_ext._reference import check_number, check_tensor, check_tensors
 from grl_ext._reference_heads import CROSS_ENTROPY, SQUARED_ERROR, HeadsOptions
 
 __all__ = ["HeadsLoss", "gradient_reversal", "grl_linear", "heads_loss", "linear_heads"]
 
 
+if not hasattr(torch.ops.grl_ext, "gradient_reversal"):
+    _reference.register_operators()
+
+
 def _path() -> str:
-    if _backend.C is None or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return "reference"
-    return "traced" if torch.compiler.is_compiling() else "eager"
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return "traced"
+    return "reference" if _backend.C is None else "eager"
 
 
 def _linear_path() -> str:
     """The linear operations' nodes have no forward-mode derivative."""
     return "reference" if forward_ad._current_level >= 0 else _path()
+
+
+def _as_tensor(lambda_: Tensor | float) -> Tensor:
+    """What a script can say: its operator refuses what is not finite, in its backward at the latest."""
+    return lambda_ if isinstance(lambda_, Tensor) else torch.tensor(lambda_, dtype=torch.float64)
+
+
+def _traced_lambda(lambda_: Tensor | float) -> Tensor:
+    """For an operator in a graph. A number that changes between calls is symbolic in the second graph; it becomes a tensor by a
+    product, because a constant would fix each value in a new graph."""
+    if isinstance(lambda_, Tensor):
+        return lambda_
+    return torch.ones((), dtype=torch.float64) * check_number("lambda_", lambda_)
 
 
 def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
@@ -59,15 +78,18 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
         >>> x.grad
         tensor([-0.5000, -0.5000, -0.5000])
     """
-    if has_torch_function_unary(x):
-        return handle_torch_function(gradient_reversal, (x,), x, lambda_)
-    path = _path()
-    if path == "eager":
-        return _backend.C.gradient_reversal(x, lambda_)
-    if path == "traced" and isinstance(lambda_, Tensor):
-        return torch.ops.grl_ext.gradient_reversal(x, lambda_)
-    # A number that changes between calls is symbolic in the second graph; an operator's schema would fix each value in a new one.
-    return _reference.gradient_reversal(x, lambda_)
+    if torch.jit.is_scripting():
+        return torch.ops.grl_ext.gradient_reversal(x, _as_tensor(lambda_))
+    else:  # which a script leaves out
+        if has_torch_function_unary(x):
+            return handle_torch_function(gradient_reversal, (x,), x, lambda_)
+        path = _path()
+        if path == "eager":
+            return _backend.C.gradient_reversal(x, lambda_)
+        if path == "traced":
+            check_tensor("x", x)
+            return torch.ops.grl_ext.gradient_reversal(x, _traced_lambda(lambda_))
+        return _reference.gradient_reversal(x, lambda_)
 
 
 def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: Tensor | float = 1.0) -> Tensor:
@@ -97,14 +119,18 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
         tensor([[-0.5000, -0.5000, -0.5000],
                 [-0.5000, -0.5000, -0.5000]])
     """
-    if has_torch_function((x, weight, bias)):
-        return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
-    path = _linear_path()
-    if path == "eager":
-        return _backend.C.grl_linear(x, weight, bias, lambda_)
-    if path == "traced" and isinstance(lambda_, Tensor):
-        return torch.ops.grl_ext.grl_linear(x, weight, bias, lambda_)
-    return _reference.grl_linear(x, weight, bias, lambda_)
+    if torch.jit.is_scripting():
+        return torch.ops.grl_ext.grl_linear(x, weight, bias, _as_tensor(lambda_))
+    else:
+        if has_torch_function((x, weight, bias)):
+            return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
+        path = _linear_path()
+        if path == "eager":
+            return _backend.C.grl_linear(x, weight, bias, lambda_)
+        if path == "traced":
+            check_tensors(x, weight, bias)
+            return torch.ops.grl_ext.grl_linear(x, weight, bias, _traced_lambda(lambda_))
+        return _reference.grl_linear(x, weight, bias, lambda_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
 """Predictors and adversaries over the same features: modules by name, and how each of them is run."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from grl_ext import functional
-from grl_ext._reference import check_number, check_tensor
+from grl_ext._reference import check_tensor
 from grl_ext._reference_heads import HeadsOptions, check_options, loss_of_head, numbers, total_loss
-from grl_ext.modules import GRL, GRLLinear, _LambdaModule
+from grl_ext.modules import GRL, GRLLinear, _LambdaModule, _number
 
 __all__ = ["AdversarialHeads", "HeadsOutput"]
 
@@ -36,18 +36,29 @@ class HeadsOutput(NamedTuple):
 
 def _own_call(module: nn.Module) -> str | None:
     """What of a module only its own call would honour; None if its forward may be computed elsewhere."""
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return "it has hooks" if hooks else None
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "it has hooks"
+    return "its forward was replaced" if "forward" in own else None
 
 
 def _why_not_linear(module: nn.Module) -> str | None:
     """Why a module is not run as a plain linear layer; None if it is."""
     # Parametrised layers (weight norm, spectral norm, pruning, LoRA of torch.nn.utils.parametrize) keep this forward.
-    if getattr(type(module), "forward", None) is not nn.Linear.forward:
+    if type(module) is not nn.Linear and getattr(type(module), "forward", None) is not nn.Linear.forward:
         return f"{type(module).__name__} is not nn.Linear"
     return _own_call(module)
+
+
+def _weights_and_biases(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Of linear layers, without the time of nn.Module's attribute access where there is nothing between."""
+    weights, biases = [], []
+    for layer in layers:
+        own = layer._parameters if type(layer) is nn.Linear else {}
+        weight = own.get("weight")
+        weights.append(layer.weight if weight is None else weight)
+        biases.append(layer.bias if weight is None else own.get("bias"))
+    return weights, biases
 
 
 class _Path(NamedTuple):
@@ -62,7 +73,7 @@ class _Path(NamedTuple):
 def _path_of(module: nn.Module) -> _Path:
     why = _why_not_linear(module)
     if why is None:
-        return _Path("fused", "linear", (module,))
+        return _Path("fused", "linear", (module,), ())
     if type(module) is not nn.Sequential:
         return _Path("as given", why)
     if why := _own_call(module):
@@ -74,6 +85,28 @@ def _path_of(module: nn.Module) -> _Path:
         if all(type(part) is nn.ReLU and _own_call(part) is None for part in parts[1::2]):
             return _Path("fused", "linear layers with ReLU", parts[::2], parts[1:])
     return _Path("first layer fused", "begins with a linear layer", parts[:1], parts[1:])
+
+
+class _Head(NamedTuple):
+    name: str
+    module: nn.Module
+    index: int  # its number in lambda_, -1 for a predictor
+    path: _Path
+
+
+_PLACE = re.compile(r"\b(weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
+_ERRORS = (TypeError, ValueError, IndexError)
+
+
+def _named(error: Exception, heads: Sequence[_Head]) -> Exception:
+    """The error with the heads' names in place of their numbers."""
+
+    def name(match: re.Match[str]) -> str:
+        of_layers = match[1] in ("weight", "bias")
+        names = [head.name for head in heads for _ in (head.path.layers if of_layers else "1")]
+        return f"{match[1]}[{names[int(match[2])]!r}]"
+
+    return type(error)(_PLACE.sub(name, str(error)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,8 +215,12 @@ class AdversarialHeads(_LambdaModule):
         self._check_names("losses", losses or {})
         self.losses = {name: (losses or {}).get(name, "cross_entropy") for name in self.head_names}
         self._kinds = {name: functional.kind_of(f"losses[{name!r}]", loss) for name, loss in self.losses.items()}
-        self._register_lambda(torch.ones(len(adversaries), dtype=torch.float64), device)
-        self._set_lambda(lambda_)
+        self._squared = any(loss == "mse" for loss in self.losses.values())
+        initial = dict.fromkeys(adversaries, 1.0)
+        initial.update(lambda_ if isinstance(lambda_, Mapping) else dict.fromkeys(adversaries, lambda_))
+        self._check_lambda_names(initial)
+        text = "lambda_[{!r}]" if isinstance(lambda_, Mapping) else "lambda_"
+        self._register_lambda(tuple(_number(number, text.format(name)) for name, number in initial.items()), device)
 
     if TYPE_CHECKING:
 
@@ -211,24 +248,29 @@ class AdversarialHeads(_LambdaModule):
         """Predictors first."""
         return (*self.predictors, *self.adversaries)
 
-    def _heads(self) -> Iterator[tuple[str, nn.Module, int]]:
-        """(name, module, its number in lambda_ or -1)"""
-        for name, module in self.predictors._modules.items():
-            yield name, module, -1
-        for index, (name, module) in enumerate(self.adversaries._modules.items()):
-            yield name, module, index
+    def _heads(self, names: Mapping[str, object] | None = None) -> list[_Head]:
+        """Those with one of the names, or all; predictors first."""
+        predictors, adversaries = (self._modules[kind]._modules.items() for kind in ("predictors", "adversaries"))
+        heads = [_Head(name, module, -1, _path_of(module)) for name, module in predictors if names is None or name in names]
+        for index, (name, module) in enumerate(adversaries):
+            if names is None or name in names:
+                heads.append(_Head(name, module, index, _path_of(module)))
+        return heads
 
     def _set_lambda(self, value) -> None:
         if not isinstance(value, Mapping):
             super()._set_lambda(value)
             return
-        if unknown := value.keys() - self.adversaries.keys():
-            raise ValueError(f"lambda_ names {sorted(unknown)}, but the adversaries are {list(self.adversaries)}")
-        numbers = {name: check_number(f"lambda_[{name!r}]", number) for name, number in value.items()}
+        self._check_lambda_names(value)
+        numbers = {name: _number(number, f"lambda_[{name!r}]") for name, number in value.items()}
         with torch.no_grad():
             for i, name in enumerate(self.adversaries):
                 if name in numbers:
                     self.lambda_[i].fill_(numbers[name])
+
+    def _check_lambda_names(self, value: Mapping[str, float]) -> None:
+        if unknown := value.keys() - self.adversaries.keys():
+            raise ValueError(f"lambda_ names {sorted(unknown)}, but the adversaries are {list(self.adversaries)}")
 
     def forward(
         self,
@@ -244,131 +286,121 @@ class AdversarialHeads(_LambdaModule):
     ) -> dict[str, Tensor] | HeadsOutput:
         check_tensor("features", features)
         if targets is None:
-            return self._logits(features)
-        self._check_names("targets", targets)
-        if not targets:
+            return self._logits(features, self._heads())
+        heads = self._heads(targets)
+        if len(heads) < len(targets):
+            self._check_names("targets", targets)
+        if not heads:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
-        heads = [head for head in self._heads() if head[0] in targets]
-        names = [name for name, *_ in heads]
+        names = [head.name for head in heads]
         options = HeadsOptions(
             self._per_head("sample_weight", sample_weight, names, None),
             self._per_head("class_weight", class_weight, names, None),
             numbers("loss_weight", self._per_head("loss_weight", loss_weight, names, 1.0)) if loss_weight else None,
-            [self._kinds[name] for name in names] if any(self._kinds[name] for name in names) else None,
-            self._smoothing(label_smoothing, names),
-            self._per_head("ignore_index", None if ignore_index == -100 else ignore_index, names, -100),
+            [self._kinds[name] for name in names] if self._squared else None,
+            self._smoothing(label_smoothing, names) if label_smoothing else None,
+            None if ignore_index == -100 else self._per_head("ignore_index", ignore_index, names, -100),
             functional.check_reduction(reduction),
         )
-        if self.dim not in (-1, features.dim() - 1):
-            targets = {
-                name: target.movedim(self.dim, -1) if isinstance(target, Tensor) and target.dim() == features.dim() else target
-                for name, target in targets.items()
-            }
-        return self._loss(features, heads, [targets[name] for name in names], options)
+        given = [targets[name] for name in names]
+        if self._is_moved(features):
+            given = [
+                target.movedim(self.dim, -1) if isinstance(target, Tensor) and target.dim() == features.dim() else target
+                for target in given
+            ]
+        if all(head.path.how == "fused" for head in heads):
+            loss, head_losses, logits = self._fused_loss(features, heads, given, options)
+        else:
+            loss, head_losses, logits = self._mixed_loss(features, heads, given, options)
+        return HeadsOutput(loss, dict(zip(names, head_losses, strict=True)), dict(zip(names, logits, strict=True)))
 
     # -- logits ---------------------------------------------------------------------------------------------------
 
-    def _logits(self, features: Tensor) -> dict[str, Tensor]:
-        heads = list(self._heads())
-        paths = [_path_of(module) for _, module, _ in heads]
-        return self._run(features, heads, paths)
-
-    def _run(self, features: Tensor, heads: Sequence[tuple[str, nn.Module, int]], paths: Sequence[_Path]) -> dict[str, Tensor]:
-        """The logits by name: the first linear layers together, and what follows them; other modules behind the reversal."""
+    def _logits(self, features: Tensor, heads: Sequence[_Head]) -> dict[str, Tensor]:
+        """The first linear layers together, and what follows them; other modules behind the reversal."""
         lambda_ = self._buffers["lambda_"]
-        joined = [(head, path) for head, path in zip(heads, paths, strict=True) if path.layers]
-        first: dict[str, Tensor] = {}
+        joined = [head for head in heads if head.path.layers]
+        logits: dict[str, Tensor] = {}
         if joined:
-            layers = [path.layers[0] for _, path in joined]
-            names = [name for (name, *_), _ in joined]
-            with _Named(names, names):
+            weights, biases = _weights_and_biases([head.path.layers[0] for head in joined])
+            try:
                 outputs = functional.run_linear_heads(
-                    self._last(features),
-                    [layer.weight for layer in layers],
-                    [layer.bias for layer in layers],
-                    lambda_,
-                    [index for (*_, index), _ in joined],
+                    self._last(features), weights, biases, lambda_, [head.index for head in joined]
                 )
-            for ((name, *_), path), output in zip(joined, outputs, strict=True):
-                for part in path.rest:
+            except _ERRORS as error:
+                raise _named(error, joined) from None
+            for head, output in zip(joined, outputs, strict=True):
+                for part in head.path.rest:
                     output = part(output)
-                first[name] = self._back(output, features)
-        result = {}
-        for name, module, index in heads:
-            if name in first:
-                result[name] = first[name]
-            else:
-                result[name] = module(features if index < 0 else functional.gradient_reversal(features, lambda_[index]))
-        return result
+                logits[head.name] = self._back(output, features)
+        for head in heads:
+            if not head.path.layers:
+                seen = features if head.index < 0 else functional.gradient_reversal(features, lambda_[head.index])
+                logits[head.name] = head.module(seen)
+        return {head.name: logits[head.name] for head in heads}
+
+    def _is_moved(self, features: Tensor) -> bool:
+        return self.dim != -1 and self.dim != features.dim() - 1
 
     def _last(self, features: Tensor) -> Tensor:
-        return features if self.dim in (-1, features.dim() - 1) else features.movedim(self.dim, -1)
+        return features.movedim(self.dim, -1) if self._is_moved(features) else features
 
     def _back(self, logits: Tensor, features: Tensor) -> Tensor:
         """Logits of a head that took `_last(features)`, with their dimension in the features' place."""
-        moved = self.dim not in (-1, features.dim() - 1) and logits.dim() == features.dim()
-        return logits.movedim(-1, self.dim) if moved else logits
+        return logits.movedim(-1, self.dim) if self._is_moved(features) and logits.dim() == features.dim() else logits
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
-    def _loss(
-        self, features: Tensor, heads: Sequence[tuple[str, nn.Module, int]], targets: Sequence[Tensor], options: HeadsOptions
-    ) -> HeadsOutput:
-        paths = [_path_of(module) for _, module, _ in heads]
-        names = [name for name, *_ in heads]
-        fused = [i for i, path in enumerate(paths) if path.how == "fused"]
-        if len(fused) == len(heads):
-            loss, head_losses, logits = self._fused_loss(features, heads, paths, targets, options)
-            return HeadsOutput(loss, dict(zip(names, head_losses, strict=True)), dict(zip(names, logits, strict=True)))
-
-        options = options.filled(len(heads))
-        losses: dict[str, Tensor] = {}
-        logits: dict[str, Tensor] = {}
-        total: list[Tensor] = []
-        if fused:
-            loss, *by_head = self._fused_loss(
-                features, [heads[i] for i in fused], [paths[i] for i in fused], [targets[i] for i in fused], _some(options, fused)
-            )
-            total.append(loss)
-            for i, own_loss, own_logits in zip(fused, *by_head, strict=True):
-                losses[names[i]], logits[names[i]] = own_loss, own_logits
-        others = [i for i in range(len(heads)) if i not in fused]
-        outputs = self._run(features, [heads[i] for i in others], [paths[i] for i in others])
-        rows = [self._last(z) if z.dim() == features.dim() else z for z in outputs.values()]
-        own, own_targets = _some(options, others), [targets[i] for i in others]
-        with _Named([names[i] for i in others]):
-            for h, z in enumerate(rows):
-                check_tensor(f"targets[{h}]", own_targets[h])
-                check_options(z, [z.shape[-1]], own_targets[h : h + 1], _some(own, [h]), first=h)
-            own_losses = [loss_of_head(z, own_targets, own, h) for h, z in enumerate(rows)]
-        total.append(total_loss(own_losses, own.loss_weight))
-        losses |= dict(zip(outputs, own_losses, strict=True))
-        logits |= outputs
-        return HeadsOutput(sum(total), {name: losses[name] for name in names}, {name: logits[name] for name in names})
-
     def _fused_loss(
-        self,
-        features: Tensor,
-        heads: Sequence[tuple[str, nn.Module, int]],
-        paths: Sequence[_Path],
-        targets: Sequence[Tensor],
-        options: HeadsOptions,
+        self, features: Tensor, heads: Sequence[_Head], targets: Sequence[Tensor], options: HeadsOptions
     ) -> functional.HeadsLoss:
-        layers = [layer for path in paths for layer in path.layers]
-        depth = None if len(layers) == len(heads) else [len(path.layers) for path in paths]
-        names = [name for name, *_ in heads]
-        with _Named(names, [name for name, path in zip(names, paths, strict=True) for _ in path.layers]):
-            loss, head_losses, logits = functional.run_heads_loss(
+        layers = [layer for head in heads for layer in head.path.layers]
+        weights, biases = _weights_and_biases(layers)
+        try:
+            out = functional.run_heads_loss(
                 self._last(features),
-                [layer.weight for layer in layers],
-                [layer.bias for layer in layers],
-                depth,
+                weights,
+                biases,
+                None if len(layers) == len(heads) else [len(head.path.layers) for head in heads],
                 targets,
                 self._buffers["lambda_"],
-                [index for *_, index in heads],
+                [head.index for head in heads],
                 options,
             )
-        return functional.HeadsLoss(loss, head_losses, [self._back(z, features) for z in logits])
+        except _ERRORS as error:
+            raise _named(error, heads) from None
+        return out if self.dim == -1 else out._replace(logits=[self._back(z, features) for z in out.logits])
+
+    def _mixed_loss(
+        self, features: Tensor, heads: Sequence[_Head], targets: Sequence[Tensor], options: HeadsOptions
+    ) -> functional.HeadsLoss:
+        """The fused heads by their operator, the others' losses from their logits."""
+        options = options.filled(len(heads))
+        losses: dict[int, Tensor] = {}
+        logits: dict[int, Tensor] = {}
+        totals: list[Tensor] = []
+        fused = [h for h, head in enumerate(heads) if head.path.how == "fused"]
+        others = [h for h in range(len(heads)) if h not in fused]
+        if fused:
+            total, *by_head = self._fused_loss(
+                features, [heads[h] for h in fused], [targets[h] for h in fused], _some(options, fused)
+            )
+            totals.append(total)
+            for h, loss, own in zip(fused, *by_head, strict=True):
+                losses[h], logits[h] = loss, own
+        logits |= zip(others, self._logits(features, [heads[h] for h in others]).values(), strict=True)
+        for h in others:
+            # Logits of the features' rank have theirs in the same place.
+            rows = self._last(logits[h]) if logits[h].dim() == features.dim() else logits[h]
+            try:
+                check_tensor(f"targets[{h}]", targets[h])
+                check_options(rows, [rows.shape[-1]], [targets[h]], _some(options, [h]), first=h)
+            except _ERRORS as error:
+                raise _named(error, heads) from None
+            losses[h] = loss_of_head(rows, targets, options, h)
+        totals.append(total_loss([losses[h] for h in others], _some(options, others).loss_weight))
+        every = range(len(heads))
+        return functional.HeadsLoss(sum(totals), [losses[h] for h in every], [logits[h] for h in every])
 
     # -- options --------------------------------------------------------------------------------------------------
 
@@ -384,8 +416,6 @@ class AdversarialHeads(_LambdaModule):
     def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str]) -> list[float] | None:
         if isinstance(given, Mapping):
             return self._per_head("label_smoothing", given, names, 0.0)
-        if given == 0:
-            return None
         return [0.0 if self.losses[name] == "mse" else given for name in names]  # for all that have one
 
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
@@ -394,31 +424,10 @@ class AdversarialHeads(_LambdaModule):
 
     def extra_repr(self) -> str:
         lambdas = "meta" if self.lambda_.is_meta else dict(zip(self.adversaries, self.lambda_.tolist(), strict=True))
-        paths = {name: _path_of(module) for name, module, _ in self._heads()}
         lines = [f"in_features={self.in_features}, lambda_={lambdas}" + (f", dim={self.dim}" if self.dim != -1 else "")]
         if squared := [name for name, loss in self.losses.items() if loss == "mse"]:
             lines[0] += f", mse={squared}"
-        return "\n".join(lines + [f"({name}) {path.how}: {path.why}" for name, path in paths.items()])
-
-
-class _Named:
-    """Puts the heads' names in place of their numbers in errors; `layers` are the names of the layers' heads."""
-
-    _PLACE = re.compile(r"\b(weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
-
-    def __init__(self, names: Sequence[str], layers: Sequence[str] = ()) -> None:
-        self.names, self.layers = names, layers
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, TypeError | ValueError | IndexError) and self._PLACE.search(str(error)):
-            raise type(error)(self._PLACE.sub(self._name, str(error))) from None
-
-    def _name(self, match: re.Match) -> str:
-        names = self.layers if match[1] in ("weight", "bias") else self.names
-        return f"{match[1]}[{names[int(match[2])]!r}]"
+        return "\n".join(lines + [f"({name}) {path.how}: {path.why}" for name, _, _, path in self._heads()])
 
 
 def _some(options: HeadsOptions, heads: Sequence[int]) -> HeadsOptions:

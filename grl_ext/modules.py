@@ -1,5 +1,8 @@
 """The layers: what holds lambda, and how it travels with a model."""
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -10,16 +13,50 @@ __all__ = ["GRL", "GRLLinear"]
 
 
 class _LambdaModule(nn.Module):
-    """Holds lambda in a buffer: saved, moved between devices, set by assignment, never cast.
+    """Holds lambda in a buffer: saved, moved between devices, set by assignment, never cast, never without a value.
 
     The buffer is float64 (float32 on devices without it), because it is a setting and not an activation: a model in half
-    precision still has the lambda its schedule gave it.
+    precision still has the lambda its schedule gave it. It is not on the meta device, which holds no values: in a layer that is,
+    lambda is on the CPU.
+
+    ``initial_lambda`` keeps the constructor's value as a Python number, or a tuple of numbers where lambda has several elements:
+    what ``reset_parameters`` restores and :class:`grl_ext.LambdaScheduler` multiplies.
     """
 
-    lambda_: Tensor
+    _lambda_was_loaded = False  # by a checkpoint, and not written since
 
-    def _register_lambda(self, values: Tensor, device=None) -> None:
-        self.register_buffer("lambda_", _to_supported(values, device))
+    if TYPE_CHECKING:  # torch.jit.script would read these annotations too
+        initial_lambda: float | tuple[float, ...]
+
+        @property
+        def lambda_(self) -> Tensor: ...
+
+        @lambda_.setter
+        def lambda_(self, value: Tensor | float) -> None: ...
+
+    def _register_lambda(self, initial: float | tuple[float, ...], device=None) -> None:
+        self.initial_lambda = initial
+        self.register_buffer("lambda_", self._new_lambda(device))
+
+    def _new_lambda(self, device=None) -> Tensor:
+        """The constructor's lambda in a new buffer; on the CPU where no device is given, also within `with torch.device(...)`."""
+        value = torch.tensor(self.initial_lambda, dtype=torch.float64, device="cpu")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        return _to_supported(value, device)
+
+    def reset_parameters(self) -> None:
+        """Sets lambda to the constructor's value."""
+        self._scale_lambda(1.0)
+
+    def _scale_lambda(self, factor: float) -> None:
+        """Sets lambda to ``factor`` times the constructor's value."""
+        if isinstance(self.initial_lambda, tuple):
+            self._write(tuple(factor * number for number in self.initial_lambda))
+        else:
+            self._write(factor * self.initial_lambda)
+
+    def _shown_lambda(self):
+        return "meta" if self.lambda_.is_meta else self.lambda_.tolist()
 
     def __setattr__(self, name: str, value) -> None:
         if name == "lambda_" and "lambda_" in self.__dict__.get("_buffers", ()):
@@ -28,53 +65,81 @@ class _LambdaModule(nn.Module):
             super().__setattr__(name, value)
 
     def _set_lambda(self, value: Tensor | float) -> None:
-        if isinstance(value, Tensor):
-            if value.is_complex():
-                raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {value.dtype}")
-            if self.lambda_.is_meta:  # load_state_dict(assign=True)
-                self._buffers["lambda_"] = _to_supported(value.detach().expand_as(self.lambda_).contiguous(), None)
-                return
+        if not isinstance(value, Tensor):
+            value = check_number("lambda_", value)
+        elif value.is_complex():
+            raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {value.dtype}")
+        elif value.dim() > self.lambda_.dim():
+            raise ValueError(f"lambda_ of shape {list(value.shape)} does not broadcast to the layer's of shape {list(self.lambda_.shape)}")
+        self._write(value)
+
+    def _write(self, value: Tensor | float | tuple[float, ...]) -> None:
+        """In place: one number or tensor for all elements, or a number for each."""
+        self._leave_meta()
+        self._lambda_was_loaded = False
         with torch.no_grad():
+            # Through a view: inside a graph of torch.compile, PyTorch loses what is written to a 0-d float64 CPU tensor itself.
+            elements = self.lambda_.view(-1)
             if isinstance(value, Tensor):
-                self.lambda_.copy_(value)
+                elements.copy_(value)
+            elif isinstance(value, tuple):
+                for element, number in zip(elements.unbind(), value, strict=True):
+                    element.fill_(number)  # a copy from a tensor would be a synchronisation where lambda is on a GPU
             else:
-                self.lambda_.fill_(check_number("lambda_", value))
+                elements.fill_(value)
+
+    def _leave_meta(self) -> None:
+        """Where something has put the buffer on the meta device, such as accelerate's init_empty_weights(include_buffers=True)."""
+        if self.lambda_.is_meta:
+            self._buffers["lambda_"] = self._new_lambda("cpu")
 
     def _apply(self, fn, recurse: bool = True):
+        self._leave_meta()
         kept = self.lambda_
-        self._buffers["lambda_"] = kept.float()  # every device has float32; only where fn puts it matters
-        super()._apply(fn, recurse)
-        moved = self._buffers["lambda_"]
-        lambda_ = _to_supported(moved if kept.is_meta else kept, moved.device)
+        # Every device has float32, and only where fn puts it matters.
+        self._buffers["lambda_"] = torch.empty(kept.shape, dtype=torch.float32, device=kept.device)
+        try:
+            super()._apply(fn, recurse)
+            moved = self._buffers["lambda_"]
+        finally:
+            self._buffers["lambda_"] = kept
+        lambda_ = _to_supported(kept, moved.device)
         self._buffers["lambda_"] = lambda_.share_memory_() if moved.is_shared() else lambda_
         return self
 
-    def _shown_lambda(self):
-        return "meta" if self.lambda_.is_meta else self.lambda_.tolist()
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        self._leave_meta()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._lambda_was_loaded = prefix + "lambda_" in state_dict
         # Checkpoints written before the layer was ours have no lambda; the present one stays.
         if prefix + "lambda_" in missing_keys:
             missing_keys.remove(prefix + "lambda_")
 
 
-def _to_supported(lambda_: Tensor, device) -> Tensor:
-    device = torch.device(device) if device is not None else lambda_.device
+def _number(value: Tensor | float, name: str = "lambda_") -> float:
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
+        value = value.item()
+    return check_number(name, value)
+
+
+def _to_supported(lambda_: Tensor, device: torch.device) -> Tensor:
+    """On that device, but on the CPU instead of the meta device; in float64 where the device has it."""
+    if device.type == "meta":
+        device = torch.device("cpu")
     return lambda_.to(device, torch.float32 if device.type == "mps" else torch.float64)
-
-
-def _number(lambda_: float) -> Tensor:
-    return torch.tensor(check_number("lambda_", lambda_), dtype=torch.float64)
 
 
 class GRL(_LambdaModule):
     r"""Gradient reversal layer: the identity forward, the gradient times :math:`-\lambda` backward.
 
     Args:
-        lambda_: a finite number. It lives in a float64 0-d buffer: in ``state_dict``, moved by ``.to(device)``, never cast by
-            ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in place, no synchronisation; under
+        lambda_: a finite number or a 0-d tensor. It lives in a float64 0-d buffer: in ``state_dict``, moved by ``.to(device)``, never
+            cast by ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in place, no synchronisation; under
             ``torch.compile`` no new graph). A checkpoint without it loads strictly and leaves it as it is.
+
+    Attributes:
+        initial_lambda: the constructor's lambda as a Python number, which ``reset_parameters()`` restores and
+            :class:`grl_ext.LambdaScheduler` multiplies. A layer on the meta device keeps its lambda, on the CPU.
 
     ``layer(x)`` uses the layer's lambda; ``layer(x, coeff)`` uses ``coeff``, in any form that
     :func:`grl_ext.gradient_reversal` takes. On a CUDA device the buffer is read when the backward runs.
@@ -92,22 +157,29 @@ class GRL(_LambdaModule):
         super().__init__()
         self._register_lambda(_number(lambda_))
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor: ...
+
     def forward(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor:
-        return functional.gradient_reversal(x, self._buffers["lambda_"] if coeff is None else coeff)
+        return functional.gradient_reversal(x, self.lambda_ if coeff is None else coeff)
 
     def extra_repr(self) -> str:
         return f"lambda_={self._shown_lambda()}"
 
 
-class GRLLinear(_LambdaModule, nn.Linear):
+class GRLLinear(_LambdaModule):
     r"""``Sequential(GRL(lambda_), Linear(in_features, out_features))`` as one layer that costs what the linear layer alone does.
 
     Backward, the gradient to the input is :math:`-\lambda\, dy\, W`; those to weight and bias are not reversed. Parameters are
     named and initialised as in ``nn.Linear``, so that its checkpoints load; lambda is kept as in :class:`GRL`.
 
+    It is not a subclass of ``nn.Linear``: libraries that replace those by layers of their own (quantisation, LoRA, float8) would
+    drop the reversal. They leave this layer as it is; where they are to work on it, write ``Sequential(GRL(), Linear(...))``.
+
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
-        lambda_: a finite number.
+        lambda_: a finite number or a 0-d tensor.
 
     Raises:
         TypeError, ValueError: as :func:`grl_ext.grl_linear`.
@@ -121,11 +193,29 @@ class GRLLinear(_LambdaModule, nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, lambda_: float = 1.0, device=None, dtype=None
     ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None)
         self._register_lambda(_number(lambda_), device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises weight and bias as ``nn.Linear`` does, and sets lambda to the constructor's value."""
+        super().reset_parameters()
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = self.in_features**-0.5 if self.in_features else 0.0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.grl_linear(x, self.weight, self.bias, self._buffers["lambda_"])
+        return functional.grl_linear(x, self.weight, self.bias, self.lambda_)
 
     def extra_repr(self) -> str:
-        return f"{nn.Linear.extra_repr(self)}, lambda_={self._shown_lambda()}"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, lambda_={self._shown_lambda()}"
+

@@ -1,6 +1,7 @@
 r"""How lambda changes during training: schedules, which are plain functions of progress, and the object that applies them.
 
-A schedule takes the progress p, from 0 at the start to 1 at the end (clamped to that range), and returns lambda.
+A schedule takes the progress p, from 0 at the start to 1 at the end (clamped to that range), and returns the factor by which the
+constructor's lambda of every layer is multiplied: lambda itself for layers made with ``lambda_=1``, the default.
 
 Which learning rate lambda changes. In the layers, lambda scales what flows back into the features and nothing else: the adversary
 itself learns at its full rate throughout, also while lambda is still near 0, and is a worthy opponent by the time lambda rises.
@@ -10,10 +11,13 @@ lambda squared for the features.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import nn
 
+from grl_ext._reference import check_number
 from grl_ext.modules import _LambdaModule
 
 __all__ = ["LambdaScheduler", "Schedule", "constant", "dann", "linear", "warm_start"]
@@ -23,6 +27,22 @@ Schedule = Callable[[float], float]
 
 def _clamped(p: float) -> float:
     return min(max(p, 0.0), 1.0)
+
+
+# Functions of the module and not closures, so that a schedule can be pickled.
+
+
+def _warm_start(p: float, alpha: float, lo: float, hi: float) -> float:
+    # 2 / (1 + exp(-x)) - 1 = tanh(x / 2), which cannot overflow.
+    return lo + (hi - lo) * math.tanh(alpha * _clamped(p) / 2)
+
+
+def _linear(p: float, start: float, end: float) -> float:
+    return start + (end - start) * _clamped(p)
+
+
+def _constant(p: float, value: float) -> float:
+    return value
 
 
 def dann(gamma: float = 10.0) -> Schedule:
@@ -48,8 +68,7 @@ def warm_start(alpha: float = 1.0, lo: float = 0.0, hi: float = 1.0) -> Schedule
         >>> [round(grl_ext.schedules.warm_start(hi=0.5)(p), 3) for p in (0.0, 0.5, 1.0)]
         [0.0, 0.122, 0.231]
     """
-    # 2 / (1 + exp(-x)) - 1 = tanh(x / 2), which cannot overflow.
-    return lambda p: lo + (hi - lo) * math.tanh(alpha * _clamped(p) / 2)
+    return partial(_warm_start, alpha=alpha, lo=lo, hi=hi)
 
 
 def linear(start: float, end: float) -> Schedule:
@@ -59,45 +78,51 @@ def linear(start: float, end: float) -> Schedule:
         >>> grl_ext.schedules.linear(0.0, 2.0)(0.25)
         0.5
     """
-    return lambda p: start + (end - start) * _clamped(p)
+    return partial(_linear, start=start, end=end)
 
 
 def constant(value: float) -> Schedule:
-    """The same lambda throughout.
+    """The same factor throughout.
 
     Example:
         >>> grl_ext.schedules.constant(0.3)(0.9)
         0.3
     """
-    return lambda p: value
+    return partial(_constant, value=value)
 
 
 class LambdaScheduler:
-    r"""Sets the lambda of layers by a schedule, as a learning-rate scheduler sets learning rates.
+    r"""Multiplies the constructor's lambda of layers by a schedule, as a learning-rate scheduler does the initial learning rates.
 
     Call ``step()`` after each ``optimizer.step()``; a forward call never advances it, so that evaluation, gradient accumulation
     and recomputation leave the curve alone. Lambda is written into the layers' buffers in place: no synchronisation, and no new
-    graph under ``torch.compile``.
+    graph under ``torch.compile``. Two adversaries made with 0.1 and 0.01 keep their ratio.
+
+    A framework that calls the optimizer itself (Lightning, accelerate, the Trainer of transformers) needs no callback:
+    ``optimizer.register_step_post_hook(lambda *_: scheduler.step())``. A step that ``GradScaler`` leaves out then does not count.
+
+    To resume, load both the model and the scheduler, in either order. Where only the model is loaded, the curve begins anew and
+    the first ``step()`` warns that it overwrites the lambda from the checkpoint.
 
     Args:
         layers: a module, or several. Every :class:`~grl_ext.GRL`, :class:`~grl_ext.GRLLinear` and
-            :class:`~grl_ext.AdversarialHeads` inside is set, at once to ``schedule(0)``; an ``AdversarialHeads`` for all of its
-            adversaries.
-        schedule: progress in [0, 1] -> lambda.
+            :class:`~grl_ext.AdversarialHeads` inside is set, at once to ``schedule(0)`` times its constructor's lambda.
+        schedule: progress in [0, 1] -> factor.
         total_steps: after that many steps the progress is 1, and stays.
 
     Attributes:
-        last_lambda: the value the layers have been given.
+        last_factor: what the constructors' lambda has been multiplied by.
 
     Raises:
-        ValueError: no such layer is found, ``total_steps`` is below 1, or the schedule gives NaN or an infinite number.
+        ValueError: no such layer is found, a layer was made with ``lambda_=0`` (nothing could multiply it), ``total_steps`` is below
+            1, or the schedule gives NaN or an infinite number.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), grl_ext.GRL(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), grl_ext.GRL(lambda_=0.2), torch.nn.Linear(8, 2))
         >>> scheduler = grl_ext.LambdaScheduler(model, grl_ext.schedules.linear(0.0, 1.0), total_steps=4)
         >>> scheduler.step()
         >>> model[1]
-        GRL(lambda_=0.25)
+        GRL(lambda_=0.05)
     """
 
     def __init__(self, layers: nn.Module | Iterable[nn.Module], schedule: Schedule, total_steps: int) -> None:
@@ -109,25 +134,45 @@ class LambdaScheduler:
         if not self.layers:
             found = ", ".join(type(root).__name__ for root in roots) or "an empty list"
             raise ValueError(f"layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in {found}")
+        for layer in self.layers:
+            if layer.initial_lambda == 0:
+                raise ValueError(
+                    f"a {type(layer).__name__} was made with lambda_=0, which no schedule can multiply: give it the lambda that a "
+                    "factor of 1 stands for"
+                )
         self.schedule = schedule
         self.total_steps = total_steps
+        self._overwritten = ""
         self._set_step(0)
 
     def step(self) -> None:
         """Advances by one training step and sets lambda."""
         self._set_step(self.last_step + 1)
+        if self._overwritten:
+            warnings.warn(
+                f"{self._overwritten} came from a checkpoint and is overwritten: this LambdaScheduler is at step {self.last_step}. "
+                "To resume, load its state too: scheduler.load_state_dict(...)",
+                stacklevel=2,
+            )
+            self._overwritten = ""
 
     def _set_step(self, step: int) -> None:
-        lambda_ = self.schedule(step / self.total_steps)
+        factor = check_number("the schedule's factor", self.schedule(step / self.total_steps))  # before anything has changed
         for layer in self.layers:
-            layer.lambda_ = lambda_  # refuses what is not a finite number, before anything has changed
-        self.last_step, self.last_lambda = step, lambda_
+            if layer._lambda_was_loaded:
+                loaded = layer.lambda_.tolist()
+                layer._scale_lambda(factor if step == 0 else self.last_factor)  # where this scheduler stands
+                if loaded != layer.lambda_.tolist():
+                    self._overwritten = f"the lambda_ {loaded} of a {type(layer).__name__}"
+            layer._scale_lambda(factor)
+        self.last_step, self.last_factor = step, factor
 
     def state_dict(self) -> dict[str, int]:
-        """Where on the curve the training is. The schedule itself is code: give the same one when resuming."""
+        """Where on the curve the training is. The schedule and the layers are code: make the same ones when resuming."""
         return {"last_step": self.last_step, "total_steps": self.total_steps}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues the saved curve: the saved ``total_steps`` replaces the present one, and the layers are set."""
         self.total_steps = state_dict["total_steps"]
         self._set_step(state_dict["last_step"])
+        self._overwritten = ""

@@ -353,7 +353,7 @@ def test_repr_shows_heads_and_lambdas():
 
 def test_heads_on_meta_show_themselves_trace_and_are_materialised(device):
     heads = make(device="meta")
-    assert heads.lambda_.is_meta and repr(heads).startswith("AdversarialHeads(in_features=7")
+    assert heads.weight.is_meta and heads.lambda_.tolist() == [0.75, 0.75] and repr(heads).startswith("AdversarialHeads(in_features=7")
     assert heads(torch.randn(5, 7, device="meta"))["speaker"].shape == (5, 4)
     targets = {"domain": torch.zeros(5, dtype=torch.int64, device="meta")}
     assert heads.loss(torch.randn(5, 7, device="meta"), targets).loss.shape == ()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import grl_ext
-from grl_ext import _backend
+from grl_ext import __main__, _backend
 
 PACKAGE = Path(grl_ext.__file__).parent
 
@@ -62,9 +62,11 @@ def test_an_extension_that_does_not_load_gives_one_warning_and_the_fallback_work
     result = run(USE, package_without_extension)
     warning, outcome = result.stdout.splitlines()
     assert outcome == "fallback [-0.5, -0.5, -0.5]"
-    assert warning.startswith(f"RuntimeWarning: grl_ext runs without its kernels: the compiled extension does not load with torch {torch.__version__}: ")
+    assert warning.startswith(
+        f"RuntimeWarning: grl_ext runs without its kernels: the compiled extension does not load with torch {torch.__version__}: "
+    )
     assert f"_C{EXTENSION_SUFFIXES[0]}" in warning, "the loader's own reason"
-    assert warning.endswith("Rebuild it for this torch: pip install --force-reinstall --no-deps .")
+    assert warning.endswith("Rebuild it for this torch: pip install --force-reinstall --no-deps --no-cache-dir .")
 
 
 def test_an_extension_built_for_another_torch_gives_one_warning(compiled, monkeypatch):
@@ -81,6 +83,16 @@ def test_a_patch_release_of_torch_is_the_same_torch(compiled, monkeypatch, recwa
     monkeypatch.setattr(torch, "__version__", f"{major}.{minor}.99")
     assert _backend._load() == (compiled, "")
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("version, said", [("2.8.0+cu128", False), ("2.14.9", False), ("2.15.0", True), ("3.0.0a0+git1234", True)])
+def test_the_report_says_where_nobody_has_tested(monkeypatch, capsys, version, said):
+    monkeypatch.setattr(_backend, "NEWEST_TESTED_TORCH", (2, 14))
+    monkeypatch.setattr(torch, "__version__", version)
+    __main__.main()
+    first = capsys.readouterr().out.splitlines()[0]
+    untested = " (untested: the newest that was is 2.14)" if said else ""
+    assert first.startswith(f"grl_ext {grl_ext.__version__} on torch {version}{untested}, Python ")
 
 
 # --- instruction sets ------------------------------------------------------------------------------------------------------

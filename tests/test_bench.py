@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(BENCH))  # the benchmark is a set of scripts, not part of
 import baselines  # noqa: E402
 import cases  # noqa: E402
 import compare  # noqa: E402
+import conditioning  # noqa: E402
 import founding  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
@@ -196,3 +198,12 @@ def test_pairs_hold_what_their_label_says():
     features, prediction, adversarial = founding.MnistNN2(baselines.Identity())(pairs[:2])
     assert features.shape == (2, founding.FEATURES) and prediction.shape == adversarial.shape == (2, 2)
     assert math.isfinite(sum(founding.losses(founding.MnistNN2(baselines.Identity()), pairs, labels)).item())
+
+
+def test_the_memory_of_conditioning_is_what_the_recipe_says():
+    recipe = (BENCH.parent / "docs" / "recipes.md").read_text()
+    outer, without = (float(number) for number in re.search(r"hold ([\d.]+) MB over the outer product and ([\d.]+) MB", recipe).groups())
+    found = conditioning.peaks(rows=64, features=2048, classes=65, domains=2)
+    # Tensors are counted exactly; another version of torch may hold a small one more.
+    assert found["outer_product"] / 1e6 == pytest.approx(outer, rel=0.05)
+    assert found["contraction"] / 1e6 == pytest.approx(without, rel=0.05)

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 import grl_ext
@@ -32,7 +31,7 @@ FEW = {
     "moons": (moons, ["--seeds", "1", "--points", "40", "--steps", "5"]),
     "pair_digits": (pair_digits, ["--seeds", "2", "--pairs", "20", "--batch", "10", "--epochs", "4", "--every", "2"]),
     "dann_digits": (dann_digits, ["--seeds", "1", "--crops", "1", "--steps", "3", "--batch", "16"]),
-    "market": (market, ["--seeds", "2", "--dates", "150", "--stocks", "6", "--steps", "3", "--dates-per-batch", "4"]),
+    "market": (market, ["--seeds", "2", "--dates", "800", "--stocks", "6", "--steps", "3", "--dates-per-batch", "4"]),
 }
 
 
@@ -100,40 +99,110 @@ def test_the_moons_are_rotated_about_their_middle():
     assert (straight[:, 0] * turned[:, 1] - straight[:, 1] * turned[:, 0] > 0).all()
 
 
+def market_samples(dates: int, stocks: int) -> tuple[market.Samples, market.Samples]:
+    returns = market.generated_returns(dates, stocks, 0)
+    return market.samples(returns, returns.mean(1))
+
+
 def test_market_learns_the_excess_return():
     args = experiment.parser("market", "", 1).parse_args([])
-    args.lr, args.dates_per_batch = 1e-3, 16
-    train_sample, test_sample = market.samples(market.generated_returns(400, 20, 0))
-    assert train_sample.windows.shape == (400 * 7 // 10 - market.WINDOW, 20, 2 * market.WINDOW)
+    args.lr, args.hidden_rate, args.dates_per_batch = 1e-3, 1.0, 16
+    train_sample, test_sample = market_samples(800, 20)
+    assert train_sample.windows.shape == (800 * 7 // 10 - market.BETA_DAYS, 20, 2 * market.WINDOW)
     networks = []
     for args.steps in (1, 150):
         networks.append(market.train(0.0, 0, train_sample, args, quiet()))
-    before, after = (F.mse_loss(n.heads(n.encoder(train_sample.windows))["excess"].squeeze(-1), train_sample.excess).item() for n in networks)
+    with torch.no_grad():
+        before, after = (F.mse_loss(n.predictor(n.features(train_sample.windows)).squeeze(-1), train_sample.excess).item() for n in networks)
     assert after < before
-    measures, daily = market.judge(networks[1], train_sample, test_sample)
-    assert daily.shape == test_sample.excess.shape[:1] and measures["market_r2"] <= 1
+    r2, daily = market.judge(networks[1], train_sample, test_sample)
+    assert daily.shape == test_sample.excess.shape[:1] and r2 <= 1
 
 
-def test_the_markets_windows_end_before_what_they_predict():
-    returns = market.generated_returns(200, 5, 0)
-    train_sample, _ = market.samples(returns)
-    split = 140
-    index = returns.mean(1)
-    day = 7  # a row of the samples: its window is the days 7 to 16, its target day 17
-    last = day + market.WINDOW - 1
-    torch.testing.assert_close(train_sample.windows[day, 2, : market.WINDOW], returns[day : last + 1, 2] / returns[:split].std())
-    torch.testing.assert_close(train_sample.windows[day, 2, market.WINDOW :], index[day : last + 1] / index[:split].std())
-    torch.testing.assert_close(train_sample.market[day, 2], index[last] / index[:split].std())
-    centred = index[:split] - index[:split].mean()
-    beta = (centred @ returns[:split, 2]) / (centred @ centred)
-    excess = returns - market_part(returns, split)
-    torch.testing.assert_close(train_sample.excess[day, 2], (returns[last + 1, 2] - beta * index[last + 1]) / excess[:split].std())
+def test_the_markets_windows_and_betas_end_before_what_they_predict():
+    returns = market.generated_returns(800, 5, 0)
+    index = returns.mean(1) + 0.001 * torch.randn(800)  # a market of its own
+    train_sample, test_sample = market.samples(returns, index)
+    split = 560
+
+    def excess_of(day: int, stock: int) -> float:
+        before = slice(day - market.BETA_DAYS, day)
+        centred = index[before] - index[before].mean()
+        beta = (centred @ returns[before, stock]) / (centred @ centred)
+        return (returns[day, stock] - beta * index[day]).item()
+
+    scale = torch.tensor([[excess_of(day, stock) for stock in range(5)] for day in range(market.BETA_DAYS, split)]).std()
+    # Rows of the samples, and the last day of their windows: the first and the last to learn from, the first and the last to judge by.
+    rows = [(train_sample, 0, market.BETA_DAYS - 1), (train_sample, -1, split - 2), (test_sample, 0, split + market.WINDOW - 1), (test_sample, -1, 798)]
+    for sample, row, last in rows:
+        days = slice(last - market.WINDOW + 1, last + 1)
+        own, markets = sample.windows[row, 2].split(market.WINDOW)
+        torch.testing.assert_close(own, (returns[days, 2] / returns[:split].std()).clamp(-3, 3))
+        torch.testing.assert_close(markets, (index[days] / index[:split].std()).clamp(-3, 3))
+        torch.testing.assert_close(sample.market[row, 2], index[last] / index[:split].std())
+        torch.testing.assert_close(sample.excess[row, 2].item(), excess_of(last + 1, 2) / scale.item(), rtol=1e-3, atol=1e-5)
 
 
-def market_part(returns: torch.Tensor, split: int) -> torch.Tensor:
-    index = returns.mean(1, keepdim=True)
-    centred = index[:split] - index[:split].mean()
-    return index * ((centred * returns[:split]).sum(0) / (centred**2).sum())
+def test_what_happens_on_test_dates_changes_nothing_before_them():
+    returns = market.generated_returns(800, 5, 0)
+    other = returns.clone()
+    other[560:] *= -3
+    one, two = (market.samples(r, r.mean(1))[0] for r in (returns, other))
+    for name, value in vars(one).items():
+        assert torch.equal(getattr(two, name), value)
+
+
+def test_market_lets_the_adversary_alone_learn_faster():
+    network = market.Network(1.0)
+    groups = network.parameter_groups(0.5, 1.0)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates.keys() == {id(p) for p in network.parameters()}
+    for name, p in network.named_parameters():
+        assert rates[id(p)] == 15 if name.startswith("adversary") else rates[id(p)] <= 0.5
+
+
+def test_market_reverses_the_adversarys_gradient_and_only_that():
+    gradients = []
+    sample = market_samples(800, 6)[0][:20]
+    for lambda_ in (0.0, 1.0, 2.0):
+        torch.manual_seed(0)
+        network = market.Network(lambda_)
+        network.loss(sample).backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters()})
+    torch.manual_seed(0)
+    network = market.Network(0.0)
+    F.mse_loss(network.adversary[1](network.features(sample.windows)).squeeze(-1), sample.market.clamp(-3, 3)).backward()
+    off, once, twice = gradients
+    torch.testing.assert_close(once["linear.weight"] - off["linear.weight"], -network.linear.weight.grad)
+    torch.testing.assert_close(twice["linear.weight"] - off["linear.weight"], -2 * network.linear.weight.grad)
+    for name in ("predictor.weight", "adversary.1.weight"):
+        assert torch.equal(off[name], twice[name])
+
+
+def test_market_baselines_find_a_reversal_that_is_there():
+    train_sample, test_sample = market_samples(1500, 30)
+    found = {name: daily.mean().item() for name, daily in market.baselines(train_sample, test_sample).items()}
+    assert found["ridge"] > found["one-day reversal"] > 0.03  # generated: three days' reversal, of which the second sees one
+
+
+def test_market_validation_leaves_the_test_dates_out(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(market, "samples", lambda returns, index, of=market.samples: seen.append(len(returns)) or of(returns, index))
+    market.main([*FEW["market"][1], "--seeds", "1", "--dates", "1200", "--until", "0.7", "--out", str(tmp_path)])
+    assert seen == [840]
+
+
+def test_an_index_without_stocks_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        market.main(["--index", "index.csv", "--out", str(tmp_path)])
+    assert "--index needs --csv" in capsys.readouterr().err
+
+
+def test_t_statistic_is_that_of_a_one_sample_test():
+    from scipy.stats import ttest_1samp
+
+    daily = torch.randn(60) + 0.1
+    assert market.t_statistic(daily) == pytest.approx(ttest_1samp(daily.numpy(), 0).statistic, rel=1e-4)
 
 
 def test_rank_correlation_is_spearmans():
@@ -189,52 +258,153 @@ def test_pair_digits_agreement_is_the_cosine_of_the_gradients_that_autograd_give
     assert pair_digits.measure(network, batch)["agreement"] == pytest.approx(expected, abs=1e-5)
 
 
-class StockBranches(nn.Module):
-    """dann_digits' fused first layer, of stock layers."""
+def test_pair_digits_training_accuracies_are_those_of_the_training_pairs(tmp_path):
+    args = experiment.parser("pair_digits", "", 1).parse_args([])
+    vars(args).update(lr=0.05, epochs=30, batch=20, every=30)
+    curves = pair_digits.train(pair_digits.VARIANTS["plain"], 0, pairs(20), pairs(40), args, quiet())
+    torch.manual_seed(0)
+    network = pair_digits.MnistNN2(grl_ext.GRL(0.0))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    own = pairs(20)
+    for _ in range(30):
+        optimizer.zero_grad()
+        sum(pair_digits.losses(network, own.images, own.labels)).backward()
+        optimizer.step()
+    for quantity, found, of in (("accuracy", 1, pairs(40)), ("training_accuracy", 1, own), ("training_adversary", 2, own)):
+        assert curves[quantity] == [pytest.approx((network(of.images)[found].argmax(1) == of.labels).float().mean().item())]
 
-    def __init__(self, fused: grl_ext.AdversarialHeads) -> None:
-        super().__init__()
-        (digit,), (domain,) = (heads.values() for heads in fused.to_linears())
-        self.digit, self.domain, self.reversal = digit, domain, grl_ext.GRL(0.0)
 
-    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"digit": self.digit(features), "domain": self.domain(self.reversal(features))}
+def test_pair_digits_takes_finished_runs_with_the_same_settings_and_no_others(tmp_path, monkeypatch):
+    few = [*FEW["pair_digits"][1], "--out", str(tmp_path), "--resume"]
+    trained = []
+    monkeypatch.setattr(pair_digits, "train", lambda variant, *rest, of=pair_digits.train: trained.append(variant.title) or of(variant, *rest))
+    whole = pair_digits.main(few)["results"]
+    assert len(trained) == 2 * len(pair_digits.VARIANTS)
+    trained.clear()
+    assert pair_digits.main(few)["results"] == whole and trained == []
+    (tmp_path / "runs" / "plain-1.json").unlink()
+    assert pair_digits.main(few)["results"] == whole and trained == ["no reversal"]
+    trained.clear()
+    assert pair_digits.main([*few, "--lr", "0.01"])["results"] != whole and len(trained) == 2 * len(pair_digits.VARIANTS)
+
+
+def test_pair_digits_published_is_the_published_setting_and_options_still_count(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        pair_digits.main(["--published"])
+    assert "--published needs --mnist" in capsys.readouterr().err
+    digits = data.load_digits(None, 28)
+    monkeypatch.setattr(data, "load_digits", lambda mnist, size: digits)
+    few = ["--published", "--mnist", "folder", "--epochs", "2", "--every", "1", "--seeds", "1", "--pairs", "20", "--out", str(tmp_path)]
+    settings = pair_digits.main(few)["settings"]
+    assert (settings["lr"], settings["batch"], settings["epochs"], settings["pairs"]) == (0.001, 1000, 2, 20)
+    assert settings["variants"] == ["reversed", "plain"]
 
 
 def dann_training(method: str = "DANN", **changes) -> dann_digits.Training:
     args = experiment.parser("dann_digits", "", 1).parse_args([])
-    settings = {"mnist": None, "photos": None, "crops": 1, "batch": 16, "steps": 6, "lr": 0.03, "gamma": 10.0, "lambda_": 1.0, "ddp": False}
+    settings = {"mnist": None, "photos": None, "crops": 1, "batch": 16, "steps": 6, "lr": 5e-4, "gamma": 10.0, "lambda_": 1.0, "ddp": False}
     vars(args).update(settings | changes)
     return dann_digits.Training(method, 0, dann_digits.load_domains(args), args)
 
 
-def test_dann_digits_fused_branches_train_like_stock_layers_step_by_step():
-    fused, stock = dann_training(), dann_training()
-    stock.network.branches = StockBranches(stock.network.branches)
-    stock.optimizer = torch.optim.SGD(stock.network.parameters(), lr=0.03, momentum=0.9)
-    stock.rate = torch.optim.lr_scheduler.LambdaLR(stock.optimizer, fused.rate.lr_lambdas)
-    stock.lambdas = grl_ext.LambdaScheduler(stock.network, fused.lambdas.schedule, 6)
-    for _ in range(6):
-        for ours, theirs in zip(fused.step(), stock.step(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert fused.network.branches.lambda_.item() == stock.network.branches.reversal.lambda_.item()
-    assert fused.network.branches.lambda_.item() > 0.99
+def test_dann_digits_shows_each_method_the_images_and_labels_that_it_may_see():
+    for method in dann_digits.TRAINED:
+        training = dann_training(method)
+        images, digits = training.batch()
+        assert len(images) == (2 if method == "DANN" else 1) and all(part.shape == (8, 3, 16, 16) for part in images)
+        # Digits belong to the first images: grey ones from the source, and coloured ones only where target labels are allowed.
+        is_grey = torch.equal(images[0][:, 0], images[0][:, 2])
+        assert is_grey == (method != "train on target")
+        if is_grey:
+            rows = [(training.domains.source == image[:1]).all((1, 2, 3)).nonzero()[0].item() for image in images[0]]
+            assert torch.equal(training.domains.source_digits[rows], digits)
+        else:
+            assert images[0].shape[0] == len(digits)
 
 
-def test_dann_digits_hides_the_labels_that_a_method_must_not_see():
-    for method, labelled in (("source only", "source"), ("DANN", "source"), ("train on target", "target")):
-        images, digits, domain = dann_training(method).batch()
-        assert images.shape == (16, 3, 16, 16)
-        seen = (digits != dann_digits.NO_LABEL).long()
-        assert torch.equal(seen, domain if labelled == "source" else 1 - domain)
+def test_dann_digits_target_digits_belong_to_their_images():
+    domains = dann_training(crops=3).domains
+    assert len(domains.target) == len(domains.target_digits) == 3 * len(domains.source)
+    flat = data.blend(domains.source, [torch.zeros(3, 20, 20)], torch.Generator(), crops=3)  # in front of black: the digit itself
+    rows = torch.tensor([5, len(domains.source) + 5, 2 * len(domains.source) + 7])
+    torch.testing.assert_close(flat[rows], domains.source[rows % len(domains.source)].expand(-1, 3, -1, -1))
+    assert torch.equal(domains.target_digits[rows], domains.source_digits[rows % len(domains.source)])
 
 
-@pytest.mark.parametrize("method, last", [("source only", 0.0), ("DANN", 1.0)])
-def test_dann_digits_raises_lambda_for_the_adversary_only(method, last):
-    training = dann_training(method, lambda_=1.0, gamma=100.0)
-    for _ in range(6):
-        training.step()
-    assert training.network.branches.lambda_.item() == pytest.approx(last)
+def test_dann_digits_source_only_never_sees_a_target_image(monkeypatch):
+    training = dann_training("source only")
+    monkeypatch.setattr(data.Blended, "__getitem__", lambda self, rows: pytest.fail("a target image was made"))
+    training.step()
+    training.use_statistics_of("source")
+
+
+def test_dann_digits_normalises_each_domain_by_itself():
+    training = dann_training()
+    training.network.train()
+    source, target = (torch.randn(6, 3, 16, 16), 5 + 3 * torch.randn(6, 3, 16, 16))
+    together = training.network(source, target)[0]
+    torch.testing.assert_close(together[:6], training.network(source)[0])
+    torch.testing.assert_close(together[6:], training.network(target)[0])
+    assert not torch.allclose(together[:6], training.network(torch.cat([source, target]))[0][:6], atol=1e-3)
+
+
+def test_dann_digits_statistics_are_those_of_the_domain_that_is_asked_for():
+    training = dann_training("source only")
+    norm = training.network.encoder[1]
+    training.step()
+    assert torch.equal(norm.running_mean, torch.zeros(32))  # training leaves them alone
+    for domain in ("source", "target"):
+        training.use_statistics_of(domain)
+        with torch.no_grad():
+            parts = [training.network.encoder[0](images) for images in training.images(domain, 10_000)]
+        torch.testing.assert_close(norm.running_mean, torch.stack([part.mean((0, 2, 3)) for part in parts]).mean(0), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(norm.running_var, torch.stack([part.var((0, 2, 3)) for part in parts]).mean(0), rtol=1e-3, atol=1e-4)
+        assert not training.network.training
+
+
+def test_dann_digits_control_is_the_same_network_with_other_statistics():
+    training = dann_training("source only")
+    training.step()
+    weights = [p.clone() for p in training.network.parameters()]
+    found = training.judge()
+    assert list(found) == ["source only", "AdaBN control"]
+    assert all(map(torch.equal, weights, training.network.parameters()))
+
+
+def test_dann_digits_tells_dark_crops_from_bright_ones(monkeypatch):
+    training = dann_training()
+    digits = training.domains.target_test_digits
+    rows = torch.arange(len(digits))
+    is_bright = training.domains.target_test.backgrounds(rows).mean((1, 2, 3)) > 0.5
+    answers = torch.where(is_bright, digits, (digits + 1) % 10)  # a network that is right in front of bright crops only
+    monkeypatch.setattr(training.network, "forward", lambda images, rows=iter(rows.split(250)): (F.one_hot(answers[next(rows)], 10), None))
+    found = training.target_accuracy()
+    assert found["on_bright_crops"] == 1 and found["on_dark_crops"] == 0
+    assert found["target_accuracy"] == pytest.approx(is_bright.float().mean().item()) and 0.1 < is_bright.float().mean() < 0.9
+
+
+def test_dann_digits_reverses_lambda_times_the_domains_gradient():
+    training = dann_training()
+    images, digits = training.batch()
+    gradients = []
+    for lambda_ in (0.0, 0.5):
+        training.network.domain[0].lambda_ = lambda_
+        digit_logits, domain_logits = training.network(*images)
+        training.network.zero_grad()
+        (F.cross_entropy(digit_logits[: len(digits)], digits) + F.softplus(domain_logits).mean()).backward()
+        gradients.append(training.network.encoder[4].weight.grad.clone())
+    training.network.zero_grad()
+    features = torch.cat([training.network.encoder(part) for part in images])
+    F.softplus(training.network.domain[1:](features).squeeze(1)).mean().backward()
+    torch.testing.assert_close(gradients[1] - gradients[0], -0.5 * training.network.encoder[4].weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_dann_digits_learns():
+    training = dann_training(steps=60, batch=64)
+    losses = [training.step() for _ in range(60)]
+    assert losses[0].keys() == {"digit", "domain"}
+    assert sum(loss["digit"] for loss in losses[-5:]) < 0.6 * sum(loss["digit"] for loss in losses[:5])
+    assert training.network.domain[0].lambda_.item() > 0.99
 
 
 # --- resumed, and distributed ------------------------------------------------------------------------------------------------
@@ -259,7 +429,7 @@ def test_dann_digits_resumed_is_the_uninterrupted_run(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_dann_digits_on_two_processes_is_the_run_on_one(tmp_path):
-    few = ["--seeds", "1", "--crops", "1", "--steps", "4", "--batch", "16"]
+    few = ["--seeds", "1", "--crops", "1", "--steps", "4", "--batch", "64"]
     program = [str(EXAMPLES / "dann_digits.py"), *few]
     # On one thread a process, so that sums are added in the same order.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -270,4 +440,4 @@ def test_dann_digits_on_two_processes_is_the_run_on_one(tmp_path):
     for method in ("source_only", "DANN", "train_on_target"):
         one, two = (torch.load(tmp_path / out / f"{method}-0.pt") for out in ("one", "two"))
         for name, value in one["network"].items():
-            torch.testing.assert_close(two["network"][name], value, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(two["network"][name], value, rtol=1e-3, atol=1e-4, msg=lambda text: f"{method}, {name}: {text}")

@@ -171,6 +171,25 @@ def test_no_graph_is_built_where_x_needs_no_gradient(device):
         assert gradient_reversal(torch.randn(3, device=device)).is_inference()
 
 
+@pytest.mark.parametrize("lambda_", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+@pytest.mark.parametrize("recorded", [True, False], ids=["grad mode", "no_grad"])
+@pytest.mark.parametrize("changed", ["x", "the output"])
+def test_what_comes_to_require_a_gradient_later_cannot_by_pass_the_reversal(device, lambda_, recorded, changed):
+    x, w = torch.ones(3, device=device), torch.ones(3, device=device, requires_grad=True)
+    with torch.set_grad_enabled(recorded):
+        y = gradient_reversal(x, lambda_)
+    with pytest.raises(RuntimeError, match="is being modified inplace|has been modified inplace"):
+        (x if changed == "x" else y).add_(w)
+        y.sum().backward()
+    assert w.grad is None
+
+
+def test_where_no_gradient_is_asked_the_output_may_be_modified(device):
+    x = torch.ones(3, device=device)
+    gradient_reversal(x, 0.5).add_(1)
+    assert_same(x, torch.full_like(x, 2.0))
+
+
 def test_a_lambda_that_requires_grad_does_not_make_the_output_require_it(device):
     lambda_ = torch.ones(3, device=device, requires_grad=True)
     assert not gradient_reversal(torch.randn(3, device=device), lambda_).requires_grad
@@ -189,15 +208,42 @@ def test_no_gradient_where_the_consumer_gives_none(device):
     assert x.grad is None or not x.grad.any()
 
 
-def test_sparse_gradients_are_scaled(device):
+@pytest.mark.parametrize("value", [0.5, 0.0, -2.0])
+@pytest.mark.parametrize("form", ["float", "0-d on the CPU", "0-d", "requires grad", "one element", "per row"])
+def test_sparse_gradients_are_scaled(device, form, value):
     weight = torch.randn(5, 3, device=device, requires_grad=True)
-    rows = torch.tensor([1, 3], device=device)
-    for lambda_ in (0.5, torch.tensor(0.5), torch.tensor(0.5, device=device)):
-        weight.grad = None
-        torch.nn.functional.embedding(rows, gradient_reversal(weight, lambda_), sparse=True).sum().backward()
-        dense = torch.zeros_like(weight)
-        dense[rows] = -0.5
-        assert_same(weight.grad.to_dense(), dense)
+    rows = torch.tensor([1, 3, 1], device=device)
+    lambda_ = {
+        "float": value,
+        "0-d on the CPU": torch.tensor(value),
+        "0-d": torch.tensor(value, device=device),
+        "requires grad": torch.tensor(value, device=device, requires_grad=True),
+        "one element": torch.tensor([value], device=device),
+        "per row": torch.full((5, 1), value, device=device),
+    }[form]
+    torch.nn.functional.embedding(rows, gradient_reversal(weight, lambda_), sparse=True).sum().backward()
+    assert weight.grad.is_sparse == (form != "per row")  # a lambda for each element has no sparse form
+    expected = torch.tensor([0.0, 2.0, 0.0, 1.0, 0.0], device=device)[:, None] * -value
+    assert_same(weight.grad.to_dense() + 0.0, expected.expand(5, 3) + 0.0)
+
+
+def test_lambda_zero_gives_zeros_of_an_infinite_sparse_gradient(device):
+    for zero in (0.0, torch.tensor(0.0, device=device, requires_grad=True)):
+        weight = torch.randn(5, 3, device=device, requires_grad=True)
+        y = torch.nn.functional.embedding(torch.tensor([1, 3], device=device), gradient_reversal(weight, zero), sparse=True)
+        (y * math.inf).sum().backward()
+        assert_same(weight.grad.to_dense(), torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("lambda_form", ["float", "0-d that requires grad", "full shape"])
+def test_empty_complex_views_have_empty_gradients(device, lambda_form):
+    base = torch.randn(4, 4, 4, dtype=torch.complex64, device=device)
+    for x in (base[:0], base[:, 1:1], base[1:, 1:1, 1:].transpose(0, 2), base[:0].expand(0, 4, 4)):
+        x = x.detach().requires_grad_()
+        lambda_ = torch.ones(x.shape, device=device) if lambda_form == "full shape" else LAMBDAS[lambda_form](device)
+        for create_graph, part in product((False, True), (torch.real, torch.imag, torch.conj)):
+            gradient = torch.autograd.grad(part(gradient_reversal(x, lambda_)).sum().abs(), x, create_graph=create_graph)[0]
+            assert_same(gradient, torch.zeros_like(x))
 
 
 # --- lambda ----------------------------------------------------------------------------------------------------------------
@@ -212,13 +258,14 @@ def test_no_gradient_reaches_lambda(device, shape):
     assert_same(x.grad, -2 * x.detach())
 
 
-def test_a_zero_dimensional_cpu_lambda_is_read_by_the_forward(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str)
+def test_a_zero_dimensional_cpu_lambda_is_read_by_the_forward(device, dtype):
     x = torch.randn(3, device=device, requires_grad=True)
-    lambda_ = torch.tensor(0.5)
+    lambda_ = torch.tensor(1, dtype=dtype)
     y = gradient_reversal(x, lambda_)
-    lambda_.fill_(7.0)
+    lambda_.zero_()
     y.sum().backward()
-    assert_same(x.grad, torch.full_like(x, -0.5))
+    assert_same(x.grad, torch.full_like(x, -1.0))
 
 
 def test_a_zero_dimensional_device_lambda_is_read_by_the_backward(device):

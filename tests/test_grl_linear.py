@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from head_samples import DTYPES, SHAPES, assert_near, check_network, naive_linea
 from samples import assert_same, case
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils import prune
 
 from grl_ext import GRL, GRLLinear, grl_linear
 
@@ -258,8 +261,83 @@ def test_device_and_dtype_are_those_asked_for(device):
     assert {t.device.type for t in layer.state_dict().values()} == {device.type}
     assert layer.lambda_.dtype == torch.float64
     on_meta = GRLLinear(7, 3, device="meta")
-    assert on_meta.lambda_.is_meta and repr(on_meta).startswith("GRLLinear(in_features=7")
+    assert on_meta.weight.is_meta and on_meta.lambda_.item() == 1.0 and repr(on_meta).startswith("GRLLinear(in_features=7")
     assert on_meta(torch.randn(5, 7, device="meta")).shape == (5, 3)
+
+
+def swapped_by_isinstance(model: nn.Module) -> nn.Module:
+    """What LoRA, float8 and quantisation wrappers do: every linear layer becomes one of theirs, which calls F.linear."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return F.linear(x, self.linear.weight, self.linear.bias)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            *path, last = name.split(".")
+            setattr(model.get_submodule(".".join(path)), last, Wrapped(module))
+    return model
+
+
+def quantisation_aware(model: nn.Module) -> nn.Module:
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    return torch.ao.quantization.prepare_qat(model.train())
+
+
+def converted(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize("swap", [swapped_by_isinstance, quantisation_aware, converted])
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*reduce_range", "ignore:.*are deprecated and will be removed")
+def test_a_library_that_swaps_linear_layers_leaves_the_reversal(swap):
+    model = nn.Sequential(nn.Linear(7, 7), GRLLinear(7, 3, lambda_=0.75))
+    assert not isinstance(model[1], nn.Linear)
+    model = swap(model)
+    layer = model[1]
+    assert type(layer) is GRLLinear and type(model[0]) is not nn.Linear
+    x = torch.randn(5, 7, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, -0.75 * layer.weight.detach().sum(0).expand(5, 7))
+
+
+def test_the_weight_can_be_parametrised_and_pruned(device):
+    norms = nn.utils.parametrizations
+    for wrap in (norms.weight_norm, norms.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)):
+        layer = wrap(GRLLinear(7, 3, lambda_=0.75, device=device))
+        x = torch.randn(5, 7, device=device, requires_grad=True)
+        layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, -0.75 * layer.weight.detach().sum(0).expand(5, 7))
+
+
+def test_other_threads_run_during_a_long_product():
+    # A thread that counts makes no progress while another holds the interpreter's lock.
+    x, weight = torch.randn(4096, 2048), torch.randn(2048, 2048)
+    ticks, stop = [], threading.Event()
+
+    def count():
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        while len(ticks) < 3:
+            time.sleep(0.001)
+        start = time.perf_counter()
+        for lambda_ in (0.3, torch.tensor(0.3)):
+            grl_linear(x, weight, None, lambda_)
+        end = time.perf_counter()
+    finally:
+        stop.set()
+        thread.join()
+    during = [start, *(t for t in ticks if start < t < end), end]
+    longest = max(b - a for a, b in zip(during, during[1:], strict=False))
+    assert longest < 0.5 * (end - start), f"nothing ran for {longest:.3f} of {end - start:.3f} s"
 
 
 def test_repr_is_nn_linears_with_lambda():

@@ -11,7 +11,7 @@ from samples import assert_same
 from torch import nn
 from torch.func import functional_call
 
-from grl_ext import GRL
+from grl_ext import GRL, GRLLinear
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -216,26 +216,102 @@ def test_shared_memory_is_shared():
     assert layer.lambda_.is_shared()
 
 
-@pytest.mark.parametrize("how", ["device context", "to"])
-def test_a_layer_on_meta_shows_itself_and_is_materialised_by_to_empty(device, how):
-    if how == "to":
-        layer = GRL(0.75).to("meta")
-    else:
-        with torch.device("meta"):
-            layer = GRL(0.75)
-    assert layer.lambda_.is_meta
-    assert repr(layer).startswith("GRL(")
-    layer = layer.to_empty(device=device)
-    assert layer.lambda_.device.type == device.type and layer.lambda_.dtype == torch.float64
-    layer.lambda_ = 0.25
-    assert reversal_of(layer) == -0.25
+# --- the meta device -------------------------------------------------------------------------------------------------------
 
 
-def test_a_layer_on_meta_is_materialised_by_assigning_a_checkpoint():
+def in_meta_context(make):
     with torch.device("meta"):
-        net = network(1.0)
-    net.load_state_dict(network(0.75).state_dict(), assign=True)
-    assert net[1][0].lambda_.device.type == "cpu" and net[1][0].lambda_.item() == 0.75
+        return make()
+
+
+def forced_to_meta(make):
+    """As accelerate's init_empty_weights(include_buffers=True) does to every buffer that is registered."""
+    module = make().to("meta")
+    for m in module.modules():
+        m._buffers.update({name: buffer.to("meta") for name, buffer in m._buffers.items()})
+    return module
+
+
+TO_META = {"context": in_meta_context, "to": lambda make: make().to("meta"), "forced": forced_to_meta}
+
+
+@pytest.fixture(params=TO_META)
+def to_meta(request):
+    return TO_META[request.param]
+
+
+@pytest.mark.parametrize("make", [lambda: GRL(0.75), lambda: GRLLinear(3, 3, lambda_=0.75)], ids=["GRL", "GRLLinear"])
+def test_a_layer_from_meta_has_the_constructors_lambda(device, make, to_meta):
+    layer = to_meta(make)
+    assert repr(layer).startswith(type(layer).__name__)
+    layer = layer.to_empty(device=device)
+    assert layer.lambda_.device.type == device.type and layer.lambda_.dtype == torch.float64 and layer.lambda_.item() == 0.75
+    layer.lambda_ = 0.25
+    assert layer.lambda_.item() == 0.25
+
+
+def test_a_lambda_set_on_meta_is_not_lost(device, to_meta):
+    layer = to_meta(lambda: GRL(0.75))
+    layer.lambda_ = 0.25
+    assert reversal_of(layer.to_empty(device=device)) == -0.25
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("present", [False, True], ids=["without lambda", "with lambda"])
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # PyTorch's own, of the weights
+def test_a_layer_on_meta_loads_a_checkpoint(to_meta, present, assign):
+    state = {name: value for name, value in network(0.5).state_dict().items() if present or "lambda_" not in name}
+    net = to_meta(lambda: network(0.75))
+    net.load_state_dict(state, strict=True, assign=assign)
+    lambda_ = net[1][0].lambda_
+    assert lambda_.device.type == "cpu" and lambda_.dtype == torch.float64 and lambda_.item() == (0.5 if present else 0.75)
+
+
+def test_a_checkpoint_on_meta_is_refused():
+    with torch.device("meta"):
+        state = {"lambda_": torch.empty(())}
+    for assign in (False, True):
+        layer = GRL(0.75)
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            layer.load_state_dict(state, assign=assign)
+        assert layer.lambda_.item() == 0.75
+
+
+def test_skip_init_keeps_lambda():
+    layer = nn.utils.skip_init(GRLLinear, 3, 2, lambda_=0.75)
+    assert layer.lambda_.item() == 0.75
+
+
+def test_the_default_device_is_where_lambda_is_made(device):
+    with torch.device(device):
+        assert GRL().lambda_.device.type == device.type
+
+
+# --- the constructor's value -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [GRL, lambda value: GRLLinear(3, 2, lambda_=value)], ids=["GRL", "GRLLinear"])
+def test_reset_parameters_restores_the_constructors_lambda(make):
+    layer = make(0.75)
+    layer.lambda_ = 0.25
+    assert layer.initial_lambda == 0.75 and type(layer.initial_lambda) is float
+    layer.reset_parameters()
+    assert layer.lambda_.item() == 0.75
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.75), torch.tensor(3), np.float32(0.5), 2], ids=repr)
+def test_the_constructor_takes_what_an_assignment_takes(value):
+    layer = GRL(value)
+    assert layer.lambda_.item() == layer.initial_lambda == float(value)
+    assert GRLLinear(3, 2, lambda_=value).lambda_.item() == float(value)
+
+
+def test_a_conversion_that_fails_leaves_lambda_as_it_was():
+    layer = GRL(0.75)
+    buffer = layer.lambda_
+    with pytest.raises(ZeroDivisionError):
+        layer._apply(lambda t: 1 / 0)
+    assert layer.lambda_ is buffer
 
 
 def test_repr_shows_lambda():

@@ -71,7 +71,7 @@ NEEDS = [[True, True, True], [True, False, False], [False, True, True], [False, 
 
 
 def _heads_gradients(device):
-    for x, weight, bias, _, head_sizes, grad_scale in heads(device, requires_grad=False, flat=True):
+    for x, weight, _, _, head_sizes, grad_scale in heads(device, requires_grad=False, flat=True):
         for needs in NEEDS:
             yield x.new_ones(len(x), len(weight)), x, weight, head_sizes, grad_scale, needs
 

@@ -1,6 +1,9 @@
 """Lambda schedules, and the scheduler that applies them to the layers."""
 
+import copy
 import math
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -63,7 +66,17 @@ def test_every_layer_is_set_from_the_start_and_at_every_step():
     scheduler = LambdaScheduler(model, schedules.linear(0.25, 1.0), total_steps=3)
     for expected in (0.25, 0.5, 0.75, 1.0, 1.0):
         assert lambdas(model) == [expected] * 4
-        assert scheduler.last_lambda == expected
+        assert scheduler.last_factor == expected
+        scheduler.step()
+
+
+def test_the_schedule_multiplies_the_constructors_lambda():
+    heads = AdversarialHeads(4, {"digit": 3}, {"domain": 2, "speaker": 5}, lambda_={"domain": 0.5, "speaker": -0.25})
+    model = nn.Sequential(GRL(0.1), GRLLinear(4, 4, lambda_=2.0), heads)
+    model[0].lambda_ = 7.0  # what a layer has been set to since does not matter
+    scheduler = LambdaScheduler(model, schedules.linear(0.0, 1.0), total_steps=4)
+    for factor in (0.0, 0.25, 0.5, 0.75, 1.0):
+        assert lambdas(model) == [0.1 * factor, 2.0 * factor, 0.5 * factor, -0.25 * factor]
         scheduler.step()
 
 
@@ -106,16 +119,16 @@ def test_a_resumed_run_continues_the_very_same_curve():
     curve = []
     for _ in range(9):
         whole.step()
-        curve.append(whole.last_lambda)
+        curve.append(whole.last_factor)
     first = fresh()
     for _ in range(4):
         first.step()
     resumed = fresh(total_steps=1000)  # the saved length of the training counts
     resumed.load_state_dict(first.state_dict())
-    assert resumed.layers[0].lambda_.item() == resumed.last_lambda == curve[3]
+    assert resumed.layers[0].lambda_.item() == resumed.last_factor == curve[3]
     for expected in curve[4:]:
         resumed.step()
-        assert resumed.last_lambda == expected
+        assert resumed.last_factor == expected
 
 
 def test_the_state_survives_a_checkpoint_file(tmp_path):
@@ -124,7 +137,113 @@ def test_the_state_survives_a_checkpoint_file(tmp_path):
     torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")
     other = LambdaScheduler(GRL(), schedules.dann(), total_steps=7)
     other.load_state_dict(torch.load(tmp_path / "scheduler.pt", weights_only=True))
-    assert (other.last_step, other.last_lambda) == (1, scheduler.last_lambda)
+    assert (other.last_step, other.last_factor) == (1, scheduler.last_factor)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------------
+
+
+def training(lambda_: float = 0.5) -> tuple[nn.Module, LambdaScheduler]:
+    model = nn.Sequential(nn.Linear(2, 2), GRL(lambda_))
+    return model, LambdaScheduler(model, schedules.dann(), total_steps=10)
+
+
+def checkpoint() -> tuple[dict, dict]:
+    model, scheduler = training()
+    for _ in range(4):
+        scheduler.step()
+    return model.state_dict(), scheduler.state_dict()
+
+
+@pytest.mark.parametrize("order", ["model first", "scheduler first", "model before the scheduler is made"])
+def test_a_run_that_is_resumed_whole_goes_on_without_a_warning(order):
+    model_state, scheduler_state = checkpoint()
+    model, scheduler = training()
+    if order == "model before the scheduler is made":
+        model = nn.Sequential(nn.Linear(2, 2), GRL(0.5))
+        model.load_state_dict(model_state)
+        scheduler = LambdaScheduler(model, schedules.dann(), total_steps=10)
+    for load in (lambda: model.load_state_dict(model_state), lambda: scheduler.load_state_dict(scheduler_state))[:: -1 if order == "scheduler first" else 1]:
+        load()
+    assert model[1].lambda_.item() == model_state["1.lambda_"].item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+    assert model[1].lambda_.item() == 0.5 * schedules.dann()(0.5)
+
+
+@pytest.mark.parametrize("order", ["loaded after", "loaded before"])
+def test_a_run_whose_scheduler_was_not_loaded_says_that_lambda_is_lost(order):
+    model_state, _ = checkpoint()
+    model, scheduler = training()
+    model.load_state_dict(model_state)
+    if order == "loaded before":
+        scheduler = LambdaScheduler(model, schedules.dann(), total_steps=10)
+    loaded = model_state["1.lambda_"].item()
+    with pytest.warns(UserWarning) as caught:
+        scheduler.step()
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert str(caught[0].message) == (
+        f"the lambda_ {loaded} of a GRL came from a checkpoint and is overwritten: this LambdaScheduler is at step 1. "
+        "To resume, load its state too: scheduler.load_state_dict(...)"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+
+
+def test_a_checkpoint_without_lambda_gives_no_warning():
+    model, scheduler = training()
+    model.load_state_dict({name: value for name, value in model.state_dict().items() if "lambda_" not in name})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_schedule_and_its_scheduler_can_be_pickled_and_copied(name):
+    schedule, formula = FORMULAS[name]
+    model = nn.Sequential(GRL(0.5))
+    scheduler = LambdaScheduler(model, schedule, total_steps=4)
+    scheduler.step()
+    for copies in (pickle.loads(pickle.dumps((model, scheduler))), copy.deepcopy((model, scheduler))):
+        other_model, other = copies
+        assert other.layers == [other_model[0]] and other.layers != scheduler.layers
+        assert pickle.loads(pickle.dumps(schedule))(0.3) == schedule(0.3)
+        other.step()
+        assert other_model[0].lambda_.item() == pytest.approx(0.5 * formula(0.5), abs=1e-12)
+    assert scheduler.last_step == 1
+
+
+# --- frameworks ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizers_hook_advances_the_scheduler_beside_those_of_pytorch():
+    model, scheduler = training()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    rates = torch.optim.lr_scheduler.SequentialLR(
+        optimizer, [torch.optim.lr_scheduler.ConstantLR(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)], milestones=[2]
+    )
+    for k in range(1, 5):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        rates.step()
+        assert scheduler.last_step == k
+        assert model[1].lambda_.item() == 0.5 * schedules.dann()(k / 10)
+
+
+def test_a_step_that_the_gradient_scaler_leaves_out_does_not_count():
+    model, scheduler = training()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for factor, expected in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scheduler.last_step == expected
 
 
 def test_lambda_in_the_layer_leaves_the_adversarys_own_gradient_alone_and_on_the_loss_it_does_not():
@@ -147,6 +266,7 @@ def test_lambda_in_the_layer_leaves_the_adversarys_own_gradient_alone_and_on_the
         (nn.Linear(2, 2), 5, "layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in Linear"),
         ([], 5, "layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in an empty list"),
         (GRL(), 0, "total_steps must be at least 1, got 0"),
+        (GRL(0.0), 5, "a GRL was made with lambda_=0, which no schedule can multiply: give it the lambda that a factor of 1 stands for"),
     ],
 )
 def test_bad_arguments_are_named(layers, total_steps, message):
@@ -156,5 +276,7 @@ def test_bad_arguments_are_named(layers, total_steps, message):
 
 
 def test_a_schedule_that_gives_no_number_is_refused():
-    with pytest.raises(ValueError, match="lambda_ must be finite, got nan"):
-        LambdaScheduler(GRL(), lambda p: math.nan, total_steps=5)
+    layer = GRL(0.5)
+    with pytest.raises(ValueError, match="the schedule's factor must be finite, got nan"):
+        LambdaScheduler(layer, lambda p: math.nan, total_steps=5)
+    assert layer.lambda_.item() == 0.5

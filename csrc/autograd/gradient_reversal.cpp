@@ -16,7 +16,7 @@ namespace {
 
 using torch::autograd::variable_list;
 
-class GradientReversalBackward : public torch::autograd::Node {
+class GradientReversalBackward : public TraceableNode<GradientReversalBackward> {
  public:
   explicit GradientReversalBackward(const Lambda& lambda) : lambda_(lambda) {}
 
@@ -37,6 +37,19 @@ class GradientReversalBackward : public torch::autograd::Node {
     lambda_.release();
   }
 
+  template <class Visit>
+  void each_saved(Visit visit) {
+    lambda_.each_saved(visit);
+  }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+    lambda_.collect_constants(args);
+  }
+  TracedBackward traced() const {
+    return [lambda = lambda_.traced()](const variable_list& grads, const variable_list& saved) -> variable_list {
+      return {grads[0].defined() ? scale_negate(grads[0], lambda(saved[0], saved[1])) : at::Tensor()};
+    };
+  }
+
  private:
   SavedLambda lambda_;
 };
@@ -44,7 +57,7 @@ class GradientReversalBackward : public torch::autograd::Node {
 at::Tensor reverse(const at::Tensor& x, const Lambda& lambda) {
   const bool has_tangent = torch::autograd::isFwGradDefined(x);
   const bool needs_grad = at::GradMode::is_enabled() && x.requires_grad();
-  if (!needs_grad && !has_tangent) {
+  if (!at::GradMode::is_enabled() && !has_tangent) {
     return at::alias(x);
   }
   at::Tensor y;
@@ -52,7 +65,8 @@ at::Tensor reverse(const at::Tensor& x, const Lambda& lambda) {
     at::AutoDispatchBelowADInplaceOrView guard;
     y = at::alias(x);
   }
-  // The mark of a custom Function's view: an in-place operation on it raises PyTorch's own error instead of by-passing the node.
+  // The mark of a custom Function's view: an in-place operation on it raises PyTorch's own error instead of by-passing the node. Also
+  // where x requires no gradient yet: after x.add_(w), with a w that does, a plain view would pass the gradient on as it is.
   y = torch::autograd::as_view(
       x, y, /*is_bw_differentiable=*/true, /*is_fw_differentiable=*/false, /*view_func=*/nullptr, /*rev_view_func=*/nullptr,
       torch::autograd::CreationMeta::IN_CUSTOM_FUNCTION);

@@ -18,17 +18,40 @@ using torch::autograd::variable_list;
 
 // -lambda * (grad @ weight)
 Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
-  if (!lambda.tensor) {
+  if (!lambda.tensor && lambda.value != 0) {
     // With beta = 0 the first argument gives nothing but its shape; under vmap it is multiplied all the same, hence zeros.
-    return lambda.value == 0 ? grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)})
-                             : at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+    return at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+  }
+  if (!lambda.tensor && !at::GradMode::is_enabled()) {  // gradients of gradients need the graph, of zeros too
+    return grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)});
   }
   // No product takes its factor from a tensor. Scaling an operand instead of the result would be less work, but no exact zero where
   // lambda is 0 and the other operand holds an infinity.
   return scale_negate(grad.mm(weight), lambda, Made::kByThisNode);
 }
 
-class GrlLinearBackward : public torch::autograd::Node {
+// (dx, dw, db) as far as they are needed
+variable_list gradients(
+    const Tensor& grad, const Lambda& lambda, const Tensor& x, const Tensor& weight, const std::vector<bool>& needs) {
+  variable_list result(needs.size());
+  if (!grad.defined()) {
+    return result;
+  }
+  if (needs[0]) {
+    result[0] = reversed_product(grad, weight, lambda);
+  }
+  if (needs[1]) {
+    // A gradient of this gradient reaches x through the reversal, as it would layer by layer.
+    const bool twice = at::GradMode::is_enabled();
+    result[1] = grad.t().mm(!twice ? x : lambda.tensor ? gradient_reversal(x, *lambda.tensor) : gradient_reversal_by_value(x, lambda.value));
+  }
+  if (needs.size() > 2 && needs[2]) {
+    result[2] = grad.sum(0);
+  }
+  return result;
+}
+
+class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
  public:
   GrlLinearBackward(const Tensor& x, const Tensor& weight, const Lambda& lambda) : lambda_(lambda) {
     if (weight.requires_grad()) {
@@ -44,25 +67,11 @@ class GrlLinearBackward : public torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    const Tensor& grad = grads[0];
-    variable_list result(num_outputs());
-    if (!grad.defined()) {
-      return result;
-    }
-    const auto lambda = lambda_.unpack(mutex_);
-    if (should_compute_output(0)) {
-      result[0] = reversed_product(grad, unpack(weight_), lambda);
-    }
-    if (should_compute_output(1)) {
-      const auto x = unpack(x_);
-      // A gradient of this gradient reaches x through the reversal, as it would layer by layer.
-      const bool twice = at::GradMode::is_enabled();
-      result[1] = grad.t().mm(!twice ? x : lambda.tensor ? gradient_reversal(x, *lambda.tensor) : gradient_reversal_by_value(x, lambda.value));
-    }
-    if (num_outputs() > 2 && should_compute_output(2)) {
-      result[2] = grad.sum(0);
-    }
-    return result;
+    const auto needs = needed([this](size_t i) { return should_compute_output(i); });
+    const bool reads_lambda = needs[0] || (needs[1] && at::GradMode::is_enabled());  // it may have changed where nobody reads it
+    return gradients(
+        grads[0], reads_lambda ? lambda_.unpack(mutex_) : Lambda(), needs[1] ? unpack(x_) : Tensor(),
+        needs[0] ? unpack(weight_) : Tensor(), needs);
   }
 
   void release_variables() override {
@@ -72,7 +81,32 @@ class GrlLinearBackward : public torch::autograd::Node {
     weight_.reset_data();
   }
 
+  template <class Visit>
+  void each_saved(Visit visit) {
+    lambda_.each_saved(visit);
+    visit(x_);
+    visit(weight_);
+  }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+    lambda_.collect_constants(args);
+  }
+  TracedBackward traced() const {
+    return [lambda = lambda_.traced(), needs = needed([this](size_t i) { return task_should_compute_output(i); })](
+               const variable_list& grads, const variable_list& saved) {
+      return gradients(grads[0], lambda(saved[0], saved[1]), saved[2], saved[3], needs);
+    };
+  }
+
  private:
+  template <class Predicate>
+  std::vector<bool> needed(Predicate is_needed) const {
+    std::vector<bool> needs(num_outputs());
+    for (size_t i = 0; i < needs.size(); ++i) {
+      needs[i] = is_needed(i);
+    }
+    return needs;
+  }
+
   Tensor unpack(const SavedVariable& saved) {
     const std::lock_guard<std::mutex> lock(mutex_);
     return saved.unpack();

@@ -1,9 +1,14 @@
 #include "heads.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <algorithm>
+
 #include "../heads_checks.h"
+#include "node.h"
 
 namespace grl_ext {
 
@@ -51,7 +56,16 @@ torch::autograd::edge_list edges_of(const Tensor& x, const HeadLayers& layers) {
 }
 
 Tensor numbers_now(const Tensor& values) {
-  return values.is_cpu() ? values.detach().clone() : values.detach();
+  if (!values.is_cpu()) {
+    return values.detach();
+  }
+  if (!is_plain(values) || !values.is_contiguous() || values.scalar_type() != at::kDouble || c10::impl::dispatch_mode_enabled()) {
+    return values.detach().clone();
+  }
+  // The same for a few numbers, without the dispatcher's time.
+  Tensor copy = at::detail::empty_cpu(values.sizes(), values.options());
+  std::copy_n(values.const_data_ptr<double>(), values.numel(), copy.mutable_data_ptr<double>());
+  return copy;
 }
 
 Tensor lambda_of(const Tensor& lambda, int64_t index) {

@@ -6,6 +6,7 @@
 // head's loss or the logits have a gradient of their own.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -48,6 +49,20 @@ struct Result {
   variable_list gradients;  // by Slots; undefined where not needed
 };
 
+// tensor.unbind(), without the dispatcher's time where nobody is to see it.
+std::vector<Tensor> elements_of(const Tensor& tensor) {
+  if (!is_plain(tensor) || c10::impl::dispatch_mode_enabled()) {
+    return tensor.unbind();
+  }
+  std::vector<Tensor> elements;
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    elements.push_back(
+        at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
+    elements.back().unsafeGetTensorImpl()->set_sizes_and_strides(c10::IntArrayRef{}, c10::IntArrayRef{}, i);
+  }
+  return elements;
+}
+
 // The heads of one loss: their layers and what is said of them.
 class Heads {
  public:
@@ -70,6 +85,18 @@ class Heads {
 
   const HeadLayers& layers() const {
     return layers_;
+  }
+
+  std::vector<int64_t> depth() const {
+    std::vector<int64_t> depth;
+    for (size_t h = 0; h < count(); ++h) {
+      depth.push_back(static_cast<int64_t>(first_[h + 1] - first_[h]));
+    }
+    return depth;
+  }
+
+  HeadsOptions take_options() {
+    return std::move(options_);
   }
 
   const HeadsOptions& options() const {
@@ -154,33 +181,21 @@ class Heads {
   void compute_linear(
       Result& result, const std::vector<size_t>& heads, const Tensor& x, const std::optional<Tensor>& loss_weight,
       const std::vector<bool>& needs) const {
-    std::vector<bool> own_needs{needs[0]};
-    std::vector<Tensor> weight;
-    OptionalTensors bias;
-    for (const auto h : heads) {
-      weight.push_back(layers_.weight[first(h)]);
-      bias.push_back(layers_.bias.get(first(h)));
-      own_needs.push_back(needs[slots().weight(first(h))]);
-    }
-    for (const auto h : heads) {
-      own_needs.push_back(needs[slots().bias(first(h))]);
-    }
-    const bool all = heads.size() == count();
-    auto [loss, head_losses, logits, dx, dw, db] =
-        all ? call_kernel(x, weight, bias, options_, loss_weight, own_needs)
-            : call_kernel(x, weight, bias, options_of(heads, loss_weight), std::nullopt, own_needs, /*own_weight=*/true);
+    auto [loss, head_losses, logits, dx, dw, db] = heads.size() == count()
+        ? call_kernel(x, layers_.weight, layers_.bias, options_, loss_weight, needs)
+        : call_kernel_for(heads, x, loss_weight, needs);
     result.loss = loss;
-    result.gradients[0] = own_needs[0] ? std::move(dx) : Tensor();
-    auto losses = head_losses.unbind();
+    result.gradients[0] = needs[0] ? std::move(dx) : Tensor();
+    auto losses = elements_of(head_losses);
     for (size_t i = 0; i < heads.size(); ++i) {
       const auto h = heads[i];
       result.head_losses[h] = std::move(losses[i]);
       result.logits[h] = std::move(logits[i]);
-      if (own_needs[1 + i]) {
-        result.gradients[slots().weight(first(h))] = std::move(dw[i]);
+      if (const auto slot = slots().weight(first(h)); needs[slot]) {
+        result.gradients[slot] = std::move(dw[i]);
       }
-      if (own_needs[1 + heads.size() + i]) {
-        result.gradients[slots().bias(first(h))] = std::move(db[i]);
+      if (const auto slot = slots().bias(first(h)); needs[slot]) {
+        result.gradients[slot] = std::move(db[i]);
       }
     }
   }
@@ -197,9 +212,9 @@ class Heads {
     bias.push_back(layers.bias[top]);
     const std::vector<bool> own_needs{layers.needs_input(top), layers.needs_weight[top], layers.needs_bias[top]};
     auto [loss, head_losses, logits, grad, dw, db] =
-        call_kernel(inputs[top], layers.weight[top], bias, options, std::nullopt, own_needs, /*own_weight=*/true);
+        call_kernel(inputs[top], layers.weight[top], bias, options, options.loss_weight, own_needs);
     result.loss = result.loss.defined() ? result.loss + loss : loss;
-    result.head_losses[h] = head_losses.select(0, 0);
+    result.head_losses[h] = elements_of(head_losses)[0];
     result.logits[h] = logits[0];
 
     GradientsOfLayers gradients{std::vector<Tensor>(top + 1), std::vector<Tensor>(top + 1), {}};
@@ -224,9 +239,28 @@ class Heads {
   // loss, head_losses, logits, dx, dw, db
   using Output = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 
+  // For some of the heads, all of them linear.
+  Output call_kernel_for(
+      const std::vector<size_t>& heads, const Tensor& x, const std::optional<Tensor>& loss_weight,
+      const std::vector<bool>& needs) const {
+    std::vector<bool> own_needs{needs[0]};
+    std::vector<Tensor> weight;
+    OptionalTensors bias;
+    for (const auto h : heads) {
+      weight.push_back(layers_.weight[first(h)]);
+      bias.push_back(layers_.bias.get(first(h)));
+      own_needs.push_back(needs[slots().weight(first(h))]);
+    }
+    for (const auto h : heads) {
+      own_needs.push_back(needs[slots().bias(first(h))]);
+    }
+    const auto options = options_of(heads, loss_weight);
+    return call_kernel(x, weight, bias, options, options.loss_weight, own_needs);
+  }
+
   static Output call_kernel(
       const Tensor& x, at::TensorList weight, const OptionalTensors& bias, const HeadsOptions& options,
-      const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs, bool own_weight = false) {
+      const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs) {
     static const auto kernel =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("grl_ext::_heads_loss", "")
@@ -236,7 +270,7 @@ class Heads {
                 at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
     return kernel.call(
         x, weight, bias, options.targets, options.sample_weight, options.class_weight, options.lambda, options.lambda_index,
-        own_weight ? options.loss_weight : loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean,
+        loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean,
         to_list(needs));
   }
 
@@ -248,6 +282,10 @@ class Heads {
 // A list of tensors, some of them undefined, between forward and backward.
 class SavedList {
  public:
+  void reserve(size_t count) {
+    saved_.reserve(count);
+  }
+
   void save(const Tensor& tensor, bool is_output = false) {
     saved_.emplace_back(tensor, is_output);
   }
@@ -274,13 +312,17 @@ class SavedList {
 class HeadsLossBackward : public torch::autograd::Node {
  public:
   // Of the heads the tensors are taken out and saved; what stays are the numbers.
-  HeadsLossBackward(const Tensor& x, const HeadLayers& layers, std::vector<int64_t> depth, HeadsOptions options, variable_list gradients)
-      : heads_(options.targets.size()), depth_(std::move(depth)), options_(std::move(options)), gradients_(std::move(gradients)) {
+  HeadsLossBackward(const Tensor& x, Heads heads, variable_list gradients)
+      : heads_(heads.count()), depth_(heads.depth()), options_(heads.take_options()), gradients_(std::move(gradients)) {
+    const auto& layers = heads.layers();
+    x_.reserve(1);
     x_.save(x);
+    layers_.reserve(2 * layers.weight.size());
     for (size_t l = 0; l < layers.weight.size(); ++l) {
       layers_.save(layers.weight[l]);
       layers_.save(layers.bias.get(l).value_or(Tensor()));
     }
+    data_.reserve(3 * heads_);
     for (size_t h = 0; h < heads_; ++h) {
       data_.save(options_.targets[h]);
       data_.save(options_.sample_weight.get(h).value_or(Tensor()));
@@ -293,6 +335,7 @@ class HeadsLossBackward : public torch::autograd::Node {
 
   // After the node has become the logits' own.
   void save_logits(const std::vector<Tensor>& logits) {
+    logits_.reserve(logits.size());
     for (const auto& own : logits) {
       logits_.save(own, /*is_output=*/true);
     }
@@ -521,7 +564,6 @@ void prepare(HeadsOptions& options, const Tensor& x, const std::vector<c10::SymI
   const auto converted = [&](const std::optional<Tensor>& tensor, c10::SymIntArrayRef shape) {
     return tensor ? std::optional(tensor->to(dtype).reshape_symint(shape).contiguous()) : std::nullopt;
   };
-  OptionalTensors sample_weight, class_weight;
   for (size_t h = 0; h < sizes.size(); ++h) {
     auto& target = options.targets[h];
     if (target.scalar_type() == at::kLong) {
@@ -529,12 +571,13 @@ void prepare(HeadsOptions& options, const Tensor& x, const std::vector<c10::SymI
     } else {
       target = *converted(target, {rows, sizes[h]});
     }
-    sample_weight.push_back(converted(options.sample_weight.get(h), {rows}));
-    const c10::SymInt classes = sizes[h] > 1 ? sizes[h] : c10::SymInt(2);
-    class_weight.push_back(converted(options.class_weight.get(h), {classes}));
+    if (const auto given = options.sample_weight.get(h)) {
+      options.sample_weight.set(h, converted(given, {rows}));
+    }
+    if (const auto given = options.class_weight.get(h)) {
+      options.class_weight.set(h, converted(given, {sizes[h] > 1 ? sizes[h] : c10::SymInt(2)}));
+    }
   }
-  options.sample_weight = sample_weight;
-  options.class_weight = class_weight;
 }
 
 }  // namespace
@@ -559,7 +602,7 @@ LossAndLogits heads_loss(
   prepare(options, inputs.x, sizes);
   const bool recorded = any_requires_grad(inputs.x, inputs.layers);
   const bool now = recorded && inputs.x.scalar_type() != at::kHalf;
-  const Heads heads(inputs.layers, depth, options);
+  const auto edges = recorded ? edges_of(inputs.x, inputs.layers) : torch::autograd::edge_list();
   std::vector<bool> needs{now && inputs.x.requires_grad()};
   for (const auto& own : inputs.layers.weight) {
     needs.push_back(now && own.requires_grad());
@@ -568,17 +611,18 @@ LossAndLogits heads_loss(
     const auto own = inputs.layers.bias.get(l);
     needs.push_back(now && own && own->requires_grad());
   }
+  Heads heads(std::move(inputs.layers), depth, std::move(options));
   Result result;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::NoGradGuard nothing_recorded;
-    result = heads.compute(inputs.x, options.loss_weight, needs);
+    result = heads.compute(inputs.x, heads.options().loss_weight, needs);
   }
   if (recorded) {
     auto node = make_node<HeadsLossBackward>(
-        inputs.x, inputs.layers, depth.vec(), std::move(options), now ? std::move(result.gradients) : variable_list());
-    node->set_next_edges(edges_of(inputs.x, inputs.layers));
+        inputs.x, std::move(heads), now ? std::move(result.gradients) : variable_list());
+    node->set_next_edges(torch::autograd::edge_list(edges));
     torch::autograd::set_history(result.loss, node);
     torch::autograd::set_history(result.head_losses, node);
     torch::autograd::set_history(result.logits, node);
@@ -597,7 +641,7 @@ LossAndLogits heads_loss_of_lists(
     at::IntArrayRef ignore_index, bool mean) {
   return heads_loss(
       x, weight, bias, depth,
-      {targets.vec(), sample_weight, class_weight, numbers_now(lambda), lambda_index.vec(),
+      {targets.vec(), sample_weight.copy(), class_weight.copy(), numbers_now(lambda), lambda_index.vec(),
        loss_weight ? std::optional(numbers_now(*loss_weight)) : std::nullopt, kind.vec(), label_smoothing.vec(),
        ignore_index.vec(), mean});
 }

@@ -29,6 +29,40 @@ bool is_supported_dtype(at::ScalarType dtype) {
 
 }  // namespace
 
+torch::autograd::variable_list call_traced(
+    const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap, const torch::autograd::variable_list& grads,
+    const torch::autograd::variable_list& saved, TracedBackward backward) {
+  using namespace torch::dynamo::autograd;
+  // A graph holds no undefined tensors: what is there goes in, and where it belongs is known when the call runs.
+  std::vector<at::IValue> arguments;
+  std::vector<bool> present;
+  for (const auto& tensor : saved) {
+    present.push_back(tensor.defined());
+    if (tensor.defined()) {
+      arguments.emplace_back(tensor);
+    }
+  }
+  auto run = [backward = std::move(backward), present](const variable_list& grads, const std::vector<at::IValue>& arguments) {
+    variable_list saved(present.size());
+    for (size_t i = 0, next = 0; i < present.size(); ++i) {
+      if (present[i]) {
+        saved[i] = arguments[next++].toTensor();
+      }
+    }
+    return backward(grads, saved);
+  };
+  const auto& compiler = getPyCompilerInterface();
+  const auto name = compiler->bind_function(
+      swap.get_py_compiler(), node.name(), run, std::vector<at::TypePtr>(arguments.size(), at::TensorType::get()),
+      /*is_custom_function=*/true, /*is_traceable=*/true);
+  const auto edges = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(get_input_metadata(node.next_edges()));
+  return compiler->call_function(swap.get_py_compiler(), "apply_functional", name, grads, arguments, edges);
+}
+
+bool dispatch_mode_enabled() {
+  return c10::impl::dispatch_mode_enabled();
+}
+
 bool is_plain(const at::Tensor& tensor) {
   return !tensor.key_set().has_any(kNotPlain);
 }
@@ -44,9 +78,7 @@ bool has_kernel(const at::Tensor& tensor) {
   const bool on_device = tensor.is_cpu();
 #endif
   return on_device && tensor.layout() == at::kStrided && is_plain(tensor) &&
-      is_supported_dtype(tensor.scalar_type()) &&
-      // A dispatch mode (make_fx, FakeTensorMode, a profiler of ours or yours) is to see plain ATen operators.
-      !c10::impl::dispatch_mode_enabled();
+      is_supported_dtype(tensor.scalar_type()) && !dispatch_mode_enabled();
 }
 
 void refuse_functorch() {

@@ -3,8 +3,11 @@
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/version.h>
 
+#include <functional>
 #include <utility>
 
 namespace grl_ext {
@@ -28,8 +31,61 @@ inline auto holder_of(torch::autograd::Node& node) {
 #endif
 }
 
+// A backward without a node: a function of the incoming gradients and the saved tensors that holds all else by value.
+using TracedBackward =
+    std::function<torch::autograd::variable_list(const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved)>;
+
+// Puts a call of `backward` into the graph that compiled autograd is making. `node` gives its name and edges.
+torch::autograd::variable_list call_traced(
+    const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap, const torch::autograd::variable_list& grads,
+    const torch::autograd::variable_list& saved, TracedBackward backward);
+
+// A node that compiled autograd can trace. Its saved tensors become inputs of the graph, which serves all their values. The node has
+//   template <class Visit> void each_saved(Visit visit);         what it saves, SavedVariable or Tensor, always in one order
+//   void collect_constants(CompiledNodeArgs& args) const;        what else its backward reads: another value is another graph
+//   TracedBackward traced() const;                               its backward, given what each_saved visits
+template <class T>
+class TraceableNode : public torch::autograd::Node {
+ public:
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    self().collect_constants(args);
+    self().each_saved([&](auto& saved) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(saved)>, at::Tensor>) {
+        args.collect(saved);
+      } else {
+        args.collect(saved, /*is_output=*/false);
+      }
+    });
+  }
+
+  torch::autograd::variable_list apply_with_saved(
+      const torch::autograd::variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    torch::autograd::variable_list tensors;
+    self().each_saved([&](auto& saved) {
+      swap.before(saved);
+      if constexpr (std::is_same_v<std::decay_t<decltype(saved)>, at::Tensor>) {
+        tensors.push_back(saved);
+      } else {
+        tensors.push_back(saved.unpack());
+      }
+    });
+    auto results = call_traced(*this, swap, grads, tensors, self().traced());
+    self().each_saved([&](auto& saved) { swap.after(saved); });
+    return results;
+  }
+
+ private:
+  // Visiting is not const, because `before` and `after` exchange what is visited.
+  T& self() const {
+    return static_cast<T&>(const_cast<TraceableNode&>(*this));
+  }
+};
+
 // Whether this tensor is what its data pointer says: no subclass, no batch of a transform, no lazy conjugate.
 bool is_plain(const at::Tensor& tensor);
+
+// Whether a dispatch mode (make_fx, FakeTensorMode, a profiler of ours or yours) is to see plain ATen operators.
+bool dispatch_mode_enabled();
 
 // Whether this tensor stands for many at once: vmap, or gradients taken with is_grads_batched.
 bool is_batched(const at::Tensor& tensor);

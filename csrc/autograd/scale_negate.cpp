@@ -47,6 +47,15 @@ at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda) 
   if (grad.is_complex()) {  // by parts: the product with a complex number would make NaN of infinity times 0
     return at::complex(scale_negate_composite(at::real(grad), lambda), scale_negate_composite(at::imag(grad), lambda));
   }
+  if (grad.is_sparse() && (lambda.tensor || lambda.value == 0)) {
+    if (lambda.tensor && lambda.tensor->numel() > 1) {
+      return scale_negate_composite(grad.to_dense(), lambda);
+    }
+    const auto entries = grad.coalesce();
+    const auto number = lambda.tensor ? std::optional(lambda.tensor->reshape({})) : std::nullopt;
+    const auto values = scale_negate_composite(entries.values(), {lambda.value, number});
+    return at::sparse_coo_tensor(entries.indices(), values, grad.sizes(), grad.options(), /*is_coalesced=*/true);
+  }
   if (!lambda.tensor) {
     // Not zeros_like: gradients of gradients need the graph.
     return lambda.value == 0 ? grad.masked_fill(at::ones({}, grad.options().dtype(at::kBool)), 0) : grad.mul(-lambda.value);
@@ -97,7 +106,14 @@ at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made) {
 }
 
 Lambda read_lambda(const at::Tensor& lambda) {
-  return !lambda.requires_grad() && is_host_number(lambda) ? Lambda{host_number(lambda), std::nullopt} : Lambda{1.0, lambda};
+  if (lambda.requires_grad()) {
+    return {1.0, lambda};
+  }
+  if (is_host_number(lambda)) {
+    return {host_number(lambda), std::nullopt};
+  }
+  const bool hidden = lambda.dim() == 0 && lambda.is_cpu();  // its value cannot be looked at
+  return {1.0, hidden ? lambda.clone() : lambda};
 }
 
 }  // namespace grl_ext

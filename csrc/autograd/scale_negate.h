@@ -1,9 +1,11 @@
 // -lambda * grad for the nodes: the kernel in place, the kernel into a new tensor, or ATen operators.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/ATen.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <functional>
 #include <mutex>
 #include <optional>
 
@@ -36,9 +38,10 @@ at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made = Made:
 // In ATen operators, as _reference.scale_negate has it: differentiable, traceable, for every device and layout.
 at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda);
 
-// A 0-d CPU lambda becomes a number now: reading it is cheap, and later changes of it cannot reach into a graph already built. Not
-// if it requires grad: gradients of gradients need the tensor. That one's value is read when the backward runs, on the host too:
-// copying it to a GPU would wait for the GPU, and fail during the capture of a CUDA graph.
+// A 0-d CPU lambda becomes a number now: reading it is cheap, and later changes of it cannot reach into a graph already built. Where
+// its value cannot be looked at (a tracer, a subclass), a copy does the same. Not if it requires grad: gradients of gradients need
+// the tensor. That one's value is read when the backward runs, on the host too: copying it to a GPU would wait for the GPU, and fail
+// during the capture of a CUDA graph.
 Lambda read_lambda(const at::Tensor& lambda);
 
 // A node's lambda between forward and backward.
@@ -62,6 +65,28 @@ class SavedLambda {
     return {value_, tensor_.unpack()};
   }
 
+  // For TraceableNode. A number is saved as a tensor there, so that one graph serves all its values.
+  template <class Visit>
+  void each_saved(Visit visit) {
+    if (!has_tensor_ && !number_.defined()) {
+      number_ = at::scalar_tensor(value_, at::kDouble);
+    }
+    visit(tensor_);
+    visit(number_);
+  }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+    args.collect(has_tensor_);
+    if (has_tensor_) {
+      args.collect(value_);
+    }
+  }
+  // The lambda in a traced backward, of the tensors that each_saved visited.
+  std::function<Lambda(const at::Tensor& tensor, const at::Tensor& number)> traced() const {
+    return [value = value_, has_tensor = has_tensor_](const at::Tensor& tensor, const at::Tensor& number) -> Lambda {
+      return has_tensor ? Lambda{value, tensor} : Lambda{1.0, number};
+    };
+  }
+
   // The caller holds the node's mutex.
   void release() {
     tensor_.reset_data();
@@ -71,6 +96,7 @@ class SavedLambda {
   double value_;
   bool has_tensor_;
   torch::autograd::SavedVariable tensor_;
+  at::Tensor number_;
 };
 
 }  // namespace grl_ext

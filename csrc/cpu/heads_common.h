@@ -4,10 +4,12 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <vector>
 
 #include "../heads.h"
@@ -63,6 +65,11 @@ const HeadsKernels<T>& heads_kernels() {
   } else {
     return kernels().heads_float;
   }
+}
+
+// at::empty without the dispatcher's time.
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cpu(sizes, dtype);
 }
 
 // Null for the types that need no conversion.
@@ -174,7 +181,7 @@ class Needs {
 
 // What each head's gradient counts with in that to the features: -lambda for an adversary, 1 for a predictor.
 inline std::vector<double> head_scales(const Tensor& lambda, at::IntArrayRef lambda_index) {
-  const auto values = lambda.to(at::kDouble).contiguous();
+  const auto values = lambda.scalar_type() == at::kDouble ? lambda.contiguous() : lambda.to(at::kDouble).contiguous();
   std::vector<double> scales;
   for (const auto index : lambda_index) {
     scales.push_back(index < 0 ? 1.0 : -values.const_data_ptr<double>()[index]);
@@ -187,24 +194,26 @@ template <class T>
 class Parameters {
  public:
   Parameters(const HeadColumns& columns, at::TensorList weight, const OptionalTensors& bias) {
-    const auto dtype = wide_type(weight[0].scalar_type());
     const int64_t features = weight[0].size(1);
-    weight_ = columns.count() == 1 ? weight[columns.head(0)].to(dtype).contiguous()
-                                   : at::empty({columns.total(), features}, weight[0].options().dtype(dtype));
+    if (columns.count() == 1) {
+      only_ = in_type(weight[columns.head(0)]);
+    } else {
+      gathered_.reset(new T[columns.total() * features]);
+    }
     for (int64_t i = 0; i < columns.count(); ++i) {
       const auto head = columns.head(i);
-      if (columns.count() > 1) {
-        copy(weight_.data_ptr<T>() + columns.begin(i) * features, weight[head], dtype);
+      if (gathered_) {
+        copy(gathered_.get() + columns.begin(i) * features, weight[head]);
       }
       if (const auto given = bias.empty() ? std::nullopt : bias.get(head)) {
         bias_.resize(columns.total());  // zeros for the heads without one
-        copy(bias_.data() + columns.begin(i), *given, dtype);
+        copy(bias_.data() + columns.begin(i), *given);
       }
     }
   }
 
   const T* weight() const {
-    return weight_.const_data_ptr<T>();
+    return gathered_ ? gathered_.get() : only_.const_data_ptr<T>();
   }
 
   const T* bias() const {  // null if there is none
@@ -212,12 +221,18 @@ class Parameters {
   }
 
  private:
-  static void copy(T* to, const Tensor& from, at::ScalarType dtype) {
-    const auto values = from.to(dtype).contiguous();
+  static Tensor in_type(const Tensor& tensor) {
+    const auto dtype = wide_type(tensor.scalar_type());
+    return tensor.scalar_type() == dtype && tensor.is_contiguous() ? tensor : tensor.to(dtype).contiguous();
+  }
+
+  static void copy(T* to, const Tensor& from) {
+    const auto values = in_type(from);
     std::copy_n(values.const_data_ptr<T>(), values.numel(), to);
   }
 
-  Tensor weight_;
+  Tensor only_;
+  std::unique_ptr<T[]> gathered_;
   std::vector<T> bias_;
 };
 
@@ -319,7 +334,7 @@ class ParameterGradients {
       : columns_(columns), features_(features), dtype_(dtype), needs_(needs),
         weight_runs_(columns.runs([&](int64_t head) { return needs.weight(head); })), bias_(threads * columns.total()) {
     for (int64_t t = 0; !weight_runs_.empty() && t < threads; ++t) {
-      weight_.push_back(at::zeros({columns.total(), features}, wide_type(dtype)));
+      weight_.emplace_back(columns.total() * features);
     }
   }
 
@@ -330,7 +345,7 @@ class ParameterGradients {
 
   // The thread's sums for the weights; null if it needs none.
   T* weight(int64_t thread) {
-    return weight_.empty() ? nullptr : weight_[thread].template data_ptr<T>();
+    return weight_.empty() ? nullptr : weight_[thread].data();
   }
 
   void add_to_bias(int64_t thread, const T* grad_logits, int64_t rows) {
@@ -359,8 +374,9 @@ class ParameterGradients {
  private:
   template <class F>
   Tensor sum_of_threads(at::IntArrayRef sizes, int64_t offset, const F& sums_of) const {
-    auto result = at::empty(sizes, wide_type(dtype_));
-    T* to = result.template data_ptr<T>();
+    const auto wide = wide_type(dtype_);
+    auto result = empty(sizes, wide);
+    T* to = result.template mutable_data_ptr<T>();
     const int64_t n = result.numel();
     std::copy_n(sums_of(0) + offset, n, to);
     const size_t threads = bias_.size() / columns_.total();
@@ -370,7 +386,7 @@ class ParameterGradients {
         to[i] += from[i];
       }
     }
-    return result.to(dtype_);
+    return dtype_ == wide ? result : result.to(dtype_);
   }
 
   const HeadColumns& columns_;
@@ -378,7 +394,7 @@ class ParameterGradients {
   const at::ScalarType dtype_;
   const Needs& needs_;
   const std::vector<Columns> weight_runs_;
-  std::vector<Tensor> weight_;
+  std::vector<std::vector<T>> weight_;
   std::vector<T> bias_;
 };
 

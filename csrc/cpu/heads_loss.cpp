@@ -75,8 +75,8 @@ class Losses {
 
   // (loss, head_losses)
   std::pair<Tensor, Tensor> total() const {
-    const auto options = at::TensorOptions().dtype(std::is_same_v<T, double> ? at::kDouble : at::kFloat);
-    auto head_losses = at::empty({static_cast<int64_t>(heads_.size())}, options);
+    const auto dtype = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+    auto head_losses = empty({static_cast<int64_t>(heads_.size())}, dtype);
     double loss = 0;
     for (size_t h = 0; h < heads_.size(); ++h) {
       double sum = 0;
@@ -87,7 +87,9 @@ class Losses {
       head_losses.template data_ptr<T>()[h] = static_cast<T>(own);
       loss += heads_[h].loss_weight * own;
     }
-    return {at::scalar_tensor(loss, options), head_losses};
+    auto total = empty({}, dtype);
+    *total.template mutable_data_ptr<T>() = static_cast<T>(loss);
+    return {total, head_losses};
   }
 
  private:
@@ -108,26 +110,26 @@ class Losses {
 
   // The sum of the rows' weights, before any gradient: their factor depends on it. Refuses what is no target and no weight.
   static double total_weight(const Head& head, size_t h, int64_t rows) {
-    const int64_t classes = std::max<int64_t>(2, head.size);
+    const int64_t classes = classes_of(head.size);
+    const auto takes_part = [&](int64_t r) { return !head.labels || head.labels[r] != head.ignore_index; };
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      TORCH_CHECK_INDEX(
+          !takes_part(r) || !head.labels || (head.labels[r] >= 0 && head.labels[r] < classes), "targets[", h, "] must be in [0, ",
+          classes, ") or ignore_index (", head.ignore_index, "), got ", head.labels[r]);
+      count += takes_part(r);
+    }
+    if (!head.sample_weight && !(head.labels && head.class_weight)) {
+      return static_cast<double>(count);
+    }
     double total = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      double weight = 1;
-      if (head.sample_weight) {
-        weight = head.sample_weight[r];
-        TORCH_CHECK_VALUE(
-            weight >= 0 && std::isfinite(weight), "sample_weight[", h, "] must be finite and not negative, got ", weight);
+      const double weight = head.sample_weight ? head.sample_weight[r] : 1.0;
+      TORCH_CHECK_VALUE(
+          weight >= 0 && std::isfinite(weight), "sample_weight[", h, "] must be finite and not negative, got ", weight);
+      if (takes_part(r)) {
+        total += head.labels && head.class_weight ? weight * head.class_weight[head.labels[r]] : weight;
       }
-      if (head.labels) {
-        const auto label = head.labels[r];
-        if (label == head.ignore_index) {
-          continue;
-        }
-        TORCH_CHECK_INDEX(
-            label >= 0 && label < classes, "targets[", h, "] must be in [0, ", classes, ") or ignore_index (", head.ignore_index,
-            "), got ", label);
-        weight *= head.class_weight ? static_cast<double>(head.class_weight[label]) : 1.0;
-      }
-      total += weight;
     }
     return total;
   }
@@ -152,7 +154,7 @@ void fused(
   const Parameters<T> parameters(columns, weight, bias);
   const auto counted = columns.runs([&](int64_t head) { return scales[head] != 0; });
   for (int64_t i = 0; i < columns.count(); ++i) {
-    result.logits[columns.head(i)] = at::empty({n, columns.size(i)}, x.options());
+    result.logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
   }
   ParameterGradients<T> of_parameters(columns, threads, d, x.scalar_type(), needs);
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
@@ -244,7 +246,7 @@ Output heads_loss(
     columns += matrix.size(0);
   }
   const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
-  const auto none = x.new_empty({0});
+  const auto none = empty({0}, x.scalar_type());
   const std::vector<Tensor> no_gradients(heads, none);
   Result result{
       std::vector<Tensor>(heads), needs.x() ? empty_kept(x.sizes(), x.scalar_type()) : none, no_gradients, no_gradients};

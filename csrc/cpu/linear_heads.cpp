@@ -10,7 +10,7 @@ namespace {
 void fused_logits(std::vector<Tensor>& logits, const HeadColumns& columns, const Tensor& x, at::TensorList weight, const OptionalTensors& bias) {
   const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
   for (int64_t i = 0; i < columns.count(); ++i) {
-    logits[columns.head(i)] = at::empty({n, columns.size(i)}, x.options());
+    logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
   }
   dispatch_wide(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -46,7 +46,7 @@ struct Gradients {
   Tensor dx;
   std::vector<Tensor> dw, db;
 
-  Gradients(size_t heads, const at::TensorOptions& options) : dx(at::empty({0}, options)), dw(heads, dx), db(heads, dx) {}
+  Gradients(size_t heads, at::ScalarType dtype) : dx(empty({0}, dtype)), dw(heads, dx), db(heads, dx) {}
 };
 
 template <class T>
@@ -108,7 +108,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
     grad_logits.push_back(g.contiguous());
   }
   const auto division = divide(heads, [&](int64_t h) { return grad_logits[h].size(1); });
-  Gradients gradients(heads, grad_logits[0].options());
+  Gradients gradients(heads, grad_logits[0].scalar_type());
   const auto x = needs.any_weight() ? x_->contiguous() : gradients.dx;
   if (needs.x()) {
     gradients.dx = empty_kept({n, d}, grad_logits[0].scalar_type());

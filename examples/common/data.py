@@ -6,9 +6,12 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 
@@ -120,15 +123,16 @@ def digit_pairs(images: Tensor, digits: Tensor, n: int, generator: torch.Generat
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
-def load_photos(folder: Path | None) -> list[Tensor]:
-    """The pictures of a folder, or without one scikit-learn's two sample photographs: (3, height, width) each, in [0, 1]."""
-    if folder is None:
-        from sklearn.datasets import load_sample_images
+def load_photos(source: str | None) -> list[Tensor]:
+    """The pictures of a folder; `scikit-image`: those of its wheel and scikit-learn's two; None: scikit-learn's two.
 
-        return [torch.tensor(picture).permute(2, 0, 1).float() / 255 for picture in load_sample_images().images]
-    import numpy as np
-    from PIL import Image
-
+    (3, height, width) each, in [0, 1].
+    """
+    if source is None:
+        return [_as_photo(picture) for picture in _sklearn_pictures()]
+    if source == "scikit-image":
+        return [_as_photo(picture) for picture in [*_sklearn_pictures(), *_skimage_pictures()]]
+    folder = Path(source)
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES)
     if not paths:
         raise DataError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
@@ -136,27 +140,73 @@ def load_photos(folder: Path | None) -> list[Tensor]:
     for path in paths:
         try:
             with Image.open(path) as picture:
-                photos.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255)
+                photos.append(_as_photo(np.array(picture.convert("RGB"))))
         except OSError as error:
             raise DataError(f"{path} is not a readable picture: {error}") from error
     return photos
 
 
-def blend(images: Tensor, photos: list[Tensor], generator: torch.Generator) -> Tensor:
-    """MNIST-M's recipe: the absolute difference of each image (1, size, size) and random crops of random photos, one per channel.
+def _as_photo(picture: np.ndarray) -> Tensor:
+    return torch.tensor(picture).permute(2, 0, 1).float() / 255
 
-    Returns (N, 3, size, size).
+
+def _sklearn_pictures() -> list[np.ndarray]:
+    from sklearn.datasets import load_sample_images  # heavy to import, and not needed where the photographs come from a folder
+
+    return load_sample_images().images
+
+
+def _skimage_pictures() -> list[np.ndarray]:
+    try:
+        from skimage import data as pictures
+    except ImportError as error:
+        raise DataError("--photos scikit-image takes the photographs that come with scikit-image: pip install scikit-image") from error
+    names = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry")
+    return [*(getattr(pictures, name)() for name in names), pictures.stereo_motorcycle()[0]]
+
+
+@dataclass(frozen=True)
+class Blended:
+    """Images in front of photographs by MNIST-M's recipe: the absolute difference of each and one crop, the same for all channels.
+
+    Where the crops lie is drawn once; `blended[rows]` makes those rows, (n, 3, size, size), so that the whole set is never in memory.
     """
-    size = images.shape[-1]
+
+    images: Tensor  # (N, 1, size, size): image i serves rows i, N + i, 2 N + i, ...
+    pixels: Tensor  # (3, all pixels of all photos): row by row, one photo after the other
+    corners: Tensor  # (rows,): where in `pixels` the crop begins
+    widths: Tensor  # (rows,): of the photo it is from
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return (self.backgrounds(rows) - self.images[rows % len(self.images)]).abs_()
+
+    def backgrounds(self, rows: Tensor) -> Tensor:
+        """The crops alone, (n, 3, size, size)."""
+        size = torch.arange(self.images.shape[-1], device=rows.device)
+        at = self.corners[rows, None, None] + self.widths[rows, None, None] * size[:, None] + size
+        return self.pixels[:, at].transpose(0, 1)
+
+    def to(self, device: str) -> "Blended":
+        return Blended(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def blend(images: Tensor, photos: list[Tensor], generator: torch.Generator, crops: int = 1) -> Blended:
+    """Each image (1, size, size) in front of `crops` random crops of random photos (3, height, width)."""
+    size, rows = images.shape[-1], crops * len(images)
     if small := [list(photo.shape[1:]) for photo in photos if min(photo.shape[1:]) < size]:
         raise DataError(f"a photo of {small[0]} pixels is too small: crops are {size} x {size}")
-    blended = torch.empty(len(images), 3, size, size)
-    for image, channels in zip(images, blended, strict=True):
-        for channel, out in enumerate(channels):
-            photo = photos[int(torch.randint(len(photos), (), generator=generator))][channel]
-            top, left = (int(torch.randint(extent - size + 1, (), generator=generator)) for extent in photo.shape)
-            torch.sub(photo[top : top + size, left : left + size], image[0], out=out).abs_()
-    return blended
+    heights, widths = torch.tensor([photo.shape[1:] for photo in photos]).T
+    areas = heights * widths
+    which = torch.randint(len(photos), (rows,), generator=generator)
+    # A double in [0, 1) times the number of places, rounded down: every place of every photo is as likely as the others.
+    top, left = (
+        (torch.rand(rows, generator=generator, dtype=torch.float64) * (extent[which] - size + 1)).long() for extent in (heights, widths)
+    )
+    corners = (areas.cumsum(0) - areas)[which] + top * widths[which] + left
+    return Blended(images, torch.cat([photo.flatten(1) for photo in photos], 1), corners, widths[which])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,34 +214,84 @@ def blend(images: Tensor, photos: list[Tensor], generator: torch.Generator) -> T
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_returns(path: Path) -> Tensor:
-    """Daily returns (dates - 1, tickers) from a CSV with the columns date, ticker and close.
+@dataclass(frozen=True)
+class Prices:
+    """Closing prices (dates, tickers), as doubles."""
+
+    dates: list[str]
+    tickers: list[str]
+    closes: Tensor
+
+    def returns(self) -> Tensor:
+        """Daily returns (dates - 1, tickers)."""
+        return (self.closes[1:] / self.closes[:-1] - 1).float()
+
+
+def read_prices(path: Path, at_least: int = 2) -> Prices:
+    """Prices from a CSV, gzipped or not: columns date, ticker and close, or a date column and one column a ticker.
 
     Dates are sorted as text (so write them as 2024-01-31); tickers without a price on every date are left out.
     """
     prices: dict[str, dict[str, float]] = defaultdict(dict)
     try:
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            if missing := {"date", "ticker", "close"} - set(rows.fieldnames or ()):
-                raise DataError(f"{path} has no column {', '.join(sorted(missing))}; its first line is {rows.fieldnames}")
+        with _opened(path) as file:
+            rows = csv.reader(file)
+            header = [name.strip() for name in next(rows, [])]
+            column = {name.lower(): i for i, name in enumerate(header)}
+            if "date" not in column:
+                raise DataError(f"{path} has no column date; its first line is {header}")
+            long = {"ticker", "close"} & column.keys()
+            if len(long) == 1:
+                raise DataError(f"{path} has a column {long.pop()} but not ticker and close both; its first line is {header}")
             for row in rows:
-                prices[row["ticker"]][row["date"]] = _price(row["close"], path, rows.line_num)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+                if not row:
+                    continue  # an empty line, as at the end of many exports
+                if len(row) != len(header):
+                    raise DataError(f"{path}, line {rows.line_num}: {len(row)} values, but the first line has {len(header)}")
+                date = row[column["date"]]
+                if long:
+                    cells = [(row[column["ticker"]], row[column["close"]])]
+                else:
+                    cells = [(name, text) for name, text in zip(header, row, strict=True) if name.lower() != "date" and text.strip()]
+                for ticker, text in cells:
+                    if date in prices[ticker]:
+                        raise DataError(f"{path}, line {rows.line_num}: a second price of {ticker} on {date}")
+                    prices[ticker][date] = _price(text, ticker, path, rows.line_num)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     dates = sorted({date for series in prices.values() for date in series})
-    complete = [[series[date] for date in dates] for series in prices.values() if len(series) == len(dates)]
-    if len(complete) < 2 or len(dates) < 2:
-        raise DataError(f"{path} has {len(complete)} tickers with a price on all of its {len(dates)} dates; at least 2 of each are needed")
-    closes = torch.tensor(complete, dtype=torch.float64).T
-    return (closes[1:] / closes[:-1] - 1).float()
+    complete = {ticker: [series[date] for date in dates] for ticker, series in prices.items() if len(series) == len(dates)}
+    if len(complete) < at_least or len(dates) < 2:
+        raise DataError(
+            f"{path} has {len(complete)} tickers with a price on all of its {len(dates)} dates; "
+            f"at least {at_least} ticker{'s' * (at_least > 1)} and 2 dates are needed"
+        )
+    return Prices(dates, list(complete), torch.tensor(list(complete.values()), dtype=torch.float64).T)
 
 
-def _price(text: str | None, path: Path, line: int) -> float:
+def _opened(path: Path) -> TextIO:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    # utf-8-sig: spreadsheets begin their exports with a byte order mark, which is not part of the first column's name.
+    return gzip.open(path, "rt", encoding="utf-8-sig", newline="") if zipped else path.open(encoding="utf-8-sig", newline="")
+
+
+def _price(text: str, ticker: str, path: Path, line: int) -> float:
     try:
-        price = float(text or "")
+        price = float(text)
     except ValueError:
         price = math.nan
     if not 0 < price < math.inf:
-        raise DataError(f"{path}, line {line}: close must be a positive number, got {text!r}")
+        raise DataError(f"{path}, line {line}: the price of {ticker} must be a positive number, got {text!r}")
     return price
+
+
+def read_index(path: Path, dates: list[str]) -> Tensor:
+    """The market's own daily returns (dates - 1,), from a CSV with a date column and one series that has all of these dates."""
+    prices = read_prices(path, at_least=1)
+    if len(prices.tickers) > 1:
+        raise DataError(f"{path} has {len(prices.tickers)} series ({', '.join(prices.tickers[:3])}, ...); the market's must be the only one")
+    close = dict(zip(prices.dates, prices.closes[:, 0].tolist(), strict=True))
+    if missing := [date for date in dates if date not in close]:
+        raise DataError(f"{path} has no price on {len(missing)} of the stocks' {len(dates)} dates, the first {missing[0]}")
+    return Prices(dates, prices.tickers, torch.tensor([[close[date]] for date in dates], dtype=torch.float64)).returns()[:, 0]

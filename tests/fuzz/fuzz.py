@@ -1,0 +1,90 @@
+"""Runs random programs through grl_ext and through plain PyTorch, and compares all that they record.
+
+python tests/fuzz/fuzz.py --count 100000 [--seed 0] [--path compiled|fallback]
+
+Each kind of program is a module with `run(seed, operations)`, which returns what it recorded: pairs of a name and a tensor, a
+string or None. A new kind is added to KINDS.
+"""
+
+import argparse
+import sys
+import warnings
+from types import SimpleNamespace
+
+import autograd_programs
+import plain
+import torch
+from torch import Tensor
+
+import grl_ext
+from grl_ext import _backend
+
+KINDS = {"autograd": autograd_programs}
+
+OURS = SimpleNamespace(gradient_reversal=grl_ext.gradient_reversal, grl_linear=grl_ext.grl_linear, GRL=grl_ext.GRL)
+
+
+
+def coarsest_eps(records: list[tuple[str, object]]) -> float:
+    """Of the dtypes in a program: the result of one is the argument of another."""
+    dtypes = {value.dtype for _, value in records if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())}
+    return max([torch.finfo(torch.float32).eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
+
+
+def difference(ours: list[tuple[str, object]], theirs: list[tuple[str, object]]) -> str | None:
+    """The first record that differs."""
+    fused = ("fused", True) in ours
+    # The order of sums and the place of the factor differ in a matrix product: some roundings, relative to the largest element.
+    eps = coarsest_eps(theirs)
+    roundings = 256 if eps < 1e-6 else 8
+    for (name, our), (expected_name, their) in zip(ours, theirs, strict=False):
+        if fused and "RuntimeError: inplace|in-place" in (our if isinstance(our, str) else None, their if isinstance(their, str) else None):
+            return None  # a fused operation saves less than its parts: what may not change any more differs
+        if name != expected_name:
+            return f"'{name}' instead of '{expected_name}'"
+        if not isinstance(our, Tensor) or not isinstance(their, Tensor):
+            if type(our) is not type(their) or our != their:
+                return f"{name}: {our} instead of {their}"
+            continue
+        if our.dtype != their.dtype or our.shape != their.shape:
+            return f"{name}: {our.dtype} {list(our.shape)} instead of {their.dtype} {list(their.shape)}"
+        tolerance = 0.0
+        if our.is_floating_point() or our.is_complex():
+            finite = their[their.isfinite()].abs()
+            scale = max(1.0, finite.max().item()) if finite.numel() else 1.0
+            tolerance = roundings * eps * scale
+        if not torch.allclose(our, their, rtol=0, atol=tolerance, equal_nan=True):
+            return f"{name}:\n{our}\ninstead of\n{their}"
+    if len(ours) != len(theirs):
+        return f"{len(ours)} records instead of {len(theirs)}"
+    return None
+
+
+def check(kind: str, seed: int) -> str | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return difference(KINDS[kind].run(seed, OURS), KINDS[kind].run(seed, plain.OPERATIONS))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="the first program's; the others follow")
+    parser.add_argument("--path", choices=["compiled", "fallback"], default="compiled")
+    parser.add_argument("--kind", choices=KINDS, default="autograd")
+    args = parser.parse_args()
+    if args.path == "fallback":
+        _backend.C = None
+    elif _backend.C is None:
+        sys.exit(f"no compiled extension: {_backend.why_not}")
+    wrong = 0
+    for seed in range(args.seed, args.seed + args.count):
+        if found := check(args.kind, seed):
+            wrong += 1
+            print(f"{args.kind} program {seed}: {found}", flush=True)
+    print(f"{args.count} {args.kind} programs on the {args.path} path, {wrong} with a difference", flush=True)
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
