@@ -1,7 +1,7 @@
 """Compares grl_ext's gradient reversal and fused heads with what people use, side by side in one run.
 
-    python bench/compare.py                       # all cases, on CUDA where there is one
-    python bench/compare.py --quick --cases tax   # a few seconds
+python bench/compare.py                       # all cases, on CUDA where there is one
+python bench/compare.py --quick --cases tax   # a few seconds
 """
 
 import argparse

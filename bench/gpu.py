@@ -86,11 +86,19 @@ def parts(folder: Path, capability: str) -> list[Part]:
             420,
             environment={"TORCH_CUDA_ARCH_LIST": capability, "GRL_EXT_BUILD": "cuda"},
         ),
-        pytest_part("graphs, streams, sizes", 180, "tests/test_cuda_device.py", "tests/test_in_place_backward.py", "tests/test_lambda_on_the_host.py"),
+        pytest_part(
+            "graphs, streams, sizes",
+            180,
+            "tests/test_cuda_device.py",
+            "tests/test_in_place_backward.py",
+            "tests/test_lambda_on_the_host.py",
+        ),
     ]
     found += [bench_part(group, dtype, folder, 150) for group in groups()[:2] for dtype in DTYPES]
     found += [
-        pytest_part("all tests", 420, "tests", "--ignore=tests/test_cuda_on_cpu.py", "--ignore=tests/test_cuda_code.py", "--ignore-glob=*example*"),
+        pytest_part(
+            "all tests", 420, "tests", "--ignore=tests/test_cuda_on_cpu.py", "--ignore=tests/test_cuda_code.py", "--ignore-glob=*example*"
+        ),
         kernels_part("sanitizer memcheck", 180, ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]),
         kernels_part("sanitizer racecheck", 180, ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"]),
     ]
@@ -124,7 +132,9 @@ def run(part: Part, folder: Path, seconds: float, dry: bool) -> Outcome:
             status = subprocess.run(
                 command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=min(seconds, part.limit)
             ).returncode
-            outcome = Outcome(part, "passed" if status == 0 else "failed", note="" if status == 0 else f"exit status {status}, see {log.name}")
+            outcome = Outcome(
+                part, "passed" if status == 0 else "failed", note="" if status == 0 else f"exit status {status}, see {log.name}"
+            )
         except subprocess.TimeoutExpired:
             outcome = Outcome(part, "ran out of time", note=f"see {log.name}")
         except OSError as error:
@@ -233,8 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.dry:
         device = torch.cuda.get_device_name()
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    name = "dry" if options.dry else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    folder = (options.out or ROOT / "out" / "gpu-dry" if options.dry else options.out or ROOT / "bench" / "results" / f"gpu-{name}").resolve()
+    results = ROOT / "bench" / "results" / ("gpu-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-"))
+    folder = (options.out or (ROOT / "out" / "gpu-dry" if options.dry else results)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
 
     end = time.monotonic() + BUDGET

@@ -62,7 +62,9 @@ def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) 
                 targets.append(F.normalize(values, p=1, dim=1) if kind == "probabilities" and size > 1 else values)
         squared = kind == "values"
         sample_weight = [torch.rand(rows, device="cuda", dtype=wide) if h % 2 == 1 else None for h in range(count)]
-        class_weight = [torch.rand(max(2, size), device="cuda", dtype=wide) if h % 3 == 1 and not squared else None for h, size in enumerate(sizes)]
+        class_weight = [
+            torch.rand(max(2, size), device="cuda", dtype=wide) if h % 3 == 1 and not squared else None for h, size in enumerate(sizes)
+        ]
         torch.ops.grl_ext._heads_loss(
             x, weight, bias, targets, sample_weight, class_weight, lambda_, index, torch.ones(count), [int(squared)] * count,
             [0.0 if squared else 0.1] * count, [-1] * count, kind != "probabilities", needs,

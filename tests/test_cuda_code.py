@@ -7,6 +7,7 @@ registers than a launch of its size may have. None of that shows in a test of re
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,21 +34,21 @@ class Report(NamedTuple):
 
 @pytest.fixture(scope="module")
 def nvcc():
-    """nvcc's path and options, as setup.py's build gives them."""
-    from torch.utils.cpp_extension import CUDA_HOME, include_paths
+    """nvcc's path and options, as the build gives them."""
+    sys.path.insert(0, str(SOURCES.parents[1]))
+    from torch.utils.cpp_extension import include_paths
 
-    compiler = Path(CUDA_HOME or "", "bin", "nvcc")
-    missing = (
-        "a CUDA build of torch"
-        if torch.version.cuda is None
-        else None
-        if CUDA_HOME and compiler.exists()
-        else "a CUDA toolkit with nvcc (CUDA_HOME)"
-    )
-    if missing:
-        reason = f"needs {missing}"
+    import build_backend
+
+    toolkit, obstacle = None, "a CUDA build of torch"
+    if torch.version.cuda is not None:
+        toolkit, obstacle = build_backend.find_toolkit(build_backend.Torch(torch.__version__, torch.version.cuda))
+    if toolkit is None:
+        reason = f"needs a CUDA toolkit and a torch to match: {obstacle}"
         pytest.fail(reason) if os.environ.get("GRL_EXT_REQUIRE_CUDA_CODE") == "1" else pytest.skip(reason)
-    return [str(compiler), "-std=c++17", "-O3", "--expt-relaxed-constexpr", *(f"-I{path}" for path in include_paths("cuda"))]
+    standard = "c++20" if build_backend.Torch(torch.__version__, None).release >= (2, 13) else "c++17"
+    includes = [f"-I{path}" for path in [*include_paths(), toolkit / "include"]]
+    return [str(toolkit / "bin" / "nvcc"), f"-std={standard}", "-O3", "--expt-relaxed-constexpr", *includes]
 
 
 @pytest.fixture(scope="module")

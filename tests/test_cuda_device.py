@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from samples import assert_same
 
-from grl_ext import AdversarialHeads, GRL, GRLLinear
+from grl_ext import GRL, AdversarialHeads, GRLLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
