@@ -6,6 +6,7 @@
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
 # make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
+# make gpu         everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks its command lines without one
 # make wheel       wheel and sdist in dist/, checked, and each installed and tried in an environment of its own
 # make lint        formatting and lint; `make format` puts right what it can
 #
@@ -40,7 +41,7 @@ TOOL = $(VENV)/bin/
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples examples-real fuzz asan versions version-oldest version-newest cuda-check wheel lint format clean
+.PHONY: env build test bench examples examples-real fuzz asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -114,8 +115,12 @@ version-oldest version-newest: version-%: .venv-%/.ready
 	$(call test_installed,.venv-$*)
 
 cuda-check: export GRL_EXT_BUILD = cuda
+cuda-check: export GRL_EXT_REQUIRE_CUDA_CODE = 1
 cuda-check: $(CUDA_VENV)/.ready
 	$(call test_installed,$(CUDA_VENV))
+
+gpu: env
+	$(RUN) bench/gpu.py $(if $(DRY),--dry)
 
 wheel: env
 	rm -rf dist

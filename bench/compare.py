@@ -1,7 +1,7 @@
 """Compares grl_ext's gradient reversal and fused heads with what people use, side by side in one run.
 
-    python bench/compare.py                       # all cases, on CUDA where there is one
-    python bench/compare.py --quick --cases tax   # a few seconds
+python bench/compare.py                       # all cases, on CUDA where there is one
+python bench/compare.py --quick --cases tax   # a few seconds
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import bandwidth
 import baselines
 import cases
 import heads
@@ -26,7 +27,7 @@ import measure
 import report
 from grl_ext import _backend
 
-DEFAULT_GROUPS = cases.GROUPS | heads.GROUPS
+DEFAULT_GROUPS = cases.GROUPS | heads.GROUPS | bandwidth.GROUPS
 GROUPS = DEFAULT_GROUPS | heads.BY_NAME_ONLY
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -125,6 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help=f"groups ({', '.join(GROUPS)}) or cases (tax/64)")
+    parser.add_argument("--list", action="store_true", help="name the cases that would run, and stop")
     parser.add_argument("--quick", action="store_true", help="smaller work, fewer rounds, no torch.compile")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice, which is what users get)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
@@ -138,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     settings = cases.Settings(options.device, getattr(torch, options.dtype), options.quick)
     selected = select(options.cases, settings)
+    if options.list:
+        print("\n".join(case.name for case in selected))
+        return 0
     facts = environment(settings)
     print(headline(facts))
     if facts["load"] is not None and facts["load"] > 0.5 * facts["cores"]:

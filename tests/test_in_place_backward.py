@@ -137,7 +137,9 @@ def test_a_captured_gradient_of_the_output(path, x, grad):
     assert_same(above, grad)
 
 
-@pytest.mark.parametrize("as_given", [lambda g: g, lambda g: g.view(-1).view(3, 4), lambda g: g[0].expand(3, 4)], ids=["itself", "a view", "expanded"])
+@pytest.mark.parametrize(
+    "as_given", [lambda g: g, lambda g: g.view(-1).view(3, 4), lambda g: g[0].expand(3, 4)], ids=["itself", "a view", "expanded"]
+)
 def test_the_callers_gradient_is_left_alone(path, x, grad, as_given):
     given = grad.clone()
     gradient_reversal(x, LAMBDA).backward(gradient=as_given(given))
@@ -199,7 +201,15 @@ def test_neighbours_in_one_buffer_are_left_alone(path, x, device, join):
 
 @pytest.mark.parametrize(
     "view",
-    [lambda y: y.t(), lambda y: y.view(-1), lambda y: y[1], lambda y: y.expand(5, 3, 4), lambda y: y.unbind()[2], lambda y: y[:, ::2], lambda y: y.diagonal()],
+    [
+        lambda y: y.t(),
+        lambda y: y.view(-1),
+        lambda y: y[1],
+        lambda y: y.expand(5, 3, 4),
+        lambda y: y.unbind()[2],
+        lambda y: y[:, ::2],
+        lambda y: y.diagonal(),
+    ],
     ids=["transpose", "view", "row", "expand", "unbind", "strided", "diagonal"],
 )
 def test_gradients_that_arrive_through_views(path, x, view):

@@ -1,5 +1,7 @@
 #include "head_layers.h"
 
+#include <ATen/core/grad_mode.h>
+
 #include <algorithm>
 
 namespace grl_ext {
@@ -59,7 +61,7 @@ void add_reversed_product(Tensor& dx, const Tensor& grad, const Tensor& weight, 
     // With beta = 0 the first argument gives nothing but its shape; under vmap it is multiplied all the same, hence zeros.
     dx = at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
   } else {
-    const auto part = scale_negate(grad.mm(weight), lambda);
+    const auto part = scale_negate(grad.mm(weight), lambda, Made::kByThisNode);
     dx = !dx.defined() ? part : recorded ? dx + part : dx.add_(part);
   }
 }

@@ -425,7 +425,7 @@ class HeadsLossBackward : public torch::autograd::Node {
     Tensor factor = grads[1 + h];
     if (grads[0].defined()) {
       const auto own = options_.loss_weight
-          ? grads[0] * options_.loss_weight->select(0, static_cast<int64_t>(h)).to(grads[0].options())
+          ? grads[0] * options_.loss_weight->select(0, static_cast<int64_t>(h)).to(grads[0].scalar_type())  // wherever it is
           : grads[0];
       factor = factor.defined() ? factor + own : own;
     }
@@ -440,7 +440,7 @@ class HeadsLossBackward : public torch::autograd::Node {
     variable_list result(num_outputs());
     for (size_t i = 0; i < num_outputs(); ++i) {
       if (should_compute_output(i)) {
-        result[i] = scale_negate(last ? std::move(gradients_[i]) : gradients_[i], lambda);
+        result[i] = scale_negate(last ? std::move(gradients_[i]) : gradients_[i], lambda, Made::kByThisNode);
       }
     }
     return result;

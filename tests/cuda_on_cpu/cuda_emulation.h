@@ -88,8 +88,12 @@ using float4 = EmulatedVector4<float>;
 using int4 = EmulatedVector4<int>;
 using uint4 = EmulatedVector4<unsigned>;
 
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
 
 // ---- The runtime's types ----------------------------------------------------------------------------------------------------
 
@@ -121,17 +125,33 @@ constexpr std::size_t kStackBytes = 256 << 10;
 #ifdef __SANITIZE_THREAD__
 constexpr std::size_t kMaxGridThreads = 8000;  // it knows 8128 at a time
 constexpr bool kFibrePerThread = true;
-inline void* tsan_create() { return __tsan_create_fiber(0); }
-inline void* tsan_current() { return __tsan_get_current_fiber(); }
-inline void tsan_switch(void* fibre) { __tsan_switch_to_fiber(fibre, __tsan_switch_to_fiber_no_sync); }
-inline void tsan_destroy(void* fibre) { __tsan_destroy_fiber(fibre); }
-inline void tsan_release(void* clock) { __tsan_release(clock); }
-inline void tsan_acquire(void* clock) { __tsan_acquire(clock); }
+inline void* tsan_create() {
+  return __tsan_create_fiber(0);
+}
+inline void* tsan_current() {
+  return __tsan_get_current_fiber();
+}
+inline void tsan_switch(void* fibre) {
+  __tsan_switch_to_fiber(fibre, __tsan_switch_to_fiber_no_sync);
+}
+inline void tsan_destroy(void* fibre) {
+  __tsan_destroy_fiber(fibre);
+}
+inline void tsan_release(void* clock) {
+  __tsan_release(clock);
+}
+inline void tsan_acquire(void* clock) {
+  __tsan_acquire(clock);
+}
 #else
 constexpr std::size_t kMaxGridThreads = SIZE_MAX;
 constexpr bool kFibrePerThread = false;
-inline void* tsan_create() { return nullptr; }
-inline void* tsan_current() { return nullptr; }
+inline void* tsan_create() {
+  return nullptr;
+}
+inline void* tsan_current() {
+  return nullptr;
+}
 inline void tsan_switch(void*) {}
 inline void tsan_destroy(void*) {}
 inline void tsan_release(void*) {}
@@ -187,12 +207,8 @@ struct Thread {
 
 struct Block {
   Block(const cudaLaunchConfig_t& config, const std::function<void()>& kernel, dim3 index)
-      : config(config),
-        kernel(kernel),
-        index(index),
-        count(config.blockDim.x * config.blockDim.y * config.blockDim.z),
-        threads(new Thread[count]),
-        shared(new char[config.dynamicSmemBytes]) {
+      : config(config), kernel(kernel), index(index), count(config.blockDim.x * config.blockDim.y * config.blockDim.z),
+        threads(new Thread[count]), shared(new char[config.dynamicSmemBytes]) {
     std::memset(shared.get(), 0xff, config.dynamicSmemBytes);
     const dim3 size = config.blockDim;
     for (unsigned t = 0; t < count; ++t) {
@@ -294,8 +310,9 @@ CUDA_EMULATION_UNSEEN inline void report_deadlock() {
   }
   for (const auto& [key, group] : waiting) {
     const Thread& first = *group.front();
-    std::fprintf(stderr, "cuda_emulation: %zu threads, the first (%u, %u, %u), wait at %s, %s:%d\n", group.size(), first.index.x,
-                 first.index.y, first.index.z, first.waits.call, first.waits.file, first.waits.line);
+    std::fprintf(
+        stderr, "cuda_emulation: %zu threads, the first (%u, %u, %u), wait at %s, %s:%d\n", group.size(), first.index.x,
+        first.index.y, first.index.z, first.waits.call, first.waits.file, first.waits.line);
   }
   fail("deadlock: the threads above wait for others in vain; %u of %u have returned", returned, this_block->count);
 }
@@ -659,9 +676,19 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
-inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffs(int x) {
+  return __builtin_ffs(x);
+}
 
-inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
-inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline float2 __half22float2(__half2 v) {
+  return {__half2float(v.x), __half2float(v.y)};
+}
+inline float2 __bfloat1622float2(__nv_bfloat162 v) {
+  return {__bfloat162float(v.x), __bfloat162float(v.y)};
+}
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}

@@ -26,10 +26,10 @@ struct HeadCase {
   double loss_weight = 1;
   double lambda = NAN;  // NaN: a predictor
   bool bias = true;
-  bool all_ignored = false;       // no valid row: by ignore_index, or by weights of 0
+  bool all_ignored = false;  // no valid row: by ignore_index, or by weights of 0
   bool needs_weight = true;
   bool needs_bias = true;
-  bool infinite_weight = false;   // its matrix holds infinities and NaN
+  bool infinite_weight = false;  // its matrix holds infinities and NaN
 
   double scale() const { return std::isnan(lambda) ? 1 : -lambda; }
   int classes() const { return std::max(2, size); }
@@ -42,9 +42,9 @@ struct Case {
   HeadsDevice device = {3, 227 << 10};
   bool needs_dx = true;
   bool mean = true;
-  bool on_device = false;        // lambda and the loss weights
-  bool nan_rows = false;         // some rows of x are NaN; they have weight 0 in every head, and their targets are NaN where they can be
-  int offset = 0;                // elements that x begins past an aligned address
+  bool on_device = false;  // lambda and the loss weights
+  bool nan_rows = false;  // some rows of x are NaN; they have weight 0 in every head, and their targets are NaN where they can be
+  int offset = 0;  // elements that x begins past an aligned address
 };
 
 inline std::vector<HeadCase> heads_of(const std::vector<int>& sizes) {
@@ -56,16 +56,17 @@ inline std::vector<HeadCase> heads_of(const std::vector<int>& sizes) {
 }
 
 inline std::string describe(const Case& c) {
-  std::string text = "N " + std::to_string(c.rows) + ", D " + std::to_string(c.features) + ", " + std::to_string(c.device.sm_count) +
-      " multiprocessors, " + std::to_string(c.device.shared_bytes) + " bytes of shared memory" + (c.mean ? "" : ", sum") +
-      (c.needs_dx ? "" : ", no dx") + (c.on_device ? ", numbers on the device" : "") + (c.offset ? ", misaligned" : "") +
-      (c.nan_rows ? ", rows of NaN" : "");
+  std::string text = "N " + std::to_string(c.rows) + ", D " + std::to_string(c.features) + ", " +
+      std::to_string(c.device.sm_count) + " multiprocessors, " + std::to_string(c.device.shared_bytes) + " bytes of shared memory" +
+      (c.mean ? "" : ", sum") + (c.needs_dx ? "" : ", no dx") + (c.on_device ? ", numbers on the device" : "") +
+      (c.offset ? ", misaligned" : "") + (c.nan_rows ? ", rows of NaN" : "");
   for (const HeadCase& h : c.heads) {
     const char* const kinds[] = {"none", "classes", "probabilities", "values"};
     text += "\n  head of " + std::to_string(h.size) + " with " + kinds[static_cast<int>(h.kind)] +
-        (h.sample_weight ? ", sample weights" : "") + (h.class_weight ? ", class weights" : "") + (h.smoothing > 0 ? ", smoothed" : "") +
-        (h.bias ? "" : ", no bias") + (h.all_ignored ? ", ignored" : "") + (h.needs_weight ? "" : ", frozen weight") +
-        (h.needs_bias ? "" : ", frozen bias") + (h.infinite_weight ? ", infinite" : "") + ", lambda " + std::to_string(h.lambda);
+        (h.sample_weight ? ", sample weights" : "") + (h.class_weight ? ", class weights" : "") +
+        (h.smoothing > 0 ? ", smoothed" : "") + (h.bias ? "" : ", no bias") + (h.all_ignored ? ", ignored" : "") +
+        (h.needs_weight ? "" : ", frozen weight") + (h.needs_bias ? "" : ", frozen bias") +
+        (h.infinite_weight ? ", infinite" : "") + ", lambda " + std::to_string(h.lambda);
   }
   return text;
 }
@@ -168,7 +169,7 @@ struct Inputs {
   std::vector<Guarded<T>> weight, bias, grad_logits;
   std::vector<std::vector<int64_t>> classes;
   std::vector<std::vector<A>> dense, sample_weight, class_weight;
-  std::vector<float> lambda;         // of the adversaries, as the device holds it
+  std::vector<float> lambda;  // of the adversaries, as the device holds it
   std::vector<double> loss_weight;
 
   explicit Inputs(const Case& c) : c(c), count(static_cast<int>(c.heads.size())), x(c.rows * c.features, c.offset) {
@@ -270,7 +271,9 @@ struct Inputs {
     return all;
   }
 
-  double scale_of(int h) const { return c.on_device && !std::isnan(c.heads[h].lambda) ? -double{static_cast<float>(c.heads[h].lambda)} : c.heads[h].scale(); }
+  double scale_of(int h) const {
+    return c.on_device && !std::isnan(c.heads[h].lambda) ? -double{static_cast<float>(c.heads[h].lambda)} : c.heads[h].scale();
+  }
 
   // Roundings of a sum of n terms, at the terms' size: n at worst, about its root in fact, and those of its terms.
   static double roundings(double n) { return (8 + std::sqrt(n)) * kRounding<A>; }

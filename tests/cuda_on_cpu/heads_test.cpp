@@ -203,7 +203,8 @@ struct Run : Inputs<T> {
       const bool has_bias = k < columns && c.heads[h].bias;
       good &= same(vector[k], has_bias ? this->bias[h][k - begin[h]] : element<T>(0));
       for (int d = 0; d < c.features; ++d) {
-        good &= same(matrix[int64_t{k} * c.features + d], k < columns ? weight[h][int64_t{k - begin[h]} * c.features + d] : element<T>(0));
+        good &= same(
+            matrix[int64_t{k} * c.features + d], k < columns ? weight[h][int64_t{k - begin[h]} * c.features + d] : element<T>(0));
       }
     }
     report(good, "gathered weights");
@@ -229,7 +230,8 @@ struct Run : Inputs<T> {
     check_logits_of(got, logits);
     const Losses want = this->wanted_losses(logits.sum, 64 * kRounding<A>);
     check_losses(got, want);
-    const auto check_buffer = [&](const char* what, Guarded<T>& buffer, const std::vector<double>& sum, const std::vector<double>& error, bool with_scale) {
+    const auto check_buffer = [&](const char* what, Guarded<T>& buffer, const std::vector<double>& sum,
+                                  const std::vector<double>& error, bool with_scale) {
       Sums padded(c.rows * pitch);
       for (int64_t r = 0; r < c.rows; ++r) {
         for (int k = 0; k < columns; ++k) {
@@ -359,8 +361,12 @@ void check_type() {
       Run<T>(c).check();
     }
     // Rows of weight 0 take no part, though their features and targets be NaN.
-    c = {19, 130, {with(4, TargetKind::kClasses, false, false, 0), with(3, TargetKind::kClasses, true, true, 0.1),
-                   with(2, TargetKind::kProbabilities, true, false, 0), with(2, TargetKind::kValues, true, false, 0)}, device};
+    c = {
+        19,
+        130,
+        {with(4, TargetKind::kClasses, false, false, 0), with(3, TargetKind::kClasses, true, true, 0.1),
+         with(2, TargetKind::kProbabilities, true, false, 0), with(2, TargetKind::kValues, true, false, 0)},
+        device};
     c.nan_rows = true;
     Run<T>(c).check();
     // A mean over nothing.
@@ -388,7 +394,12 @@ void check_type() {
   }
   Run<T>(many).check();
   // Only between matrix products.
-  Run<T>({33, 3, {with(40, TargetKind::kClasses, true, true, 0.1, 0), with(1, TargetKind::kClasses, false, false, 0), with(2, TargetKind::kProbabilities, false, true, 0)}, kOneSm}).check();
+  Run<T>({33,
+          3,
+          {with(40, TargetKind::kClasses, true, true, 0.1, 0), with(1, TargetKind::kClasses, false, false, 0),
+           with(2, TargetKind::kProbabilities, false, true, 0)},
+          kOneSm})
+      .check();
   many = {9, 1, heads_of(std::vector<int>(70, 1)), kOneSm};
   for (std::size_t h = 0; h < 70; ++h) {
     many.heads[h] = with(1 + h % 2, static_cast<TargetKind>(1 + h % 3), h % 2 == 1, false, h % 3 == 2 ? 0 : 0.2, h % 7 ? 0.5 : NAN);
@@ -412,7 +423,8 @@ void races() {
   Run<float>({9, 1764, lists[3], kAmpere}).check();  // a single stage
   Case many{kMaxRowsCountedInPlace / 32 + 5, 1, heads_of(std::vector<int>(32, 1)), kTight};
   Run<float>(many).check_loss();
-  Run<float>({20, 1, {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)}, kOneSm}).check();
+  Run<float>({20, 1, {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)}, kOneSm})
+      .check();
 }
 
 // What every launch shape must satisfy, and what the shapes that the design speaks of must come out as.
@@ -445,7 +457,9 @@ void plan() {
               const auto problem = problem_of_sizes(rows, features, columns, element, weight_gradient);
               const Sweep s = plan_sweep(problem, device);
               expect(s.shared_bytes + kStaticBytes <= device.shared_bytes, "shared memory", problem);
-              expect(s.blocks * s.rows_per_block >= rows && (s.blocks - 1) * s.rows_per_block < std::max<int64_t>(1, rows), "rows", problem);
+              expect(
+                  s.blocks * s.rows_per_block >= rows && (s.blocks - 1) * s.rows_per_block < std::max<int64_t>(1, rows), "rows",
+                  problem);
               expect(int64_t{s.slices} * s.slice_features >= features, "features", problem);
               expect((s.slices - 1) * int64_t{s.slice_features} < std::max(1, features), "empty slices", problem);
               expect(s.slices <= kMaxGridY, "as many slices as a grid has", problem);
@@ -542,7 +556,7 @@ void bad_target() {
 
 int main(int, char** argv) {
   const std::string what = argv[1];
-  what == "half"       ? check_type<__half>()
+  what == "half"           ? check_type<__half>()
       : what == "bfloat16" ? check_type<__nv_bfloat16>()
       : what == "float"    ? check_type<float>()
       : what == "double"   ? check_type<double>()

@@ -1,0 +1,63 @@
+"""scale-and-negate alone, against the copy that any such pass must cost: the CUDA kernel in each of its forms."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from cases import COEFF, Case, Row, Settings, Work, check_gradients
+
+SIZES = {"64M": 2**26, "256M": 2**28}
+KEPT_FROM_L2 = 256 << 20  # bytes: several times the largest L2 cache
+
+
+def _build(numel: int, settings: Settings) -> Work:
+    # Steps take turns over several buffers, so that none finds its input in the cache.
+    count = max(2, -(-KEPT_FROM_L2 // (numel * settings.dtype.itemsize)) + 1)
+    kwargs = {"device": settings.device, "dtype": settings.dtype}
+    grads = [torch.randn(numel, **kwargs) for _ in range(count)]
+    out = torch.empty(numel, **kwargs)
+    host, device = (COEFF, None), (1.0, torch.tensor(COEFF, device=settings.device))
+    scale, scale_ = torch.ops.grl_ext._scale_negate, torch.ops.grl_ext._scale_negate_
+
+    def in_turns(step: Callable[[Tensor], object]) -> Callable[[], object]:
+        turn = cycle(grads)
+        return lambda: step(next(turn))
+
+    rows = [
+        Row("naive: neg, then mul", "naive", in_turns(lambda grad: grad.neg() * COEFF)),
+        Row("tuned: one mul", "peer", in_turns(lambda grad: grad * -COEFF)),
+        Row("out of place, lambda on the host", "ours", in_turns(lambda grad: scale(grad, *host))),
+        Row("out of place, lambda on the device", "ours", in_turns(lambda grad: scale(grad, *device))),
+        # Lambda 1 and -1 by turns would leave the numbers in range; a constant keeps the kernel from skipping its work, and what the
+        # buffers become, zeros at last, takes as long to move.
+        Row("in place, lambda on the host", "ours", in_turns(lambda grad: scale_(grad, *host))),
+        Row("in place, lambda on the device", "ours", in_turns(lambda grad: scale_(grad, *device))),
+        Row("limit", "limit", in_turns(out.copy_)),
+    ]
+
+    def check() -> None:
+        grad = grads[0]
+        expected = [grad * -COEFF]
+        for value, lambda_ in (host, device):
+            written = grad.clone()
+            scale_(written, value, lambda_)
+            check_gradients("in place", [written], expected, 0)
+            check_gradients("out of place", [scale(grad, value, lambda_)], expected, 0)
+
+    return Work(rows, check, "limit: one copy, which reads and writes as much")
+
+
+def bandwidth(settings: Settings) -> Sequence[Case]:
+    if settings.device != "cuda":
+        return []
+    return [
+        Case(f"bandwidth/{name}", f"-lambda * grad over {name} elements", partial(_build, numel, settings), seconds=4.0)
+        for name, numel in SIZES.items()
+        if not settings.quick or name == "64M"
+    ]
+
+
+GROUPS = {"bandwidth": bandwidth}

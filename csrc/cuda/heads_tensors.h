@@ -1,0 +1,233 @@
+// From tensors to what the heads' kernels are told of them, and the matrix products between those kernels.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <optional>
+#include <vector>
+
+#include "../heads.h"
+#include "heads_launches.cuh"
+
+namespace grl_ext {
+
+using at::Tensor;
+
+// The current stream of the tensor's device, which must be the current device.
+inline HeadsQueue queue_for(const Tensor& x) {
+  HeadsQueue queue{};
+  queue.stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&queue.device.sm_count, cudaDevAttrMultiProcessorCount, x.get_device()));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&queue.device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device()));
+  return queue;
+}
+
+// Scratch memory of one operator: PyTorch may give it to the next one on this stream as soon as this one is enqueued.
+class Scratch {
+ public:
+  explicit Scratch(const Tensor& x) : options_(x.options().dtype(at::kByte)) {}
+
+  void* operator()(int64_t bytes) const {
+    memory_ = at::empty({bytes}, options_);
+    return memory_.mutable_data_ptr();
+  }
+
+ private:
+  const at::TensorOptions options_;
+  mutable Tensor memory_;
+};
+
+// f(T) for the kernels' name of the dtype.
+template <class F>
+auto dispatch(at::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case at::kHalf:
+      return f(__half());
+    case at::kBFloat16:
+      return f(__nv_bfloat16());
+    case at::kDouble:
+      return f(double());
+    default:
+      TORCH_CHECK_TYPE(dtype == at::kFloat, "no kernel for ", dtype);
+      return f(float());
+  }
+}
+
+// Null for a tensor without elements: one that is not needed.
+template <typename T>
+T* data(const Tensor& tensor) {
+  return tensor.numel() > 0 ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+inline std::vector<Tensor> contiguous(at::TensorList tensors) {
+  std::vector<Tensor> result;
+  for (const auto& tensor : tensors) {
+    result.push_back(tensor.contiguous());
+  }
+  return result;
+}
+
+inline std::vector<Tensor> contiguous(const OptionalTensors& tensors) {
+  std::vector<Tensor> result;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto tensor = tensors.get(i);
+    result.push_back(tensor ? tensor->contiguous() : Tensor());
+  }
+  return result;
+}
+
+// One number for each head or adversary: the device's own where it has them, else the host's.
+class Numbers {
+ public:
+  explicit Numbers(const Tensor& values) : values_(values.contiguous()) {
+    if (!values_.is_cuda()) {
+      values_ = values_.to(at::kDouble);
+    }
+  }
+
+  DeviceNumbers on_device() const {
+    DeviceNumbers numbers{};
+    if (values_.is_cuda() && values_.scalar_type() == at::kFloat) {
+      numbers.floats = values_.const_data_ptr<float>();
+    } else if (values_.is_cuda()) {
+      numbers.doubles = values_.const_data_ptr<double>();
+    }
+    return numbers;
+  }
+
+  double on_host(int64_t i) const {
+    return values_.is_cuda() ? 0.0 : values_.const_data_ptr<double>()[i];
+  }
+
+ private:
+  Tensor values_;
+};
+
+struct Sizes {
+  int64_t rows, features;
+  std::vector<int64_t> heads;
+
+  int64_t columns() const {
+    int64_t sum = 0;
+    for (const auto size : heads) {
+      sum += size;
+    }
+    return sum;
+  }
+};
+
+inline Sizes sizes_of(const Tensor& x, at::TensorList weight) {
+  Sizes sizes{x.size(0), x.size(1), {}};
+  for (const auto& matrix : weight) {
+    sizes.heads.push_back(matrix.size(0));
+  }
+  return sizes;
+}
+
+inline void check_features(const Sizes& sizes) {
+  TORCH_CHECK_VALUE(
+      sizes.features <= kMaxFeatures, "x has ", sizes.features, " features; the CUDA kernels take up to ", kMaxFeatures);
+}
+
+// The gradients that are needed, by the operators' `needs`: of x, of each weight, of each bias; the others empty.
+struct Gradients {
+  Tensor dx;
+  std::vector<Tensor> dw, db;
+
+  Gradients(const Sizes& sizes, const at::TensorOptions& options, const c10::List<bool>& needs) {
+    const auto needed = [&](size_t i, at::IntArrayRef shape) { return at::empty(needs.get(i) ? shape : at::IntArrayRef{0}, options); };
+    const auto count = sizes.heads.size();
+    dx = needed(0, {sizes.rows, sizes.features});
+    for (size_t h = 0; h < count; ++h) {
+      dw.push_back(needed(1 + h, {sizes.heads[h], sizes.features}));
+      db.push_back(needed(1 + count + h, {sizes.heads[h]}));
+    }
+  }
+
+  bool any_of_parameters() const {
+    const auto has_elements = [](const Tensor& tensor) { return tensor.numel() > 0; };
+    return std::any_of(dw.begin(), dw.end(), has_elements) || std::any_of(db.begin(), db.end(), has_elements);
+  }
+};
+
+// All heads, kHeadsPerLaunch at a time, with their columns and their scales. describe(head, h) says the rest of head h.
+template <typename T, class Describe>
+std::vector<Heads<T>> launches_of(const Sizes& sizes, const Numbers& lambda, at::IntArrayRef lambda_index, const Describe& describe) {
+  std::vector<Heads<T>> launches;
+  int column = 0;
+  for (size_t h = 0; h < sizes.heads.size(); ++h) {
+    if (h % kHeadsPerLaunch == 0) {
+      launches.emplace_back();
+      launches.back().first = static_cast<int>(h);
+      launches.back().lambda = lambda.on_device();
+    }
+    Heads<T>& heads = launches.back();
+    Head<T>& head = heads.head[heads.count++];
+    head.begin = column;
+    head.end = column += static_cast<int>(sizes.heads[h]);
+    head.lambda_index = static_cast<int16_t>(lambda_index[h]);
+    head.scale = lambda_index[h] < 0 ? 1.0 : -lambda.on_host(lambda_index[h]);
+    head.loss_weight = 1;
+    describe(head, h);
+  }
+  return launches;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The buffers side by side, of which a kernel fills what it is there for.
+struct ProductBuffers {
+  Sizes sizes;
+  int64_t pitch;
+  Tensor weight, bias, z, g, scaled;
+
+  ProductBuffers(const Sizes& sizes) : sizes(sizes), pitch(round_up(sizes.columns(), kProductColumns)) {}
+
+  template <typename T>
+  Products<T> as() const {
+    const auto pointer = [](const Tensor& tensor) { return tensor.defined() ? data<T>(tensor) : nullptr; };
+    return {
+        sizes.rows, static_cast<int>(sizes.features), static_cast<int>(sizes.columns()), static_cast<int>(pitch),
+        pointer(weight), pointer(bias), pointer(z), pointer(g), pointer(scaled)};
+  }
+
+  // The gradients from g, scaled and weight, and what of them each head is owed.
+  void write_gradients(Gradients& gradients, const std::optional<Tensor>& x) const {
+    if (scaled.defined()) {
+      gradients.dx = at::mm(scaled, weight);
+    }
+    write_rows(gradients.dw, [&] { return at::mm(g.t(), *x); });
+    write_rows(gradients.db, [&] { return at::sum(g, 0); });
+  }
+
+ private:
+  // all(): what all heads get together, one after the other.
+  template <class All>
+  void write_rows(std::vector<Tensor>& heads, const All& all) const {
+    Tensor rows;
+    int64_t begin = 0;
+    for (size_t h = 0; h < heads.size(); ++h) {
+      if (heads[h].numel() > 0) {
+        rows = rows.defined() ? rows : all();
+        heads[h].copy_(rows.narrow(0, begin, sizes.heads[h]));
+      }
+      begin += sizes.heads[h];
+    }
+  }
+};
+
+}  // namespace grl_ext

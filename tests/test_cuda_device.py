@@ -1,0 +1,108 @@
+"""What only a GPU can show: captured graphs that follow lambda, sizes past 2^31, and the same bits every time."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from samples import assert_same
+
+from grl_ext import GRL, AdversarialHeads, GRLLinear
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def captured(step):
+    """step as a graph, warmed up as torch.cuda.graphs asks."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
+@pytest.mark.parametrize("layer", ["GRL", "GRLLinear"])
+def test_a_replayed_graph_follows_the_layers_lambda(compiled, layer):
+    module = (GRL(0.5) if layer == "GRL" else GRLLinear(64, 32, lambda_=0.5)).cuda()
+    x = torch.randn(128, 64, device="cuda", requires_grad=True)
+    graph, dx = captured(lambda: torch.autograd.grad(module(x).square().sum(), x)[0])
+    graph.replay()
+    first = dx.clone()
+    for factor in (2.0, 0.0, -1.0):
+        module.lambda_ = 0.5 * factor
+        graph.replay()
+        torch.testing.assert_close(dx, first * factor)
+
+
+def test_a_replayed_graph_of_the_heads_follows_lambda(compiled):
+    heads = AdversarialHeads(64, predictors={"class": 10}, adversaries={"domain": 2}, lambda_=0.5).cuda()
+    x = torch.randn(128, 64, device="cuda", requires_grad=True)
+    targets = {"class": torch.randint(10, (128,), device="cuda"), "domain": torch.randint(2, (128,), device="cuda")}
+    graph, dx = captured(lambda: torch.autograd.grad(heads(x, targets).loss, x)[0])
+    found = {}
+    for lambda_ in (0.5, 0.0, 1.0):
+        heads.lambda_ = lambda_
+        graph.replay()
+        found[lambda_] = dx.clone()
+    torch.testing.assert_close(found[1.0] - found[0.0], 2 * (found[0.5] - found[0.0]))
+    expected = torch.autograd.grad(F.cross_entropy(heads.predictors["class"](x), targets["class"]), x)[0]
+    torch.testing.assert_close(found[0.0], expected)
+
+
+def test_the_same_bits_every_time(compiled):
+    heads = AdversarialHeads(1000, predictors={"class": 10}, adversaries={"domain": 2}).cuda()
+    x = torch.randn(20000, 1000, device="cuda", requires_grad=True)
+    targets = {"class": torch.randint(10, (20000,), device="cuda"), "domain": torch.randint(2, (20000,), device="cuda")}
+    inputs = [x, *heads.parameters()]
+    first = torch.autograd.grad(heads(x, targets).loss, inputs)
+    for _ in range(20):
+        for again, expected in zip(torch.autograd.grad(heads(x, targets).loss, inputs), first, strict=True):
+            assert_same(again, expected)
+
+
+def needs_memory(bytes_: int) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < bytes_:
+        pytest.skip(f"needs {bytes_ >> 30} GB of free GPU memory, {free >> 30} are there")
+
+
+@pytest.mark.parametrize("form", ["one lambda", "a lambda for each row"])
+def test_more_than_two_to_the_31_elements(compiled, form):
+    rows, columns = 2**16, 2**15 + 17
+    needs_memory(3 * 2 * rows * columns)
+    grad = torch.ones(rows, columns, device="cuda", dtype=torch.float16)
+    grad[-1, -1] = 3
+    lambda_ = torch.tensor(0.5, device="cuda") if form == "one lambda" else torch.full((rows, 1), 0.5, device="cuda")
+    out = torch.ops.grl_ext._scale_negate(grad, 1.0, lambda_)
+    assert out[0, 0] == -0.5 and out[-1, 0] == -0.5 and out[-1, -1] == -1.5 and out.sum(dtype=torch.float64) == -0.5 * (grad.numel() + 2)
+
+
+def test_heads_over_more_than_two_to_the_31_features(compiled):
+    rows, features = 2**21 + 5, 1030
+    needs_memory(3 * 2 * rows * features)
+    heads = AdversarialHeads(features, predictors={"class": 2}, adversaries={}).cuda().to(torch.bfloat16)
+    x = torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
+    x[-1] = 1
+    logits = heads(x)["class"]
+    torch.testing.assert_close(logits[-1:], heads(x[-1:])["class"])
+    torch.testing.assert_close(logits[:1], heads(x[:1])["class"])
+
+
+BAD_TARGET = """
+import torch, grl_ext
+heads = grl_ext.AdversarialHeads(8, predictors={"class": 3}, adversaries={}).cuda()
+heads(torch.randn(4, 8, device="cuda"), {"class": torch.tensor([0, 1, 3, 2], device="cuda")})
+torch.cuda.synchronize()
+"""
+
+
+def test_a_target_that_is_no_class_stops_the_program(compiled):
+    result = subprocess.run([sys.executable, "-c", BAD_TARGET], capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    assert "a target is neither a class of its head nor ignore_index" in result.stdout + result.stderr
