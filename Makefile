@@ -15,7 +15,7 @@ CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda) $(lastword $(sort $(wildcar
 TORCH = torch==2.13.0
 OLDEST_TORCH = torch==2.11.0
 BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
-TEST_TOOLS = pytest hypothesis expecttest scikit-learn matplotlib tqdm pillow
+TEST_TOOLS = pytest hypothesis expecttest scikit-learn matplotlib tqdm pillow mypy basedpyright
 # pytorch-adapt's layer alone: its full requirements include torchvision, which the layer does not need.
 PEERS = pytorch-revgrad pytorch-adapt==0.0.83 pytorch-metric-learning==2.9.0 torchmetrics==1.9.0 lightning-utilities==0.15.3
 
@@ -63,7 +63,7 @@ fuzz: build
 # theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
 ASAN_TESTS = test_gradient_reversal.py test_grl_linear.py test_in_place_backward.py test_errors.py test_gradients_of_gradients.py \
   test_adversarial_heads.py test_linear_heads.py test_heads_*.py test_kept_memory.py fuzz/test_fuzz.py
-ASAN_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+ASAN_FLAGS = -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 asan: env
 	rm -rf build/asan && mkdir -p build/asan && cp -r setup.py pyproject.toml README.md LICENSE csrc grl_ext tests build/asan/
 	rm -f build/asan/grl_ext/*.so
