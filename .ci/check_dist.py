@@ -69,6 +69,7 @@ def check_use(package: Path) -> None:
         site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip()
         # torch is large: the new environment sees the one that this script runs with.
         Path(site, "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        run(python, "-m", "pip", "install", "--quiet", "setuptools>=77", "wheel", "ninja")  # what an isolated build would install
         run(python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir", package)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         run(python, "-c", USE, cwd=folder, env=environment)
