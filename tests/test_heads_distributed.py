@@ -78,8 +78,9 @@ class Network(nn.Module):
             losses={"age": "mse"},
         )
 
-    def forward(self, x: Tensor, targets: dict[str, Tensor] | None = None, **options):
-        return self.heads(self.encoder(x), targets, **options)
+    def forward(self, x: Tensor, targets: dict[str, Tensor] | None = None, detach: bool = False, **options):
+        features = self.encoder(x)
+        return self.heads(features.detach() if detach else features, targets, **options)
 
 
 def network() -> Network:
@@ -245,6 +246,29 @@ def ddp_with_a_head_left_out(rank: int, left_out: str) -> None:
 @pytest.mark.parametrize("left_out", ["digit", "age", "speaker", "room"])
 def test_a_head_left_out_has_no_gradient_under_ddp(in_two_processes, left_out):
     in_two_processes(ddp_with_a_head_left_out, left_out)
+
+
+def extra_steps_with_ddp(rank: int) -> None:
+    model, stock = network(), network()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    x, _, targets = batch()
+    of_domain = {"domain": targets["domain"]}
+    for _ in range(2):
+        model.zero_grad()
+        stock.zero_grad()
+        ddp(part(rank, x), part(rank, of_domain), detach=True).loss.backward()
+        stock_total(stock_logits(stock.heads, stock.encoder(x).detach()), of_domain, False).backward()
+        assert_gradients(model, stock)  # None but for the adversary
+        model.zero_grad()
+        stock.zero_grad()
+        ddp(part(rank, x), part(rank, targets)).loss.backward()
+        stock_total(stock_logits(stock.heads, stock.encoder(x)), targets, False).backward()
+        assert_gradients(model, stock)
+    del ddp
+
+
+def test_extra_steps_of_an_adversary_are_averaged_under_ddp(in_two_processes):
+    in_two_processes(extra_steps_with_ddp)
 
 
 def ddp_with_other_counts_in_each_process(rank: int) -> None:
