@@ -14,28 +14,32 @@ import grl_ext
 pytestmark = pytest.mark.usefixtures("compiled")
 
 ROWS, FEATURES = 4200, 2048  # 34 MB, above what malloc reuses
-SIZES, SCALE = [3, 2], [1.0, -0.5]
+LAMBDA = [None, 0.5]
 
 
 @pytest.fixture(scope="module")
 def sample():
     torch.manual_seed(0)
     x = torch.randn(ROWS, FEATURES, requires_grad=True)
-    weight = torch.randn(5, FEATURES) / FEATURES**0.5
-    targets = torch.stack([torch.randint(size, (ROWS,)) for size in SIZES], 1)
+    weight = [torch.randn(size, FEATURES) / FEATURES**0.5 for size in (3, 2)]
+    targets = [torch.randint(size, (ROWS,)) for size in (3, 2)]
     return x, weight, targets
 
 
 def by_loss(x, weight, targets):
-    return torch.autograd.grad(grl_ext.heads_cross_entropy(x, weight, None, targets, SIZES, SCALE).loss, x)[0]
+    return torch.autograd.grad(grl_ext.heads_loss(x, weight, None, targets, lambda_=LAMBDA).loss, x)[0]
+
+
+def by_head_losses(x, weight, targets):
+    return torch.autograd.grad(sum(grl_ext.heads_loss(x, weight, None, targets, lambda_=LAMBDA).head_losses), x)[0]
 
 
 def by_logits(x, weight, targets):
-    logits = grl_ext.linear_heads(x, weight, None, SIZES, SCALE)
-    return torch.autograd.grad(logits, x, torch.linspace(-1, 1, logits.numel()).view_as(logits))[0]
+    logits = grl_ext.linear_heads(x, weight, lambda_=LAMBDA)
+    return torch.autograd.grad(logits, x, [torch.linspace(-1, 1, z.numel()).view_as(z) for z in logits])[0]
 
 
-@pytest.mark.parametrize("gradient", [by_loss, by_logits])
+@pytest.mark.parametrize("gradient", [by_loss, by_head_losses, by_logits])
 def test_the_next_gradient_lies_where_the_last_one_lay(sample, gradient):
     first = gradient(*sample)
     expected, place = first.clone(), first.data_ptr()
@@ -73,15 +77,15 @@ def test_the_gradient_is_a_tensor_like_any_other(sample):
     gradient.resize_(3, 4).fill_(1)
     assert gradient.sum() == 12
     with torch.inference_mode():
-        logits = torch.ops.grl_ext._heads_logits(x, weight, None)
-        dx, *_ = torch.ops.grl_ext._heads_gradients(logits, x, weight, SIZES, torch.tensor(SCALE), [True] * 3)
+        logits = torch.ops.grl_ext._heads_logits(x, weight, [None, None])
+        dx, *_ = torch.ops.grl_ext._heads_gradients(logits, x, weight, torch.tensor([0.5]), [-1, 0], [True] * 5)
     assert dx.is_inference()
 
 
 def test_a_scaled_loss_scales_the_gradient_in_its_place(sample):
     x, weight, targets = sample
     expected = by_loss(*sample) * 4
-    loss = grl_ext.heads_cross_entropy(x, weight, None, targets, SIZES, SCALE).loss
+    loss = grl_ext.heads_loss(x, weight, None, targets, lambda_=LAMBDA).loss
     assert_same(torch.autograd.grad(4 * loss, x)[0], expected)
 
 
@@ -123,8 +127,8 @@ STEP = """
 import torch, grl_ext
 def step(rows):
     x = torch.ones(rows, 2048).requires_grad_()
-    targets = torch.zeros(rows, 1, dtype=torch.int64)
-    grl_ext.heads_cross_entropy(x, torch.ones(2, 2048), None, targets, [2], [1.0]).loss.backward()
+    target = torch.zeros(rows, dtype=torch.int64)
+    grl_ext.heads_loss(x, [torch.ones(2, 2048)], None, [target], lambda_=[None]).loss.backward()
 """
 
 # How much larger the process is after gradients of some sizes came and went, in units of 4200 rows; all else leaves nothing.
