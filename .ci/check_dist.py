@@ -40,7 +40,8 @@ def tool(name: str) -> Path:
 
 def check_traces(name: str, content: bytes) -> None:
     """Nothing in what is published says where it was made."""
-    for trace in (str(ROOT), str(Path.home()) + "/", sys.prefix, socket.gethostname()):
+    machine = [socket.gethostname()] if len(socket.gethostname()) > 7 else []  # a shorter name is found by chance
+    for trace in (str(ROOT), f"{Path.home()}/", sys.prefix, *machine):
         assert trace.encode() not in content, f"{name} contains '{trace}'"
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 CASE = "heads/16384x2048_31+2"
-ROWS = ("naive", "heads.loss", "limit")
+ROWS = ("naive", "heads(features, targets)", "limit: one copy")
 STEPS = 8
 
 

@@ -8,8 +8,6 @@ from hypothesis import HealthCheck, settings
 
 from grl_ext import _backend
 
-os.environ.pop("GRL_EXT_KEEP_MB", None)  # the tests are of the default
-
 # The same examples in every run: a failure on one machine is a failure on all. The fixtures only choose an implementation,
 # so that examples may share them.
 settings.register_profile("grl_ext", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,7 +4,6 @@
 
 #include "../heads_checks.h"
 #include "heads_common.h"
-#include "kept_memory.h"
 
 namespace grl_ext::cpu {
 namespace {
@@ -246,7 +245,7 @@ Output heads_loss(
   const auto none = empty({0}, x.scalar_type());
   const std::vector<Tensor> no_gradients(heads, none);
   Result result{
-      std::vector<Tensor>(heads), needs.x() ? empty_kept(x.sizes(), x.scalar_type()) : none, no_gradients, no_gradients};
+      std::vector<Tensor>(heads), needs.x() ? empty(x.sizes(), x.scalar_type()) : none, no_gradients, no_gradients};
   return dispatch_wide(x.scalar_type(), [&](auto zero) -> Output {
     Losses<decltype(zero)> losses(weight, options, scales, threads);
     bool dx_begun = division.fused.count() > 0;

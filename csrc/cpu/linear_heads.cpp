@@ -2,7 +2,6 @@
 #include <torch/library.h>
 
 #include "heads_common.h"
-#include "kept_memory.h"
 
 namespace grl_ext::cpu {
 namespace {
@@ -111,7 +110,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
   Gradients gradients(heads, grad_logits[0].scalar_type());
   const auto x = needs.any_weight() ? x_->contiguous() : gradients.dx;
   if (needs.x()) {
-    gradients.dx = empty_kept({n, d}, grad_logits[0].scalar_type());
+    gradients.dx = empty({n, d}, grad_logits[0].scalar_type());
   }
   bool dx_begun = division.fused.count() > 0;
   if (division.fused.count() > 0) {
