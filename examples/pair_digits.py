@@ -188,7 +188,9 @@ def plot(curves: dict[str, list[Curves]], args: Namespace):
     axes[3].set_ylim(0.0, 0.6)
     axes[4].axhline(0, color="black", linewidth=0.8)
     for_legend.axis("off")
-    for_legend.legend(*axes[0].get_legend_handles_labels(), loc="center", title=f"mean ± standard deviation of {len(curves['plain'])} seeds")
+    seeds = len(curves["plain"])
+    title = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    for_legend.legend(*axes[0].get_legend_handles_labels(), loc="center", title=title)
     return figure
 
 
