@@ -6,7 +6,6 @@
 
 #include <cmath>
 
-#include "autograd/heads.h"
 #include "cpu/heads_limits.h"
 #include "cpu/kernels.h"
 #include "cuda/heads_plan.h"
@@ -138,10 +137,6 @@ py::tuple heads_loss_eager(
   LossAndLogits result;
   {
     const py::gil_scoped_release no_gil;
-    options.lambda = numbers_now(options.lambda);
-    if (options.loss_weight) {
-      options.loss_weight = numbers_now(*options.loss_weight);
-    }
     result = heads_loss(features, matrices, vectors, layers, std::move(options));
   }
   const auto& [loss, head_losses, logits] = result;

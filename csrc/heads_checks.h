@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -87,6 +88,18 @@ inline void refuse_gradient(const std::string& name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(
       !tensor.requires_grad(), name, " requires a gradient, which the heads' loss does not give: pass ", name,
       ".detach(), or compute this head's loss from heads(features)");
+}
+
+// What only looking at the values tells.
+inline void check_class(int64_t label, size_t head, int64_t classes, int64_t ignore_index) {
+  TORCH_CHECK_INDEX(
+      label == ignore_index || (label >= 0 && label < classes), "targets[", head, "] must be in [0, ", classes,
+      ") or ignore_index (", ignore_index, "), got ", label);
+}
+
+inline void check_sample_weight(double weight, size_t head) {
+  TORCH_CHECK_VALUE(
+      weight >= 0 && std::isfinite(weight), "sample_weight[", head, "] must be finite and not negative, got ", weight);
 }
 
 template <class Sizes>

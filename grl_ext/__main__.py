@@ -24,7 +24,8 @@ def main() -> None:
     for device in devices:
         compiled = device in _backend.kernel_devices
         why = "" if compiled else f" ({'nothing compiled for it' if info else 'nothing compiled'})"
-        layer = "view forward; fused scale backward, in place where unshared" if compiled else "PyTorch operators" + why
+        scale = "fused scale backward" + (", in place where unshared" if device == "cpu" else "")
+        layer = f"view forward; {scale}" if compiled else "PyTorch operators" + why
         linear = "PyTorch's matrix products, lambda inside where the host knows it" if info else "PyTorch operators" + why
         heads = "PyTorch operators" + why
         if compiled:

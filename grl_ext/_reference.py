@@ -90,7 +90,7 @@ def scale_negate(grad: Tensor, lambda_: Tensor | float) -> Tensor:
             return scale_negate(grad.to_dense(), lambda_)
         entries = grad.coalesce()
         values = scale_negate(entries.values(), lambda_.reshape(()) if isinstance(lambda_, Tensor) else lambda_)
-        return torch.sparse_coo_tensor(entries.indices(), values, grad.shape, is_coalesced=True)
+        return torch.sparse_coo_tensor(entries.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
     if not isinstance(lambda_, Tensor):
         # Not zeros_like: gradients of gradients need the graph.
         return grad * -lambda_ if lambda_ != 0 else grad.masked_fill(torch.ones((), dtype=torch.bool, device=grad.device), 0)

@@ -21,6 +21,10 @@ if not hasattr(torch.ops.grl_ext, "gradient_reversal"):
     _reference.register_operators()
 
 
+# Subclasses (jagged, masked, distributed, quantised) know the operators of plain PyTorch, which the reference keeps to.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _path() -> str:
     if torch._C._are_functorch_transforms_active():
         return "reference"
@@ -85,7 +89,7 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
         if has_torch_function_unary(x):
             return handle_torch_function(gradient_reversal, (x,), x, lambda_)
         path = _path()
-        if path == "eager":
+        if path == "eager" and type(x) in _PLAIN:
             return _backend.C.gradient_reversal(x, lambda_)
         if path == "traced":
             check_tensor("x", x)
@@ -126,7 +130,7 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
         if has_torch_function((x, weight, bias)):
             return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
         path = _linear_path()
-        if path == "eager":
+        if path == "eager" and type(x) in _PLAIN and type(weight) in _PLAIN:
             return _backend.C.grl_linear(x, weight, bias, lambda_)
         if path == "traced":
             check_tensors(x, weight, bias)

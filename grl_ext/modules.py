@@ -162,7 +162,10 @@ class GRL(_LambdaModule):
         def __call__(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor: ...
 
     def forward(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor:
-        return functional.gradient_reversal(x, self.lambda_ if coeff is None else coeff)
+        if torch.jit.is_scripting():
+            return functional.gradient_reversal(x, self.lambda_ if coeff is None else coeff)
+        else:  # not by way of nn.Module.__getattr__, which takes a tenth of the layer's time
+            return functional.gradient_reversal(x, self._buffers["lambda_"] if coeff is None else coeff)
 
     def extra_repr(self) -> str:
         return f"lambda_={self._shown_lambda()}"
@@ -213,7 +216,10 @@ class GRLLinear(_LambdaModule):
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.grl_linear(x, self.weight, self.bias, self.lambda_)
+        if torch.jit.is_scripting():
+            return functional.grl_linear(x, self.weight, self.bias, self.lambda_)
+        else:
+            return functional.grl_linear(x, self.weight, self.bias, self._buffers["lambda_"])
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

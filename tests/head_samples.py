@@ -1,43 +1,108 @@
 """What the tests of the linear operations share: sample arguments, and the network they replace, layer by layer.
 
-That network is the oracle: one reversal, one linear layer and one loss of PyTorch's own for each head, in float64.
+That network is the oracle. It is written from PyTorch's own parts and nothing of this package: for each head a reversal of two
+lines, `F.linear` and `F.relu`, and `F.cross_entropy`, `F.binary_cross_entropy_with_logits` or `F.mse_loss`, in float64.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grl_ext import _backend, _reference
+from grl_ext import HeadsLoss, _backend, heads_loss, linear_heads
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 # The total of head sizes past which the compiled heads go through matrix products.
-SWITCH = _backend.C.build_info()["max_columns_cpu"] if _backend.C else 64
+SWITCH = _backend.C.build_info()["max_columns_cpu"] if _backend.C else 40
 
 # (N, D): none, one or two blocks of 64 rows, full and not; features of one element, of whole vectors, and with a rest, behind whole
 # strips of four vectors, behind single ones, and behind both.
 SHAPES = [(0, 7), (1, 1), (1, 129), (5, 64), (7, 100), (64, 7), (65, 129), (130, 1), (130, 64)]
 HEAD_SIZES = [(1,), (2,), (2, 2), (1, 3, 1), (10, 2), (13,), (SWITCH - 2, 2), (SWITCH - 1, 2), (251, 1, 49)]
+WIDE = (SWITCH, 2)  # the first head in the fused kernels, the second by matrix products
+DEEP = ((6, 3), 2, (5, 4, 1))  # heads of several layers beside a linear one
 
 # In eps of the dtype. Float32 and float64: the rounding of some hundred terms, one by one, and an exponential good to 2 eps. Half
 # types: sums are made in float32, but the logits, their gradient and the result are each rounded, some twice.
 ROUNDINGS = {torch.float64: 64, torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 
 
-class Sample(NamedTuple):
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LinearSample(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None
-    targets: Tensor
-    head_sizes: list[int]
-    grad_scale: list[float]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.x, self.weight, self.bias
+
+
+def sample_linear(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    leading: Sequence[int] = (5,),
+    features: int = 7,
+    columns: int = 5,
+    bias: bool = True,
+) -> LinearSample:
+    """x, weight and bias that require grad."""
+    x = torch.randn(*leading, features, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(columns, features, device=device) / max(1, features) ** 0.5).to(dtype).requires_grad_()
+    b = torch.randn(columns, device=device).to(dtype).requires_grad_() if bias else None
+    return LinearSample(x, weight, b)
+
+
+class Sample(NamedTuple):
+    """Arguments of `heads_loss`; each head's layers in a list."""
+
+    x: Tensor
+    weight: list[list[Tensor]]
+    bias: list[list[Tensor | None]]
+    targets: list[Tensor]
+    lambda_: list[float | None]
+    losses: list[str] | None = None
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """All tensors that may have a gradient: x, the weights, the biases."""
+        return [self.x, *(w for layers in self.weight for w in layers), *(b for layers in self.bias for b in layers if b is not None)]
+
+    @property
+    def wanted(self) -> list[Tensor]:
+        return [t for t in self.inputs if t.requires_grad]
+
+    def of(self, inputs: Sequence[Tensor]) -> "Sample":
+        """The sample with other inputs."""
+        rest = iter(inputs)
+        x = next(rest)
+        weight = [[next(rest) for _ in layers] for layers in self.weight]
+        bias = [[b if b is None else next(rest) for b in layers] for layers in self.bias]
+        return self._replace(x=x, weight=weight, bias=bias)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Sample":
+        """The sample with f of each input, detached; those that required grad still do."""
+        return self.of([f(t.detach()).detach().requires_grad_(t.requires_grad) for t in self.inputs])
+
+    def head(self, h: int) -> "Sample":
+        """The sample with one head only."""
+        losses = self.losses and [self.losses[h]]
+        return Sample(self.x, [self.weight[h]], [self.bias[h]], [self.targets[h]], [self.lambda_[h]], losses)
+
+    @property
+    def linear(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """weight and bias of linear heads."""
+        return [w for (w,) in self.weight], [b for (b,) in self.bias]
+
+
+LAMBDAS = (None, 0.3, -2.0, 0.0)
 
 
 def sample_heads(
@@ -45,62 +110,142 @@ def sample_heads(
     dtype: torch.dtype = torch.float32,
     leading: Sequence[int] = (5,),
     features: int = 7,
-    head_sizes: Sequence[int] = (3, 2),
-    bias: bool = True,
+    head_sizes: Sequence[int | Sequence[int]] = (3, 2),
+    bias: bool | str = True,
+    kinds: Sequence[str] = ("classes",),
 ) -> Sample:
-    """x, weight and bias that require grad, some targets, and head scales 1, -0.3, 2, 0, 1, ..."""
-    columns = sum(head_sizes)
+    """Inputs that require grad; heads with lambda None, 0.3, -2, 0, None, ... and targets of the kinds in turn.
+
+    A size may be a sequence: layers with ReLU between them. bias "mixed": every second layer has one. Kinds: "classes", "soft"
+    (probabilities), "mse" (values).
+    """
+    weight, biases, targets, losses = [], [], [], []
+    count = 0
+    for h, given in enumerate(head_sizes):
+        sizes = [given] if isinstance(given, int) else list(given)
+        weight.append([])
+        biases.append([])
+        width = features
+        for size in sizes:
+            w = torch.randn(size, width, device=device) / max(1, width) ** 0.5
+            weight[-1].append(w.to(dtype).requires_grad_())
+            has_bias = count % 2 == 0 if bias == "mixed" else bias
+            biases[-1].append(torch.randn(size, device=device).to(dtype).requires_grad_() if has_bias else None)
+            width, count = size, count + 1
+        kind = kinds[h % len(kinds)]
+        targets.append(sample_targets(kind, tuple(leading), width, device))
+        losses.append("mse" if kind == "mse" else "cross_entropy")
     x = torch.randn(*leading, features, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(columns, features, device=device) / max(1, features) ** 0.5).to(dtype).requires_grad_()
-    b = torch.randn(columns, device=device).to(dtype).requires_grad_() if bias else None
-    targets = torch.stack([torch.randint(max(2, size), tuple(leading), device=device) for size in head_sizes], -1)
-    return Sample(x, weight, b, targets, list(head_sizes), [(1.0, -0.3, 2.0, 0.0)[h % 4] for h in range(len(head_sizes))])
+    lambda_ = [LAMBDAS[h % 4] for h in range(len(head_sizes))]
+    return Sample(x, weight, biases, targets, lambda_, losses if "mse" in losses else None)
+
+
+def sample_targets(kind: str, leading: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    if kind == "classes":
+        return torch.randint(max(2, size), leading, device=device)
+    if kind == "mse":
+        return torch.randn(*leading, size, device=device)
+    return torch.rand(*leading, 1, device=device) if size == 1 else torch.randn(*leading, size, device=device).softmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network layer by layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reversal(x: Tensor, lambda_: Tensor | float) -> Tensor:
+    """The value of x and the derivative of -lambda x, in every mode of differentiation."""
+    scaled = -lambda_ * x
+    return scaled + (x - scaled).detach()
 
 
 def naive_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lambda_: Tensor | float) -> Tensor:
-    return F.linear(_reference.gradient_reversal(x, lambda_), weight, bias)
+    return F.linear(reversal(x, lambda_), weight, bias)
 
 
-def naive_heads(x: Tensor, weight: Tensor, bias: Tensor | None, head_sizes: Sequence[int], grad_scale: Iterable[float]) -> Tensor:
-    """A reversal (lambda = -scale) and a linear layer for each head."""
-    biases = [None] * len(head_sizes) if bias is None else bias.split(tuple(head_sizes))
-    heads = zip(weight.split(tuple(head_sizes)), biases, grad_scale, strict=True)
-    return torch.cat([naive_linear(x, w, b, -scale) for w, b, scale in heads], -1)
+def naive_logits(sample: Sample) -> list[Tensor]:
+    """A reversal for each adversary, then its layers."""
+    logits = []
+    for weight, bias, lambda_ in zip(sample.weight, sample.bias, sample.lambda_, strict=True):
+        z = sample.x if lambda_ is None else reversal(sample.x, lambda_)
+        for i, (w, b) in enumerate(zip(weight, bias, strict=True)):
+            z = F.linear(F.relu(z) if i else z, w, b)
+        logits.append(z)
+    return logits
 
 
-def naive_head_losses(
-    logits: Tensor, targets: Tensor, head_sizes: Sequence[int], ignore_index: int = -100, label_smoothing: float = 0.0
-) -> Tensor:
-    """PyTorch's mean loss for each head: cross entropy, or binary cross entropy for one logit; 0 where no row counts."""
-    losses = []
-    for z, target in zip(logits.reshape(-1, logits.shape[-1]).split(tuple(head_sizes), 1), targets.reshape(-1, len(head_sizes)).T, strict=True):
-        valid = target != ignore_index
-        z, target = z[valid], target[valid]
-        if not len(z):
-            losses.append(z.sum())
-        elif z.shape[1] == 1:
-            soft = target.to(z) * (1 - label_smoothing) + label_smoothing / 2
-            losses.append(F.binary_cross_entropy_with_logits(z[:, 0], soft))
-        else:
-            losses.append(F.cross_entropy(z, target, label_smoothing=label_smoothing))
-    return torch.stack(losses)
+def naive_row_losses(z: Tensor, target: Tensor, loss: str, class_weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """PyTorch's loss of every row, from logits (N, size) and targets that all count."""
+    size = z.shape[1]
+    if loss == "mse":
+        return F.mse_loss(z, target.reshape(z.shape).to(z), reduction="none").mean(1)
+    if size > 1:
+        target = target if target.dtype == torch.int64 else target.to(z)
+        return F.cross_entropy(z, target, class_weight, reduction="none", label_smoothing=label_smoothing)
+    one = target.reshape(-1).to(z) * (1 - label_smoothing) + label_smoothing / 2
+    if class_weight is None:
+        return F.binary_cross_entropy_with_logits(z[:, 0], one, reduction="none")
+    return class_weight[0] * (1 - one) * F.softplus(z[:, 0]) + class_weight[1] * one * F.softplus(-z[:, 0])
 
 
 def naive_loss(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    head_sizes: Sequence[int],
-    grad_scale: Iterable[float],
+    sample: Sample,
     *,
-    loss_weight: Sequence[float] | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """The differentiable total of `heads_cross_entropy`."""
-    losses = naive_head_losses(naive_heads(x, weight, bias, head_sizes, grad_scale), targets, head_sizes, ignore_index, label_smoothing)
-    return losses.sum() if loss_weight is None else losses @ torch.as_tensor(loss_weight).to(losses)
+    logits: list[Tensor] | None = None,
+    sample_weight: Tensor | Sequence[Tensor | None] | None = None,
+    class_weight: Sequence[Tensor | None] | None = None,
+    loss_weight: Sequence[float] | Tensor | None = None,
+    label_smoothing: float | Sequence[float] = 0.0,
+    ignore_index: int | Sequence[int] = -100,
+    reduction: str = "mean",
+) -> HeadsLoss:
+    """What `heads_loss` gives, head by head over the rows that count."""
+    logits = naive_logits(sample) if logits is None else logits
+    heads = range(len(logits))
+
+    def each(value):
+        return value if isinstance(value, list | tuple) else [value] * len(logits)
+
+    sample_weight, class_weight, smoothing, ignored = map(each, (sample_weight, class_weight, label_smoothing, ignore_index))
+    losses = []
+    for h in heads:
+        size = logits[h].shape[-1]
+        z = logits[h].reshape(-1, size) if logits[h].numel() else logits[h].new_zeros(0, size) + 0 * logits[h].sum()
+        loss = sample.losses[h] if sample.losses else "cross_entropy"
+        classes = sample.targets[h].dtype == torch.int64
+        target = sample.targets[h].reshape(-1) if classes else sample.targets[h].reshape(len(z), size)
+        weights = torch.ones(len(z), dtype=z.dtype, device=z.device)
+        weights = weights if sample_weight[h] is None else sample_weight[h].reshape(-1).to(weights)
+        valid = weights != 0
+        if classes:
+            valid = valid & (target != ignored[h])
+        z, target, weights = z[valid], target[valid], weights[valid]
+        of_classes = None if class_weight[h] is None else class_weight[h].to(z)
+        smooth = 0.0 if loss == "mse" and not isinstance(label_smoothing, list | tuple) else smoothing[h]
+        total = (weights * naive_row_losses(z, target, loss, of_classes, smooth)).sum() if len(z) else z.sum()
+        if reduction == "sum":
+            total = total * size if loss == "mse" else total  # the sum over the outputs, of which the mean is taken above
+        else:
+            norm = (weights * of_classes[target]).sum() if of_classes is not None and classes else weights.sum()
+            total = total / norm if norm != 0 else 0 * total
+        losses.append(total)
+    loss_weight = [1.0] * len(losses) if loss_weight is None else loss_weight
+    return HeadsLoss(sum(float(w) * loss for w, loss in zip(loss_weight, losses, strict=True)), losses, logits)
+
+
+def our_logits(sample: Sample) -> list[Tensor]:
+    return linear_heads(sample.x, *sample.linear, lambda_=sample.lambda_)
+
+
+def our_loss(sample: Sample, **options) -> HeadsLoss:
+    linear = all(len(layers) == 1 for layers in sample.weight)
+    weight, bias = sample.linear if linear else (sample.weight, sample.bias)
+    return heads_loss(sample.x, weight, bias, sample.targets, lambda_=sample.lambda_, losses=sample.losses, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparisons
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def assert_near(actual: Tensor, exact: Tensor, dtype: torch.dtype, sensitivity: float | None = None) -> None:
@@ -115,23 +260,30 @@ def assert_near(actual: Tensor, exact: Tensor, dtype: torch.dtype, sensitivity: 
     torch.testing.assert_close(actual.double(), exact.double(), rtol=0, atol=atol)
 
 
-def _output_and_gradients(f: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    y = f(*inputs)
-    grad = torch.randn_like(y) if grad is None else grad
+def _outputs_and_gradients(
+    f: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = f(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    grads = [torch.randn_like(y) for y in outputs] if grads is None else grads
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y, wanted, grad)], grad
+    reached = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if y.requires_grad]
+    gradients = torch.autograd.grad([y for y, _ in reached], wanted, [grad for _, grad in reached], allow_unused=True)
+    return [*(y.detach() for y in outputs), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True))], grads
 
 
-def check_network(ours: Callable[..., Tensor], naive: Callable[..., Tensor], *inputs: Tensor | None) -> None:
-    """Output, and the gradients for a random incoming one: ours in the inputs' dtype against naive in float64.
+def check_network(
+    ours: Callable[..., Tensor | Sequence[Tensor]], naive: Callable[..., Tensor | Sequence[Tensor]], *inputs: Tensor | None
+) -> None:
+    """Outputs, and the gradients for random incoming ones: ours in the inputs' dtype against naive in float64.
 
     An error is allowed where inputs that differ by a few roundings would have caused it: an element whose terms cancel is as
     uncertain as its terms. How much that is, naive itself tells, from two slight changes of the inputs.
     """
     dtype = inputs[0].dtype
-    actual, grad = _output_and_gradients(ours, inputs, None)
+    actual, grads = _outputs_and_gradients(ours, inputs, None)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    for t, gradient in zip(wanted, actual[1:], strict=True):
+    for t, gradient in zip(wanted, actual[len(grads) :], strict=True):
         assert gradient.dtype == t.dtype
 
     def evaluate(change: float) -> list[Tensor]:
@@ -140,7 +292,7 @@ def check_network(ours: Callable[..., Tensor], naive: Callable[..., Tensor], *in
             return t * (1 + change * (2 * torch.rand_like(t) - 1)) if change else t
 
         exact_inputs = [t if t is None else changed(t).requires_grad_(t.requires_grad) for t in inputs]
-        return _output_and_gradients(naive, exact_inputs, changed(grad))[0]
+        return _outputs_and_gradients(naive, exact_inputs, [changed(grad) for grad in grads])[0]
 
     change = 1e-6
     exact, *others = evaluate(0), evaluate(change), evaluate(change)
@@ -149,9 +301,48 @@ def check_network(ours: Callable[..., Tensor], naive: Callable[..., Tensor], *in
         assert_near(a, e, dtype, max(changes + [e.abs().max().item()]) if e.numel() else 0.0)
 
 
+def check_logits(sample: Sample) -> None:
+    """`linear_heads` against the layers: logits and all gradients."""
+    check_network(lambda *t: our_logits(sample.of(t)), lambda *t: naive_logits(sample.of(t)), *sample.inputs)
+
+
+def check_loss(sample: Sample, *, outputs: str = "loss", **options) -> None:
+    """`heads_loss` against the layers: the values of everything, and the gradients of `outputs`, "loss" or "all"."""
+
+    def parts(result: HeadsLoss) -> list[Tensor]:
+        return [result.loss] if outputs == "loss" else [result.loss, *result.head_losses, *result.logits]
+
+    check_network(
+        lambda *t: parts(our_loss(sample.of(t), **options)), lambda *t: parts(naive_loss(sample.of(t), **options)), *sample.inputs
+    )
+    dtype = sample.x.dtype
+    with torch.no_grad():
+        ours, exact = our_loss(sample, **options), naive_loss(sample.map(Tensor.double), **options)
+    assert {ours.loss.dtype, *(loss.dtype for loss in ours.head_losses)} == {torch.promote_types(dtype, torch.float32)}
+    for ours_of, exact_of in zip([*ours.head_losses, *ours.logits], [*exact.head_losses, *exact.logits], strict=True):
+        # Logits near 0 and losses near 0 are as uncertain as the terms of their sums, which are of size 1.
+        assert_near(ours_of, exact_of, dtype, max(1.0, exact_of.abs().max().item()) if exact_of.numel() else 0.0)
+    assert {z.dtype for z in ours.logits} == {dtype}
+
+
 def second_order(f: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
     """Gradients of a gradient penalty, the sum of the first gradients' squares. The bias has none where that is linear in it."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     first = torch.autograd.grad(f(*inputs), wanted, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, second, strict=True)]
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor], **options) -> list[Tensor]:
+    """With zeros where autograd gives None."""
+    given = torch.autograd.grad(output, inputs, allow_unused=True, **options)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, given, strict=True)]
+
+
+# Ways in which a matrix may lie in memory.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.T.contiguous().T,
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    "rows apart": lambda t: torch.cat([t, t], -1)[:, : t.shape[1]],
+    "expanded": lambda t: t[:1].expand_as(t),
+}

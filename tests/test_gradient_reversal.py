@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import DTYPES, LAMBDAS, LAYOUTS, SHAPE, Emit, assert_same, case, deliver, expected_gradient, sample_inputs
 
-from grl_ext import gradient_reversal
+from grl_ext import gradient_reversal, grl_linear
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -225,6 +225,20 @@ def test_sparse_gradients_are_scaled(device, form, value):
     assert weight.grad.is_sparse == (form != "per row")  # a lambda for each element has no sparse form
     expected = torch.tensor([0.0, 2.0, 0.0, 1.0, 0.0], device=device)[:, None] * -value
     assert_same(weight.grad.to_dense() + 0.0, expected.expand(5, 3) + 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:The PyTorch API of MaskedTensors")
+def test_subclasses_of_tensor_go_through(device):
+    parts = [torch.ones(rows, 3, device=device, requires_grad=True) for rows in (2, 4)]
+    weight = torch.ones(2, 3, device=device)
+    for reverse in (gradient_reversal, lambda x, lambda_: grl_linear(x, weight, None, lambda_) / 2):
+        for lambda_ in (0.5, torch.tensor(0.5), 0.0):
+            x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+            for gradient in torch.autograd.grad((reverse(x, lambda_) * 2).values().sum(), parts):
+                assert_same(gradient, torch.full_like(gradient, -2.0 * float(lambda_)) + 0.0)
+    masked = torch.masked.masked_tensor(torch.ones(2, device=device), torch.tensor([True, False], device=device), requires_grad=True)
+    gradient_reversal(masked, 0.5).sum().backward()
+    assert_same(masked.grad.get_data()[:1], torch.tensor([-0.5], device=device))
 
 
 def test_lambda_zero_gives_zeros_of_an_infinite_sparse_gradient(device):

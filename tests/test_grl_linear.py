@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from head_samples import DTYPES, SHAPES, assert_near, check_network, naive_linear, sample_heads, second_order
+from head_samples import DTYPES, SHAPES, assert_near, check_network, naive_linear, sample_linear, second_order
 from samples import assert_same, case
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -41,20 +41,20 @@ LAMBDAS = {
 def test_equals_the_reversal_and_the_linear_layer(device, dtype, form):
     lambda_ = LAMBDAS[form](device)
     for bias in (True, False):
-        inputs = sample_heads(device, dtype, bias=bias).inputs
+        inputs = sample_linear(device, dtype, bias=bias).inputs
         with case("bias" if bias else "no bias"):
             check_network(lambda *t: grl_linear(*t, lambda_), lambda *t: naive_linear(*t, lambda_), *inputs)
 
 
 def test_the_forward_is_the_linear_layers_own_bit_by_bit(device):
     for rows, features in SHAPES:
-        x, weight, bias = sample_heads(device, leading=(rows,), features=features).inputs
+        x, weight, bias = sample_linear(device, leading=(rows,), features=features).inputs
         assert_same(grl_linear(x, weight, bias, 0.3), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3), (2, 0, 3), (2, 1, 3, 4)], ids=str)
 def test_x_may_have_any_leading_sizes(device, leading):
-    inputs = sample_heads(device, leading=leading).inputs
+    inputs = sample_linear(device, leading=leading).inputs
     for name, lambda_ in {"float": 0.3, "0-d": torch.tensor(0.3), "per row": torch.randn(*leading, 1), "full": torch.randn(*leading, 7)}.items():
         lambda_ = lambda_.to(device) if isinstance(lambda_, torch.Tensor) else lambda_
         with case(name):
@@ -63,12 +63,12 @@ def test_x_may_have_any_leading_sizes(device, leading):
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
 def test_x_may_have_no_features(device, leading):
-    check_network(lambda *t: grl_linear(*t, 0.3), lambda *t: naive_linear(*t, 0.3), *sample_heads(device, leading=leading, features=0).inputs)
+    check_network(lambda *t: grl_linear(*t, 0.3), lambda *t: naive_linear(*t, 0.3), *sample_linear(device, leading=leading, features=0).inputs)
 
 
 @pytest.mark.parametrize("layout", [lambda t: t.T.contiguous().T, lambda t: torch.stack([t, t], -1)[..., 0], lambda t: t[:1].expand_as(t)], ids=["transposed", "strided", "expanded"])
 def test_x_and_weight_may_lie_in_memory_in_any_way(device, layout):
-    x, weight, bias = (layout(t) if t.dim() == 2 else t for t in (t.detach() for t in sample_heads(device).inputs))
+    x, weight, bias = (layout(t) if t.dim() == 2 else t for t in (t.detach() for t in sample_linear(device).inputs))
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     for lambda_ in (0.3, torch.randn(5, 1, device=device)):
         check_network(lambda *t: grl_linear(*t, lambda_), lambda *t: naive_linear(*t, lambda_), *inputs)  # noqa: B023
@@ -78,7 +78,7 @@ def test_x_and_weight_may_lie_in_memory_in_any_way(device, layout):
 @pytest.mark.parametrize("lambda_", [0.3, torch.tensor(0.3), torch.full((5, 1), 0.3)], ids=["float", "0-d", "per row"])
 def test_any_subset_of_inputs_may_be_frozen(device, frozen, lambda_):
     lambda_ = lambda_.to(device) if isinstance(lambda_, torch.Tensor) and lambda_.dim() else lambda_
-    inputs = sample_heads(device).inputs
+    inputs = sample_linear(device).inputs
     for i in frozen:
         inputs[i].requires_grad_(False)
     check_network(lambda *t: grl_linear(*t, lambda_), lambda *t: naive_linear(*t, lambda_), *inputs)
@@ -86,7 +86,7 @@ def test_any_subset_of_inputs_may_be_frozen(device, frozen, lambda_):
 
 def test_what_needs_no_gradient_is_not_held(device):
     # As for F.linear: features and weight may change where no gradient needs them.
-    x, weight, bias = (t.detach().requires_grad_() * 1 for t in sample_heads(device).inputs)
+    x, weight, bias = (t.detach().requires_grad_() * 1 for t in sample_linear(device).inputs)
     y = grl_linear(x, weight.detach(), bias, 0.3)
     x.add_(1)
     y.sum().backward()
@@ -105,14 +105,14 @@ def test_lambda_zero_gives_zeros_whatever_the_gradient_holds(device, form):
         "per row": torch.zeros(5, 1, device=device),
         "full shape": torch.zeros(5, 7, device=device),
     }[form]
-    x, weight, bias = sample_heads(device).inputs
+    x, weight, bias = sample_linear(device).inputs
     grad = torch.randn(5, 5, device=device)
     grad[0], grad[1] = math.inf, math.nan
     assert_same(torch.autograd.grad(grl_linear(x, weight, bias, lambda_), x, grad)[0], torch.zeros_like(x))
 
 
 def test_lambda_zero_gives_zeros_of_an_infinite_weight(device):
-    x, weight, bias = sample_heads(device).inputs
+    x, weight, bias = sample_linear(device).inputs
     weight.data[0, 0] = math.inf
     for lambda_ in (0.0, torch.zeros((), device=device), torch.zeros((), device=device, requires_grad=True), torch.zeros(5, 1, device=device)):
         assert_same(torch.autograd.grad(grl_linear(x, weight, bias, lambda_).sum(), x)[0], torch.zeros_like(x))
@@ -124,7 +124,7 @@ def test_lambda_zero_gives_zeros_of_an_infinite_weight(device):
 @pytest.mark.parametrize("form", LAMBDAS)
 def test_second_order_gradients_are_those_of_the_two_layers(device, form):
     lambda_ = LAMBDAS[form](device)
-    inputs = sample_heads(device, torch.float64).inputs
+    inputs = sample_linear(device, torch.float64).inputs
     ours = second_order(lambda *t: grl_linear(*t, lambda_).square().sum(), *inputs)
     for our, exact in zip(ours, second_order(lambda *t: naive_linear(*t, lambda_).square().sum(), *inputs), strict=True):
         assert_near(our, exact, torch.float64)
@@ -132,7 +132,7 @@ def test_second_order_gradients_are_those_of_the_two_layers(device, form):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, on loading its jvp decompositions
 def test_lambda_minus_one_is_the_linear_layer_for_the_numerical_checks(device):
-    inputs = sample_heads(device, torch.float64).inputs
+    inputs = sample_linear(device, torch.float64).inputs
     for lambda_ in (-1.0, torch.tensor(-1.0, device=device), torch.full((5, 1), -1.0, device=device)):
         assert gradcheck(lambda *t: grl_linear(*t, lambda_), inputs, check_batched_grad=True)  # noqa: B023
         assert gradgradcheck(lambda *t: grl_linear(*t, lambda_), inputs, check_batched_grad=True)  # noqa: B023
@@ -141,7 +141,7 @@ def test_lambda_minus_one_is_the_linear_layer_for_the_numerical_checks(device):
 @pytest.mark.parametrize("lambda_", [0.75, torch.tensor(0.75)], ids=["float", "0-d"])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_is_that_of_the_two_layers(device, lambda_):
-    inputs = [t.detach() for t in sample_heads(device, torch.float64).inputs]
+    inputs = [t.detach() for t in sample_linear(device, torch.float64).inputs]
     tangents = [torch.randn_like(t) for t in inputs]
     for which in ((0,), (1,), (2,), (0, 1, 2)):
         with fwAD.dual_level():
@@ -152,7 +152,7 @@ def test_forward_mode_is_that_of_the_two_layers(device, lambda_):
 
 
 def test_no_gradient_reaches_lambda(device):
-    inputs = sample_heads(device).inputs
+    inputs = sample_linear(device).inputs
     for shape in ((), (5, 1), (5, 7)):
         lambda_ = torch.ones(shape, device=device, requires_grad=True)
         grl_linear(*inputs, lambda_).square().sum().backward()
@@ -161,7 +161,7 @@ def test_no_gradient_reaches_lambda(device):
 
 
 def test_a_graph_is_used_once_unless_retained(device):
-    x, weight, bias = sample_heads(device).inputs
+    x, weight, bias = sample_linear(device).inputs
     loss = grl_linear(x, weight, bias, 0.75).sum()
     for times in (1, 2):
         loss.backward(retain_graph=True)
@@ -173,7 +173,7 @@ def test_a_graph_is_used_once_unless_retained(device):
 
 @pytest.mark.parametrize("changed", [0, 1], ids=["x", "weight"])
 def test_inputs_that_the_backward_needs_must_not_change(device, changed):
-    inputs = [t * 1 for t in sample_heads(device).inputs]
+    inputs = [t * 1 for t in sample_linear(device).inputs]
     loss = grl_linear(*inputs, 0.3).sum()
     inputs[changed].add_(1)
     # The plain path saves the reversal's view of x, for which PyTorch has another text.
@@ -182,7 +182,7 @@ def test_inputs_that_the_backward_needs_must_not_change(device, changed):
 
 
 def test_vmap_over_a_graph_never_reads_memory_that_was_not_written(device):
-    x, weight, _ = sample_heads(device).inputs
+    x, weight, _ = sample_linear(device).inputs
     y = grl_linear(x, weight, None, 0.5)
     grads = torch.randn(3, *y.shape, device=device)
     expected = torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in grads])

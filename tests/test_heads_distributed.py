@@ -278,7 +278,7 @@ def ddp_with_other_counts_in_each_process(rank: int) -> None:
     targets["digit"][1:3] = -100  # three rows without a digit here, one there
     valid = (targets["digit"] != -100).sum()
     # sums over this process's rows, divided by the count of all; DDP's average divides by the processes once more
-    weight = {name: 2 / ROWS for name in targets} | {"digit": 2 / valid.item()}
+    weight = dict.fromkeys(targets, 2 / ROWS) | {"digit": 2 / valid.item()}
     ddp(part(rank, x), part(rank, targets), reduction="sum", loss_weight=weight).loss.backward()
     stock_total(stock_logits(stock.heads, stock.encoder(x)), targets, False).backward()
     assert_gradients(model, stock)
@@ -375,9 +375,7 @@ def assert_whole_gradients(sharded: nn.Module, stock: nn.Module, tolerance: dict
 
 def fsdp1(module: nn.Module, dtype: torch.dtype, use_orig_params: bool = True) -> nn.Module:
     precision = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)
-    return FullyShardedDataParallel(
-        module, device_id=torch.device("cpu"), mixed_precision=precision, use_orig_params=use_orig_params
-    )
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), mixed_precision=precision, use_orig_params=use_orig_params)
 
 
 def fsdp2(module: nn.Module, dtype: torch.dtype) -> nn.Module:

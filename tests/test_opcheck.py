@@ -33,65 +33,93 @@ def scale_negate(device):
 
 def heads(device, requires_grad, flat=False):
     """Samples on both sides of the switch to matrix products, with and without bias and rows; `flat`: x (N, D) only."""
-    forms = [(torch.float32, (5,), (3, 2), True), (torch.bfloat16, (5,), (3, 2), False), (torch.float32, (0,), (3, 2), True)]
+    forms = [(torch.float32, (5,), (3, 2), True), (torch.bfloat16, (5,), (3, 2), "mixed"), (torch.float32, (0,), (3, 2), True)]
     forms += [(torch.float32, (5,), (SWITCH, 1), True), (torch.float16, (70,), (SWITCH, 1), False)]
     forms += [(torch.float64, (2, 3), (1, 4), True), (torch.float32, (), (1, 4), True)] * (not flat)
     for dtype, leading, head_sizes, bias in forms:
-        sample = sample_heads(device, dtype, leading, 4, head_sizes, bias)
-        sample.targets[:1].fill_(-100)
-        for t in sample.inputs:
-            if t is not None:
-                t.requires_grad_(requires_grad)
-        yield sample._replace(grad_scale=torch.tensor([1.0, -0.3], device=device))
+        sample = sample_heads(device, dtype, leading, 4, head_sizes, bias, kinds=("classes", "soft"))
+        for target in sample.targets[::2]:
+            target[:1] = -100 if leading else target
+        yield sample.of([t.requires_grad_(requires_grad) for t in sample.inputs])
+
+
+def numbers(device):
+    """lambda_ and lambda_index for two heads."""
+    yield torch.tensor([0.3], device=device), [-1, 0]
+    yield torch.tensor([0.3, -2.0], dtype=torch.float64), [1, 0]
+    yield torch.empty(0, dtype=torch.float64), [-1, -1]
 
 
 def grl_linear(device):
     for sample in heads(device, requires_grad=True):
-        yield *sample.inputs, torch.tensor(0.3, device=device)
-        yield *sample.inputs, torch.rand(*sample.x.shape[:-1], 1, device=device)
+        (weight, _), (bias, _) = sample.linear
+        yield sample.x, weight, bias, torch.tensor(0.3, device=device)
+        yield sample.x, weight, bias, torch.rand(*sample.x.shape[:-1], 1, device=device)
 
 
 def linear_heads(device):
-    for x, weight, bias, _, head_sizes, grad_scale in heads(device, requires_grad=True):
-        yield x, weight, bias, head_sizes, grad_scale
-
-
-def heads_cross_entropy(device):
     for sample in heads(device, requires_grad=True):
-        yield tuple(sample)
-        yield *sample._replace(targets=sample.targets.clamp(min=0)), torch.tensor([0.5, 2.0]), 0, 0.1
+        for lambda_, index in numbers(device):
+            yield sample.x, *sample.linear, lambda_, index
+
+
+def heads_loss(device):
+    no = [None, None]
+    for sample in heads(device, requires_grad=True):
+        (lambda_, index), (others, both), _ = numbers(device)
+        leading = sample.x.shape[:-1]
+        rows = torch.rand(leading, device=device)
+        of_classes = torch.rand(max(2, sample.weight[0][0].shape[0]), device=device)
+        yield sample.x, *sample.linear, [1, 1], sample.targets, no, no, lambda_, index, None, [0, 0], [0.0, 0.0], [-100, -100], True
+        yield (
+            *(sample.x, *sample.linear, [1, 1], sample.targets, [rows, None], [of_classes, None], others, both),
+            *(torch.tensor([0.5, 2.0]), [0, 0], [0.1, 0.2], [-100, 0], False),
+        )
+    sample = sample_heads(device, head_sizes=((4, 3), 2), kinds=("classes", "mse"))
+    weight, bias = ([t for layers in own for t in layers] for own in (sample.weight, sample.bias))
+    yield sample.x, weight, bias, [2, 1], sample.targets, no, no, lambda_, index, None, [0, 1], [0.1, 0.0], [-100, -100], True
 
 
 def _heads_logits(device):
     for sample in heads(device, requires_grad=False, flat=True):
-        yield sample.inputs
+        yield sample.x, *sample.linear
 
 
-NEEDS = [[True, True, True], [True, False, False], [False, True, True], [False, False, True]]
+NEEDS = [[True] * 5, [True, *[False] * 4], [False, True, False, True, True], [False, False, False, True, False]]
 
 
 def _heads_gradients(device):
-    for x, weight, _, _, head_sizes, grad_scale in heads(device, requires_grad=False, flat=True):
-        for needs in NEEDS:
-            yield x.new_ones(len(x), len(weight)), x, weight, head_sizes, grad_scale, needs
-
-
-def _heads_cross_entropy(device):
     for sample in heads(device, requires_grad=False, flat=True):
-        for needs in [*NEEDS, [False, False, False]]:
-            yield *sample, None, -100, 0.1, needs
+        weight, _ = sample.linear
+        grads = [sample.x.new_ones(len(sample.x), len(w)) for w in weight]
+        for lambda_, index in numbers(device):
+            for needs in NEEDS:
+                yield grads, sample.x, weight, lambda_, index, needs
+        yield grads, None, weight, lambda_, index, NEEDS[1]
+        yield grads, sample.x, [], lambda_, index, NEEDS[2]
+
+
+def _heads_loss(device):
+    no = [None, None]
+    for sample in heads(device, requires_grad=False, flat=True):
+        wide = torch.promote_types(sample.x.dtype, torch.float32)
+        targets = [t if t.dtype == torch.int64 else t.to(wide) for t in sample.targets]
+        rows = torch.rand(len(sample.x), dtype=wide, device=device)
+        for lambda_, index in numbers(device):
+            for needs in [*NEEDS, [False] * 5]:
+                yield sample.x, *sample.linear, targets, [None, rows], no, lambda_, index, None, [0, 0], [0.1, 0.0], [-100, -100], True, needs
 
 
 SAMPLES = {
     "gradient_reversal": gradient_reversal,
     "grl_linear": grl_linear,
     "linear_heads": linear_heads,
-    "heads_cross_entropy": heads_cross_entropy,
+    "heads_loss": heads_loss,
     "_scale_negate": scale_negate,
     "_scale_negate_": scale_negate,
     "_heads_logits": _heads_logits,
     "_heads_gradients": _heads_gradients,
-    "_heads_cross_entropy": _heads_cross_entropy,
+    "_heads_loss": _heads_loss,
 }
 
 

@@ -4,9 +4,20 @@
 
 #include <algorithm>
 
+#include "node.h"
+
 namespace grl_ext {
 
 using at::Tensor;
+
+namespace {
+
+// Whether a gradient may be overwritten: no graph is recorded, and it is one gradient and not many at once.
+bool in_place(const Tensor& grad) {
+  return !at::GradMode::is_enabled() && !is_batched(grad);
+}
+
+}  // namespace
 
 bool LayersOfHead::needs_input(size_t l) const {
   const auto any = [&](const std::vector<bool>& needs) {
@@ -26,10 +37,7 @@ std::vector<Tensor> inputs_of_layers(const Tensor& x, const LayersOfHead& layers
 }
 
 Tensor relu_gradient(Tensor grad, const Tensor& output) {
-  if (at::GradMode::is_enabled()) {
-    return at::threshold_backward(grad, output, 0);
-  }
-  return at::threshold_backward_out(grad, grad, output, 0);
+  return in_place(grad) ? at::threshold_backward_out(grad, grad, output, 0) : at::threshold_backward(grad, output, 0);
 }
 
 void gradients_of_layers(
@@ -52,17 +60,17 @@ void gradients_of_layers(
 }
 
 void add_reversed_product(Tensor& dx, const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
-  const bool recorded = at::GradMode::is_enabled();
+  const bool add_in_place = in_place(grad) && (!dx.defined() || in_place(dx));
   if (!lambda.tensor && lambda.value == 0) {  // not multiplied by 0: the weight may be infinite
     dx = dx.defined() ? dx : grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)});
   } else if (!lambda.tensor && dx.defined()) {
-    dx = recorded ? dx.addmm(grad, weight, 1, -lambda.value) : dx.addmm_(grad, weight, 1, -lambda.value);
+    dx = add_in_place ? dx.addmm_(grad, weight, 1, -lambda.value) : dx.addmm(grad, weight, 1, -lambda.value);
   } else if (!lambda.tensor) {
     // With beta = 0 the first argument gives nothing but its shape; under vmap it is multiplied all the same, hence zeros.
     dx = at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
   } else {
     const auto part = scale_negate(grad.mm(weight), lambda, Made::kByThisNode);
-    dx = !dx.defined() ? part : recorded ? dx + part : dx.add_(part);
+    dx = !dx.defined() ? part : add_in_place ? dx.add_(part) : dx + part;
   }
 }
 

@@ -5,12 +5,12 @@ namespace {
 
 using at::Tensor;
 
-// The targets as probabilities, smoothed: (N, classes).
-Tensor probabilities(const Tensor& target, const Tensor& valid, int64_t size, double smoothing) {
+// The targets as probabilities of `dtype`, smoothed: (N, classes).
+Tensor probabilities(const Tensor& target, const Tensor& valid, int64_t size, double smoothing, at::ScalarType dtype) {
   const auto classes = classes_of(size);
   Tensor y;
   if (target.scalar_type() == at::kLong) {
-    y = at::one_hot(target.masked_fill(valid.logical_not(), 0), classes);
+    y = at::one_hot(target.masked_fill(valid.logical_not(), 0), classes).to(dtype);
   } else {
     y = size == 1 ? at::cat({1 - target, target}, 1) : target;
     y = at::where(valid.unsqueeze(1), y, at::zeros({}, y.options()));
@@ -43,7 +43,7 @@ Tensor grad_logits_composite(const Tensor& logits, const HeadsOptions& options, 
     if (size == 1) {
       z = at::cat({at::zeros_like(z), z}, 1);  // binary: the softmax over 0 and z
     }
-    auto wanted = probabilities(target, valid, size, options.label_smoothing[h]).to(z.scalar_type());
+    auto wanted = probabilities(target, valid, size, options.label_smoothing[h], z.scalar_type());
     if (const auto class_weight = options.class_weight.get(h)) {
       wanted = wanted * *class_weight;
       if (labels) {

@@ -11,6 +11,10 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <algorithm>
+#include <iterator>
+#include <numeric>
+
 #include "../heads_checks.h"
 #include "../ops.h"
 #include "head_layers.h"
@@ -116,14 +120,16 @@ class Heads {
     return first(h) == last(h);
   }
 
-  std::vector<size_t> linear() const {
-    std::vector<size_t> heads;
-    for (size_t h = 0; h < count(); ++h) {
-      if (is_linear(h)) {
-        heads.push_back(h);
-      }
-    }
+  std::vector<size_t> all() const {
+    std::vector<size_t> heads(count());
+    std::iota(heads.begin(), heads.end(), 0);
     return heads;
+  }
+
+  std::vector<size_t> linear_of(const std::vector<size_t>& heads) const {
+    std::vector<size_t> linear;
+    std::copy_if(heads.begin(), heads.end(), std::back_inserter(linear), [&](size_t h) { return is_linear(h); });
+    return linear;
   }
 
   LayersOfHead layers_of(size_t h, const std::vector<bool>& needs) const {
@@ -162,13 +168,15 @@ class Heads {
     return own;
   }
 
-  // The losses, and the gradients that are needed, each head's with its loss_weight.
-  Result compute(const Tensor& x, const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs) const {
+  // The losses of some heads, and the gradients that are needed, each head's with its loss_weight.
+  Result compute(
+      const std::vector<size_t>& asked, const Tensor& x, const std::optional<Tensor>& loss_weight,
+      const std::vector<bool>& needs) const {
     Result result{{}, std::vector<Tensor>(count()), std::vector<Tensor>(count()), variable_list(slots().count())};
-    if (const auto heads = linear(); !heads.empty()) {
+    if (const auto heads = linear_of(asked); !heads.empty()) {
       compute_linear(result, heads, x, loss_weight, needs);
     }
-    for (size_t h = 0; h < count(); ++h) {
+    for (const auto h : asked) {
       if (!is_linear(h)) {
         compute_layers(result, h, x, loss_weight, needs);
       }
@@ -355,6 +363,8 @@ class HeadsLossBackward : public torch::autograd::Node {
     if (!of_loss && !of_head_losses && !of_logits) {
       return variable_list(num_outputs());
     }
+    // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const std::lock_guard<std::mutex> lock(mutex_);
     const bool batched = std::any_of(
         grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined() && is_batched(grad); });
@@ -446,25 +456,22 @@ class HeadsLossBackward : public torch::autograd::Node {
     return result;
   }
 
-  // The gradients from the features, the incoming numbers on the heads' losses.
+  // The gradients from the features, the incoming numbers on the heads' losses. A head without one takes no part: what it holds may
+  // be infinite, and its parameters get no gradient, not zeros.
   variable_list made_now(const variable_list& grads) {
     const auto own = heads();
+    const auto x = x_.unpack(0);
+    std::vector<size_t> asked;
     std::vector<Tensor> factors;
     for (size_t h = 0; h < heads_; ++h) {
       const auto weight = factor(grads, h);
-      factors.push_back(weight.defined() ? weight.to(at::kDouble) : at::zeros({}, x_.unpack(0).options().dtype(at::kDouble)));
+      if (weight.defined()) {
+        asked.push_back(h);
+      }
+      factors.push_back(weight.defined() ? weight.to(at::kDouble) : at::zeros({}, x.options().dtype(at::kDouble)));
     }
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto gradients = own.compute(x_.unpack(0), at::stack(factors), needs()).gradients;
-    for (size_t h = 0; h < heads_; ++h) {
-      if (!factor(grads, h).defined()) {  // no part in what is asked: no gradient, not zeros
-        for (size_t l = own.first(h); l <= own.last(h); ++l) {
-          gradients[own.slots().weight(l)].reset();
-          gradients[own.slots().bias(l)].reset();
-        }
-      }
-    }
-    return gradients;
+    return own.compute(asked, x, at::stack(factors), needs()).gradients;
   }
 
   // The same in operators, differentiable where gradients of gradients are asked for, and with the logits' own gradients.
@@ -486,7 +493,7 @@ class HeadsLossBackward : public torch::autograd::Node {
       return given.defined() ? dz.defined() ? dz + given : given : dz;
     };
 
-    const auto linear = own.linear();
+    const auto linear = own.linear_of(own.all());
     std::vector<Tensor> logits, weight, dz;
     OptionalTensors bias;
     std::vector<int64_t> lambda_index;
@@ -580,6 +587,28 @@ void prepare(HeadsOptions& options, const Tensor& x, const std::vector<c10::SymI
   }
 }
 
+// The kernels look at the values of what they are given. Where those are some of the heads only, they would name the wrong head.
+void check_values(const HeadsOptions& options, const std::vector<c10::SymInt>& sizes) {
+  const auto readable = [](const Tensor& tensor) {
+    return tensor.is_cpu() && is_plain(tensor) && !c10::impl::dispatch_mode_enabled();
+  };
+  for (size_t h = 0; h < sizes.size(); ++h) {
+    if (const auto given = options.sample_weight.get(h); given && readable(*given)) {
+      const auto weights = given->to(at::kDouble);
+      for (int64_t r = 0; r < weights.numel(); ++r) {
+        check_sample_weight(weights.const_data_ptr<double>()[r], h);
+      }
+    }
+    const auto& target = options.targets[h];
+    if (target.scalar_type() == at::kLong && readable(target)) {
+      const auto classes = classes_of(sizes[h].expect_int());
+      for (int64_t r = 0; r < target.numel(); ++r) {
+        check_class(target.const_data_ptr<int64_t>()[r], h, classes, options.ignore_index[h]);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 LossAndLogits heads_loss(
@@ -597,6 +626,10 @@ LossAndLogits heads_loss(
     sizes.push_back(weight[layer - 1].sym_size(0));
   }
   check_options(inputs.features, sizes, options);
+  options.lambda = numbers_now(options.lambda);
+  if (options.loss_weight) {
+    options.loss_weight = numbers_now(*options.loss_weight);
+  }
 
   inputs.x = as_rows(inputs.features);
   prepare(options, inputs.x, sizes);
@@ -612,12 +645,15 @@ LossAndLogits heads_loss(
     needs.push_back(now && own && own->requires_grad());
   }
   Heads heads(std::move(inputs.layers), depth, std::move(options));
+  if (heads.count() > 1 && heads.linear_of(heads.all()).size() < heads.count()) {
+    check_values(heads.options(), sizes);
+  }
   Result result;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::NoGradGuard nothing_recorded;
-    result = heads.compute(inputs.x, heads.options().loss_weight, needs);
+    result = heads.compute(heads.all(), inputs.x, heads.options().loss_weight, needs);
   }
   if (recorded) {
     auto node = make_node<HeadsLossBackward>(
@@ -641,9 +677,8 @@ LossAndLogits heads_loss_of_lists(
     at::IntArrayRef ignore_index, bool mean) {
   return heads_loss(
       x, weight, bias, depth,
-      {targets.vec(), sample_weight.copy(), class_weight.copy(), numbers_now(lambda), lambda_index.vec(),
-       loss_weight ? std::optional(numbers_now(*loss_weight)) : std::nullopt, kind.vec(), label_smoothing.vec(),
-       ignore_index.vec(), mean});
+      {targets.vec(), sample_weight.copy(), class_weight.copy(), lambda, lambda_index.vec(), loss_weight, kind.vec(),
+       label_smoothing.vec(), ignore_index.vec(), mean});
 }
 
 }  // namespace grl_ext

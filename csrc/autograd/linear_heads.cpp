@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <algorithm>
+
 #include "../heads_checks.h"
 #include "../ops.h"
 #include "heads.h"
@@ -80,6 +82,8 @@ class LinearHeadsBackward : public torch::autograd::Node {
     for (const auto h : heads) {
       needs.push_back(should_compute_output(1 + heads_ + h));
     }
+    // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     Tensor x;
     std::vector<Tensor> grad_logits, weight;
     std::vector<int64_t> lambda_index;
@@ -130,7 +134,7 @@ Gradients heads_gradients(
                                  .typed<Gradients(
                                      at::TensorList, const std::optional<Tensor>&, at::TensorList, const Tensor&, at::IntArrayRef,
                                      const c10::List<bool>&)>();
-  if (at::GradMode::is_enabled() || is_batched(grad_logits[0])) {
+  if (at::GradMode::is_enabled() || std::any_of(grad_logits.begin(), grad_logits.end(), is_batched)) {
     return heads_gradients_composite(grad_logits, x, weight, lambda, lambda_index, needs);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;

@@ -63,11 +63,11 @@ at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda) 
   // A number on the CPU is a factor for tensors of any device as it is.
   const bool on_host = is_host_number(*lambda.tensor);
   const auto device = on_host ? lambda.tensor->device() : grad.device();
-  const auto factor = lambda.tensor->to(grad.options().dtype(arithmetic_type(grad.scalar_type())).device(device)).mul(-lambda.value);
+  const auto factor = lambda.tensor->to(grad.options().dtype(arithmetic_type(grad.scalar_type())).device(device))
+                          .mul(-lambda.value);
   const auto scaled = grad.to(c10::promoteTypes(grad.scalar_type(), at::kFloat)).mul(factor).to(grad.scalar_type());
-  const auto off = on_host
-      ? at::full({}, host_number(*lambda.tensor) * lambda.value == 0, grad.options().dtype(at::kBool))
-      : factor.eq(0);
+  const auto off = on_host ? at::full({}, host_number(*lambda.tensor) * lambda.value == 0, grad.options().dtype(at::kBool))
+                           : factor.eq(0);
   return at::where(off, at::zeros({}, grad.options()), scaled);
 }
 

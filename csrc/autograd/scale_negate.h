@@ -88,9 +88,7 @@ class SavedLambda {
   }
 
   // The caller holds the node's mutex.
-  void release() {
-    tensor_.reset_data();
-  }
+  void release() { tensor_.reset_data(); }
 
  private:
   double value_;

@@ -2,9 +2,7 @@
 // that has its losses between matrix products.
 #include <torch/library.h>
 
-#include <cmath>
-
-#include "../heads.h"
+#include "../heads_checks.h"
 #include "heads_common.h"
 
 namespace grl_ext::cpu {
@@ -113,9 +111,9 @@ class Losses {
     const auto takes_part = [&](int64_t r) { return !head.labels || head.labels[r] != head.ignore_index; };
     int64_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      TORCH_CHECK_INDEX(
-          !takes_part(r) || !head.labels || (head.labels[r] >= 0 && head.labels[r] < classes), "targets[", h, "] must be in [0, ",
-          classes, ") or ignore_index (", head.ignore_index, "), got ", head.labels[r]);
+      if (head.labels) {
+        check_class(head.labels[r], h, classes, head.ignore_index);
+      }
       count += takes_part(r);
     }
     if (!head.sample_weight && !(head.labels && head.class_weight)) {
@@ -124,8 +122,7 @@ class Losses {
     double total = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const double weight = head.sample_weight ? head.sample_weight[r] : 1.0;
-      TORCH_CHECK_VALUE(
-          weight >= 0 && std::isfinite(weight), "sample_weight[", h, "] must be finite and not negative, got ", weight);
+      check_sample_weight(weight, h);
       if (takes_part(r)) {
         total += head.labels && head.class_weight ? weight * head.class_weight[head.labels[r]] : weight;
       }

@@ -36,9 +36,7 @@ struct Arithmetic<__nv_bfloat16> {
   __device__ static float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
   __device__ static __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
   // A bfloat16 is the upper half of a float: a shift and a mask for the two, where element by element it takes three instructions.
-  __device__ static float2 widen_pair(uint32_t bits) {
-    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-  }
+  __device__ static float2 widen_pair(uint32_t bits) { return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)}; }
 };
 
 }  // namespace grl_ext

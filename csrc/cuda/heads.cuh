@@ -33,12 +33,12 @@ struct Head {
   const A* class_weight;   // (classes), or null: 1
   int64_t ignore_index;
   double smoothing;
-  double scale;            // of what goes into dx: 1 for a predictor, -lambda for an adversary; not read if the device holds lambda
-  double loss_weight;      // not read if the device holds it
-  int begin, end;          // columns, among those of all heads
-  int16_t lambda_index;    // among the adversaries' numbers; -1 for a predictor
-  uint16_t target_at;      // where its target begins in a row's targets, in bytes, as the sweep's tiles keep them
-  uint16_t weight_at;      // the same of its sample weight
+  double scale;  // of what goes into dx: 1 for a predictor, -lambda for an adversary; not read if the device holds lambda
+  double loss_weight;  // not read if the device holds it
+  int begin, end;  // columns, among those of all heads
+  int16_t lambda_index;  // among the adversaries' numbers; -1 for a predictor
+  uint16_t target_at;  // where its target begins in a row's targets, in bytes, as the sweep's tiles keep them
+  uint16_t weight_at;  // the same of its sample weight
   TargetKind kind;
 
   __host__ __device__ int size() const { return end - begin; }
@@ -63,8 +63,8 @@ struct DeviceNumbers {
 template <typename T>
 struct Heads {
   int count;
-  int first;                  // its place among the heads of all launches
-  DeviceNumbers lambda;       // of all adversaries
+  int first;  // its place among the heads of all launches
+  DeviceNumbers lambda;  // of all adversaries
   DeviceNumbers loss_weight;  // of the heads of all launches
   Head<T> head[kHeadsPerLaunch];
 

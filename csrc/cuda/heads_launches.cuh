@@ -73,7 +73,7 @@ struct HeadsQueue {
 template <typename T>
 struct HeadsCall {
   const T* x;  // (rows, features)
-  T* dx;       // (rows, features), or null
+  T* dx;  // (rows, features), or null
   int64_t rows;
   int features;
   int columns;
@@ -170,7 +170,8 @@ void run_sweep(Launches& launches, const SweepArguments<T>& arguments) {
 
 template <bool kWithLoss, typename T>
 void run_total(
-    Launches& launches, const SweepArguments<T>& swept, HeadsLosses<typename Arithmetic<T>::type> losses, const HeadsDevice& device) {
+    Launches& launches, const SweepArguments<T>& swept, HeadsLosses<typename Arithmetic<T>::type> losses,
+    const HeadsDevice& device) {
   HeadsTotal<T> total{};
   total.partial = swept.partial;
   total.partial_stride = swept.partial_stride;
@@ -247,8 +248,7 @@ cudaError_t heads_loss(
   Launches launches{queue.stream};
   sweep.norms.mean = mean;
   if (plan.norm_blocks > 0) {
-    launches(
-        heads_norm_kernel<T>, dim3(static_cast<unsigned>(plan.norm_blocks)), kNormThreads, 0, parts, call.rows, sweep.heads);
+    launches(heads_norm_kernel<T>, dim3(static_cast<unsigned>(plan.norm_blocks)), kNormThreads, 0, parts, call.rows, sweep.heads);
     sweep.norms.parts = parts;
     sweep.norms.blocks = plan.norm_blocks;
   }
@@ -289,8 +289,9 @@ cudaError_t gather_weights(const Products<T>& in, const HeadsList& all_heads, co
   Launches launches{queue.stream};
   for (const Heads<T>& heads : all_heads) {
     launches(
-        heads_gather_weights_kernel<T>, grid_of_elements(int64_t{in.pitch} * in.features / heads.count + 1, heads.count, queue.device),
-        kProductThreads, 0, in.weight, in.bias, in.features, in.columns, in.pitch, heads);
+        heads_gather_weights_kernel<T>,
+        grid_of_elements(int64_t{in.pitch} * in.features / heads.count + 1, heads.count, queue.device), kProductThreads, 0,
+        in.weight, in.bias, in.features, in.columns, in.pitch, heads);
   }
   return launches.status;
 }
@@ -354,8 +355,8 @@ cudaError_t heads_loss_of_products(
         launches(heads_norm_kernel<T>, dim3(static_cast<unsigned>(norm_blocks)), kNormThreads, 0, parts, in.rows, heads);
       }
       launches(
-          heads_loss_kernel<T>, dim3(grid.x, static_cast<unsigned>(heads.count)), kProductThreads, 0, in.g, in.scaled, partial, in.z,
-          in.rows, in.columns, in.pitch, heads_count, Norms{mean, parts, norm_blocks}, heads);
+          heads_loss_kernel<T>, dim3(grid.x, static_cast<unsigned>(heads.count)), kProductThreads, 0, in.g, in.scaled, partial,
+          in.z, in.rows, in.columns, in.pitch, heads_count, Norms{mean, parts, norm_blocks}, heads);
     }
     HeadsTotal<T> total{};
     total.losses = partial;

@@ -11,7 +11,7 @@ namespace grl_ext {
 namespace {
 
 TargetKind target_kind(int64_t kind, const Tensor& target) {
-  return kind == kSquaredError ? TargetKind::kValues
+  return kind == kSquaredError            ? TargetKind::kValues
       : target.scalar_type() == at::kLong ? TargetKind::kClasses
                                           : TargetKind::kProbabilities;
 }
@@ -65,7 +65,8 @@ Output heads_loss_cuda(
     const HeadsCall<T> call{
         const_data<T>(x), data<T>(gradients.dx), sizes.rows, static_cast<int>(sizes.features), static_cast<int>(sizes.columns()),
         heads[0]};
-    if (sizes.columns() <= kMaxSweepColumns && plan_heads(problem_with_loss(call, mean), queue.device).form != HeadsForm::kProducts) {
+    if (sizes.columns() <= kMaxSweepColumns &&
+        plan_heads(problem_with_loss(call, mean), queue.device).form != HeadsForm::kProducts) {
       C10_CUDA_CHECK(heads_loss(call, mean, losses, queue, Scratch(x)));
       return;
     }
@@ -81,8 +82,8 @@ Output heads_loss_cuda(
       buffers.scaled = at::empty({sizes.rows, buffers.pitch}, x.options());
       C10_CUDA_CHECK(silence_weights(buffers.as<T>(), heads, queue));  // the logits are made
     }
-    C10_CUDA_CHECK(heads_loss_of_products(
-        buffers.as<T>(), heads, static_cast<int>(sizes.heads.size()), mean, losses, queue, Scratch(x)));
+    C10_CUDA_CHECK(
+        heads_loss_of_products(buffers.as<T>(), heads, static_cast<int>(sizes.heads.size()), mean, losses, queue, Scratch(x)));
     buffers.write_gradients(gradients, x);
   });
   return {loss, head_losses, logits, gradients.dx, gradients.dw, gradients.db};

@@ -22,8 +22,8 @@ struct HeadLoss {
   int classes;
   int64_t ignore_index;
   const A* class_weight;
-  A share;   // of every class in the smoothed target,
-  A rest;    // and what the target has above it
+  A share;  // of every class in the smoothed target,
+  A rest;  // and what the target has above it
   A factor;  // of a row of weight 1 in the loss: loss_weight / norm
   double norm;
 

@@ -55,9 +55,9 @@ struct HeadsProblem {
   int64_t rows;
   int features;
   int columns;
-  int target_bytes;       // of all heads' targets and sample weights in a row; 0: there is no loss
+  int target_bytes;  // of all heads' targets and sample weights in a row; 0: there is no loss
   int64_t rows_to_count;  // heads times rows, to be read for the norms; 0: there are none
-  int element_bytes;     // of the tensors
+  int element_bytes;  // of the tensors
   int arithmetic_bytes;  // of what they are computed in
   bool weight_gradient;
   bool logits_only;
@@ -65,8 +65,8 @@ struct HeadsProblem {
 
 struct Sweep {
   int threads;
-  int tile_rows;       // a multiple of kRowGroup
-  int stages;          // tiles in shared memory: with two, one is copied while the other is computed with
+  int tile_rows;  // a multiple of kRowGroup
+  int stages;  // tiles in shared memory: with two, one is copied while the other is computed with
   int slice_features;  // a multiple of kPiece
   int slices;
   int blocks;
@@ -123,7 +123,7 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
     int threads, shared_bytes, tile_rows, stages;
   };
   const Shape shapes[] = {
-      {256, half, 32, 2},   {256, half, 16, 2},  {256, half, 8, 2},   {large, whole, 16, 2},
+      {256, half, 32, 2},   {256, half, 16, 2},    {256, half, 8, 2},    {large, whole, 16, 2},
       {large, whole, 8, 2}, {large, whole, 16, 1}, {large, whole, 8, 1},
   };
 
@@ -176,14 +176,14 @@ inline HeadsProblem logits_problem(HeadsProblem problem) {
 
 // The form of heads_loss.
 enum class HeadsForm {
-  kOnePass,    // logits, loss and gradients while a tile of the features is in shared memory: 2 N D elements of traffic
+  kOnePass,  // logits, loss and gradients while a tile of the features is in shared memory: 2 N D elements of traffic
   kTwoPasses,  // the logits of all features first, then loss and gradients slice by slice: 3 N D
-  kProducts,   // matrix products, and a kernel for the loss between them: 3 N D and some N K
+  kProducts,  // matrix products, and a kernel for the loss between them: 3 N D and some N K
 };
 
 struct HeadsPlan {
   HeadsForm form;
-  Sweep logits;     // of two passes, the first
+  Sweep logits;  // of two passes, the first
   Sweep gradients;  // the only pass, or the second
   int norm_blocks;  // of the kernel that adds the rows' weights; 0: every block of the sweep does it for itself
 };

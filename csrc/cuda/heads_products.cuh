@@ -11,9 +11,9 @@ namespace grl_ext {
 // The lanes of a row, a power of two, and the row's place.
 struct LanesOfRow {
   int lanes;
-  int lane;       // among them
+  int lane;  // among them
   int64_t first;  // row of this thread
-  int64_t step;   // from its row to the next
+  int64_t step;  // from its row to the next
 
   __device__ explicit LanesOfRow(int size) : lanes(1) {
     while (lanes < size && lanes < kWarpSize) {
@@ -43,8 +43,8 @@ __device__ int padded_end(const Heads<T>& heads, int h, int columns, int pitch) 
 
 // weight (pitch, features) and bias (pitch) from the heads' own. Traffic: the weights, read and written once. Launch: heads along y.
 template <typename T>
-__global__ void __launch_bounds__(kProductThreads) heads_gather_weights_kernel(
-    T* weight, T* bias, int features, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
+__global__ void __launch_bounds__(kProductThreads)
+    heads_gather_weights_kernel(T* weight, T* bias, int features, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
   const int h = static_cast<int>(blockIdx.y);
   const Head<T>& head = heads.head[h];
   const T zero = Arithmetic<T>::narrow(0);
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kProductThreads)
 // g and scaled (rows, pitch), each where not null, from the heads' grad_logits; scaled = g with each head's scale.
 // Traffic: the gradient read once and written twice. Launch: heads along y.
 template <typename T>
-__global__ void __launch_bounds__(kProductThreads) heads_gather_gradients_kernel(
-    T* g, T* scaled, int64_t rows, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
+__global__ void __launch_bounds__(kProductThreads)
+    heads_gather_gradients_kernel(T* g, T* scaled, int64_t rows, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
   using A = typename Arithmetic<T>::type;
   const int h = static_cast<int>(blockIdx.y);
   const Head<T>& head = heads.head[h];
@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
     for (int c = at.lane; inside && c < end; c += at.lanes) {
       A dz = 0;
       if (c < size && row_target.valid) {
-        dz = of_head.squared() ? 2 * (logit(c) - row_target.dense[c]) : mass * (exp(logit(c) - top) / sum) - wanted(c + first_class);
+        dz = of_head.squared() ? 2 * (logit(c) - row_target.dense[c])
+                               : mass * (exp(logit(c) - top) / sum) - wanted(c + first_class);
         dz *= row_target.weight * of_head.factor;
       }
       const int64_t to = row * pitch + head.begin + c;

@@ -107,9 +107,7 @@ class Numbers {
     return numbers;
   }
 
-  double on_host(int64_t i) const {
-    return values_.is_cuda() ? 0.0 : values_.const_data_ptr<double>()[i];
-  }
+  double on_host(int64_t i) const { return values_.is_cuda() ? 0.0 : values_.const_data_ptr<double>()[i]; }
 
  private:
   Tensor values_;
@@ -147,7 +145,9 @@ struct Gradients {
   std::vector<Tensor> dw, db;
 
   Gradients(const Sizes& sizes, const at::TensorOptions& options, const c10::List<bool>& needs) {
-    const auto needed = [&](size_t i, at::IntArrayRef shape) { return at::empty(needs.get(i) ? shape : at::IntArrayRef{0}, options); };
+    const auto needed = [&](size_t i, at::IntArrayRef shape) {
+      return at::empty(needs.get(i) ? shape : at::IntArrayRef{0}, options);
+    };
     const auto count = sizes.heads.size();
     dx = needed(0, {sizes.rows, sizes.features});
     for (size_t h = 0; h < count; ++h) {
@@ -164,7 +164,8 @@ struct Gradients {
 
 // All heads, kHeadsPerLaunch at a time, with their columns and their scales. describe(head, h) says the rest of head h.
 template <typename T, class Describe>
-std::vector<Heads<T>> launches_of(const Sizes& sizes, const Numbers& lambda, at::IntArrayRef lambda_index, const Describe& describe) {
+std::vector<Heads<T>> launches_of(
+    const Sizes& sizes, const Numbers& lambda, at::IntArrayRef lambda_index, const Describe& describe) {
   std::vector<Heads<T>> launches;
   int column = 0;
   for (size_t h = 0; h < sizes.heads.size(); ++h) {
@@ -201,8 +202,15 @@ struct ProductBuffers {
   Products<T> as() const {
     const auto pointer = [](const Tensor& tensor) { return tensor.defined() ? data<T>(tensor) : nullptr; };
     return {
-        sizes.rows, static_cast<int>(sizes.features), static_cast<int>(sizes.columns()), static_cast<int>(pitch),
-        pointer(weight), pointer(bias), pointer(z), pointer(g), pointer(scaled)};
+        sizes.rows,
+        static_cast<int>(sizes.features),
+        static_cast<int>(sizes.columns()),
+        static_cast<int>(pitch),
+        pointer(weight),
+        pointer(bias),
+        pointer(z),
+        pointer(g),
+        pointer(scaled)};
   }
 
   // The gradients from g, scaled and weight, and what of them each head is owed.

@@ -73,8 +73,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients_cud
     });
     if (sizes.columns() <= kMaxSweepColumns) {
       const HeadsCall<T> call{
-          x ? const_data<T>(*x) : nullptr, data<T>(gradients.dx), sizes.rows, static_cast<int>(sizes.features),
-          static_cast<int>(sizes.columns()), heads[0]};
+          x ? const_data<T>(*x) : nullptr,
+          data<T>(gradients.dx),
+          sizes.rows,
+          static_cast<int>(sizes.features),
+          static_cast<int>(sizes.columns()),
+          heads[0]};
       C10_CUDA_CHECK(heads_gradients(call, queue, Scratch(grad_logits[0])));
       return;
     }

@@ -38,8 +38,9 @@ void scale_as(const at::Tensor& out, const at::Tensor& grad, double value, const
     const auto layout = *lambda_layout(grad.sizes(), lambda->sizes());
     const auto broadcast = [&](auto index) {
       using Index = decltype(index);
-      enqueue(LambdaBroadcast<A, Index>{
-          lambda->const_data_ptr<A>(), static_cast<Index>(layout.period), static_cast<Index>(layout.inner * parts)});
+      enqueue(
+          LambdaBroadcast<A, Index>{
+              lambda->const_data_ptr<A>(), static_cast<Index>(layout.period), static_cast<Index>(layout.inner * parts)});
     };
     if (n <= std::numeric_limits<int32_t>::max()) {
       broadcast(uint32_t{});

@@ -107,8 +107,7 @@ __device__ uint4 scale_negate_vector(uint4 bits, Run run) {
 // __ldcg and __stcg are one instruction of 16 bytes each, past L1, where nothing is read twice. A plain assignment is not: nvcc
 // splits it into its elements where it sees them in registers. tests/test_cuda_code.py counts them in the compiled code.
 template <typename T, typename Lambda>
-__global__ void __launch_bounds__(kScaleNegateThreads)
-    scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda form) {
+__global__ void __launch_bounds__(kScaleNegateThreads) scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda form) {
   const auto lambda = form.fetch();
   if (out == grad && lambda.changes_nothing()) {
     return;
