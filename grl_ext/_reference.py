@@ -41,6 +41,17 @@ def check_number(name: str, value: object) -> float:
     return value
 
 
+def check_scalar(name: str, value: object) -> Tensor | float:
+    """A finite number, or a 0-d tensor as it is."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name} must be a real number or a real tensor, got a tensor of {value.dtype}")
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
+    return value
+
+
 def check_lambda(x: Tensor, lambda_: Tensor) -> None:
     if lambda_.is_complex():
         raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {lambda_.dtype}")

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grl_ext._reference import as_rows, autocast, check_number, check_tensor, gradient_reversal, without_autocast
+from grl_ext._reference import (
+    as_rows,
+    autocast,
+    check_number,
+    check_scalar,
+    check_tensor,
+    gradient_reversal,
+    without_autocast,
+)
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
 
@@ -244,7 +252,7 @@ def head_loss(
     size = logits.shape[1]
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = target.dtype == torch.int64
-    row_weight = z.new_ones(()).expand(z.shape[0]) if sample_weight is None else sample_weight.to(z.dtype)
+    row_weight = torch.ones_like(z[:, 0]) if sample_weight is None else sample_weight.to(z.dtype)
     valid = row_weight != 0
     if labels:
         valid = valid & (target != ignore_index)
@@ -333,24 +341,17 @@ def numbers(name: str, values: Sequence[Tensor | float] | Tensor, places: Sequen
     """Numbers of heads in one tensor; read now, where they are on the CPU. `places` are their heads, which errors name."""
     if isinstance(values, Tensor):
         return values
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        # One graph serves all values of a changing number only if it becomes a tensor, and that by a product.
+        values = [value if isinstance(value, Tensor) else torch.ones((), dtype=torch.float64) * value for value in values]
+    else:
         places = range(len(values)) if places is None else places
-        values = [_number(f"{name}[{h}]", value) for h, value in zip(places, values, strict=True)]
+        values = [check_scalar(f"{name}[{h}]", value) for h, value in zip(places, values, strict=True)]
     devices = [value.device for value in values if isinstance(value, Tensor)]
     if not devices:
         return torch.tensor(values, dtype=torch.float64)
     device = next((device for device in devices if device.type != "cpu"), devices[0])
     return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-
-
-def _number(name: str, value: Tensor | float) -> Tensor | float:
-    if not isinstance(value, Tensor):
-        return check_number(name, value)
-    if value.is_complex():
-        raise TypeError(f"{name} must be a real number or a real tensor, got a tensor of {value.dtype}")
-    if value.dim() != 0:
-        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
-    return value
 
 
 def check_smoothing(values: Sequence[float]) -> Sequence[float]:

@@ -355,7 +355,7 @@ class AdversarialHeads(_LambdaModule):
                     self._last(features), weights, biases, lambda_, [head.index for head in joined]
                 )
             except _ERRORS as error:
-                names = [head.name for head in joined]
+                names = [head.name for head in joined]  # one layer of each
                 raise _with_names(error, names, names) from None
             for head, output in zip(joined, outputs, strict=True):
                 for part in head.path.rest:

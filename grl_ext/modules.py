@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grl_ext import functional
-from grl_ext._reference import check_number
+from grl_ext._reference import check_number, check_scalar
 
 __all__ = ["GRL", "GRLLinear"]
 
@@ -117,11 +117,8 @@ class _LambdaModule(nn.Module):
 
 
 def _number(value: Tensor | float, name: str = "lambda_") -> float:
-    if isinstance(value, Tensor) and not value.is_complex():
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
-        value = value.item()
-    return check_number(name, value)
+    value = check_scalar(name, value)
+    return check_number(name, value.item()) if isinstance(value, Tensor) else value
 
 
 def _to_supported(lambda_: Tensor, device: torch.device) -> Tensor:

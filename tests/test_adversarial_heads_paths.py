@@ -118,7 +118,7 @@ def test_each_kind_equals_its_layers_as_predictor_and_as_adversary(kind):
     check_like_the_layers(heads, x, target, heads.head_names[1:2])
 
 
-@settings(max_examples=15)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_mixture_of_heads_equals_the_layers(data):
     kinds = st.lists(st.sampled_from(list(HEADS)), max_size=4)

@@ -74,7 +74,7 @@ def test_losses_and_logits_have_the_gradients_of_the_layers_together(device, hea
     check_loss(sample, outputs="all")
 
 
-@settings(max_examples=40)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_equals_the_layers_and_the_reference_for_any_configuration(device, data):
     """Compiled or not, against plain PyTorch, and against the reference in float64."""

@@ -39,7 +39,8 @@ def heads(device, requires_grad, flat=False):
     for dtype, leading, head_sizes, bias in forms:
         sample = sample_heads(device, dtype, leading, 4, head_sizes, bias, kinds=("classes", "soft"))
         for target in sample.targets[::2]:
-            target[:1] = -100 if leading else target
+            if leading:
+                target[:1] = -100
         yield sample.of([t.requires_grad_(requires_grad) for t in sample.inputs])
 
 

@@ -10,7 +10,8 @@ Tensor probabilities(const Tensor& target, const Tensor& valid, int64_t size, do
   const auto classes = classes_of(size);
   Tensor y;
   if (target.scalar_type() == at::kLong) {
-    y = at::one_hot(target.masked_fill(valid.logical_not(), 0), classes).to(dtype);
+    // Not at::one_hot, which fixes the number of rows in a graph.
+    y = target.masked_fill(valid.logical_not(), 0).unsqueeze(1).eq(at::arange(classes, target.options())).to(dtype);
   } else {
     y = size == 1 ? at::cat({1 - target, target}, 1) : target;
     y = at::where(valid.unsqueeze(1), y, at::zeros({}, y.options()));
@@ -26,7 +27,8 @@ Tensor grad_logits_composite(const Tensor& logits, const HeadsOptions& options, 
   const auto size = logits.size(1);
   const bool labels = target.scalar_type() == at::kLong;
   const auto zero = at::zeros({}, wide.options());
-  auto row_weight = options.sample_weight.get(h).value_or(at::ones({}, wide.options())).expand_symint({logits.sym_size(0)});
+  const auto given = options.sample_weight.get(h);
+  auto row_weight = given ? *given : at::ones_symint({logits.sym_size(0)}, wide.options());
   auto valid = row_weight.ne(0);
   if (labels) {
     valid = valid.logical_and(target.ne(options.ignore_index[h]));

@@ -242,10 +242,13 @@ Output heads_loss(
     columns += matrix.size(0);
   }
   const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
-  const auto none = empty({0}, x.scalar_type());
-  const std::vector<Tensor> no_gradients(heads, none);
+  const auto none = [&] { return empty({0}, x.scalar_type()); };  // one for each: results must not share memory
   Result result{
-      std::vector<Tensor>(heads), needs.x() ? empty(x.sizes(), x.scalar_type()) : none, no_gradients, no_gradients};
+      std::vector<Tensor>(heads), needs.x() ? empty(x.sizes(), x.scalar_type()) : none(), {}, {}};
+  for (size_t h = 0; h < heads; ++h) {
+    result.dw.push_back(needs.weight(h) ? Tensor() : none());
+    result.db.push_back(needs.bias(h) ? Tensor() : none());
+  }
   return dispatch_wide(x.scalar_type(), [&](auto zero) -> Output {
     Losses<decltype(zero)> losses(weight, options, scales, threads);
     bool dx_begun = division.fused.count() > 0;

@@ -45,7 +45,13 @@ struct Gradients {
   Tensor dx;
   std::vector<Tensor> dw, db;
 
-  Gradients(size_t heads, at::ScalarType dtype) : dx(empty({0}, dtype)), dw(heads, dx), db(heads, dx) {}
+  // One tensor for each that is not needed: results must not share memory.
+  Gradients(size_t heads, at::ScalarType dtype, const Needs& needs) : dx(empty({0}, dtype)) {
+    for (size_t h = 0; h < heads; ++h) {
+      dw.push_back(needs.weight(h) ? Tensor() : empty({0}, dtype));
+      db.push_back(needs.bias(h) ? Tensor() : empty({0}, dtype));
+    }
+  }
 };
 
 template <class T>
@@ -107,7 +113,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
     grad_logits.push_back(g.contiguous());
   }
   const auto division = divide(heads, [&](int64_t h) { return grad_logits[h].size(1); });
-  Gradients gradients(heads, grad_logits[0].scalar_type());
+  Gradients gradients(heads, grad_logits[0].scalar_type(), needs);
   const auto x = needs.any_weight() ? x_->contiguous() : gradients.dx;
   if (needs.x()) {
     gradients.dx = empty({n, d}, grad_logits[0].scalar_type());
