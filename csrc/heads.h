@@ -1,6 +1,7 @@
 // What is said of the heads of a loss, from the operator's schema down to the kernels: element h of each list is head h's.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>

@@ -105,8 +105,7 @@ class Network(nn.Module):
         )
         extent = ((size - kernel + 1) // 2 - kernel + 1) // 2
         features = 48 * extent**2
-        self.digit = nn.Sequential(nn.Linear(features, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
-        self.domain = nn.Sequential(grl_ext.GRL(0.0), nn.Linear(features, 100), nn.ReLU(), nn.Linear(100, 1))
+        self.heads = grl_ext.AdversarialHeads(features, {"digit": [100, 100, 10]}, {"domain": [100, 1]})
 
     def forward(self, *domains: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of the digit (N, 10) for the images of one or of both domains; of the domain (N,) where there are both.
@@ -114,7 +113,10 @@ class Network(nn.Module):
         The encoder sees the domains one after the other, so that batch norm takes each one's own statistics.
         """
         features = torch.cat([self.encoder(images) for images in domains])
-        return self.digit(features), self.domain(features).squeeze(1) if len(domains) > 1 else None
+        if len(domains) == 1:
+            return self.heads.predictors["digit"](features), None
+        logits = self.heads(features)
+        return logits["digit"], logits["domain"].squeeze(1)
 
 
 class Training:

@@ -111,8 +111,8 @@ class Network(nn.Module):
         nn.init.zeros_(self.hidden[-1].weight)
         # Features of fixed size: the encoder may hide the market, not outgrow the adversary.
         self.scaled = nn.BatchNorm1d(FEATURES, affine=False)
-        self.predictor = nn.Linear(FEATURES, 1)
-        self.adversary = nn.Sequential(grl_ext.GRL(lambda_), nn.Linear(FEATURES, 1))
+        losses = {"excess": "mse", "market": "mse"}
+        self.heads = grl_ext.AdversarialHeads(FEATURES, {"excess": 1}, {"market": 1}, lambda_=lambda_, losses=losses)
 
     def features(self, windows: Tensor) -> Tensor:
         """(dates, stocks, 2 WINDOW) -> (dates, stocks, FEATURES)"""
@@ -120,18 +120,17 @@ class Network(nn.Module):
         return self.scaled(self.linear(rows) + self.hidden(rows)).unflatten(0, windows.shape[:2])
 
     def loss(self, sample: Samples) -> Tensor:
-        features = self.features(sample.windows)
-        found = {"excess": self.predictor(features), "market": self.adversary(features)}
-        return sum(F.mse_loss(value.squeeze(-1), getattr(sample, name).clamp(-CLIP, CLIP)) for name, value in found.items())
+        targets = {"excess": sample.excess.clamp(-CLIP, CLIP), "market": sample.market.clamp(-CLIP, CLIP)}
+        return self.heads(self.features(sample.windows), targets).loss
 
     def parameter_groups(self, lr: float, hidden_rate: float) -> list[dict]:
         """Three learning rates. `README.md` beside this file tells how they were chosen."""
         return [
-            {"params": [*self.linear.parameters(), *self.predictor.parameters()], "lr": lr},
+            {"params": [*self.linear.parameters(), *self.heads.predictors.parameters()], "lr": lr},
             # At the full rate it learns the training dates' noise.
             {"params": self.hidden.parameters(), "lr": hidden_rate * lr},
             # An adversary that lags behind chases the features around instead of emptying them: it alone learns faster.
-            {"params": self.adversary.parameters(), "lr": 30 * lr},
+            {"params": self.heads.adversaries.parameters(), "lr": 30 * lr},
         ]
 
 
@@ -141,7 +140,7 @@ def train(lambda_: float, seed: int, sample: Samples, args: Namespace, progress:
     # Little momentum, as is usual where two networks play against each other.
     optimizer = torch.optim.Adam(network.parameter_groups(args.lr, args.hidden_rate), betas=(0.5, 0.999))
     rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.steps)  # to 0: the noise is far larger than what can be learned
-    lambdas = grl_ext.LambdaScheduler(network, grl_ext.schedules.linear(0.0, lambda_), args.steps)
+    lambdas = grl_ext.LambdaScheduler(network, grl_ext.schedules.linear(0.0, 1.0), args.steps)
     for _ in range(args.steps):
         # Whole dates: the market's return is one number a date.
         dates = torch.randint(len(sample.windows), (args.dates_per_batch,))
@@ -186,7 +185,7 @@ def probe_r2(train_features: Tensor, train_target: Tensor, features: Tensor, tar
 def judge(network: Network, train_sample: Samples, test_sample: Samples) -> tuple[float, Tensor]:
     """On the later dates: the probe's R^2 of the market, and the daily rank correlations."""
     features, test_features = network.features(train_sample.windows), network.features(test_sample.windows)
-    daily = rank_correlation(network.predictor(test_features).squeeze(-1), test_sample.excess)
+    daily = rank_correlation(network.heads.predictors["excess"](test_features).squeeze(-1), test_sample.excess)
     r2 = probe_r2(
         features.flatten(0, 1), train_sample.market.flatten(), test_features.flatten(0, 1), test_sample.market.flatten()
     )

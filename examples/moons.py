@@ -38,7 +38,7 @@ class Network(nn.Module):
         self.heads = grl_ext.AdversarialHeads(HIDDEN, predictors={"moon": 1}, adversaries={"domain": 1}, lambda_=lambda_)
 
     def loss(self, points: Tensor, moon: Tensor, domain: Tensor) -> Tensor:
-        return self.heads.loss(self.hidden(points), {"moon": moon, "domain": domain}, ignore_index=NO_LABEL).loss
+        return self.heads(self.hidden(points), {"moon": moon, "domain": domain}, ignore_index=NO_LABEL).loss
 
     @torch.no_grad()
     def logits(self, points: Tensor) -> dict[str, Tensor]:

@@ -31,10 +31,12 @@ class FusedNN2(nn.Module):
     def __init__(self, network: MnistNN2, lambda_: float) -> None:
         super().__init__()
         self.extractor = network.extractor
-        self.heads = grl_ext.AdversarialHeads.from_linears({"zero": network.out}, {"complement": network.advout}, lambda_)
+        self.heads = grl_ext.AdversarialHeads(
+            network.out.in_features, {"zero": network.out}, {"complement": network.advout}, lambda_=lambda_
+        )
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.heads.loss(self.extractor(images), {"zero": labels, "complement": 1 - labels}).loss
+        return self.heads(self.extractor(images), {"zero": labels, "complement": 1 - labels}).loss
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def saved_or_trained(name: str, seed: int, pairs: Pairs, held_out: Pairs, args: 
 def published_form(trained: nn.Module, network: MnistNN2) -> MnistNN2:
     """The network as published, with the weights of what is trained."""
     if isinstance(trained, FusedNN2):
-        predictors, adversaries = trained.heads.to_linears()
+        predictors, adversaries = trained.heads.predictors, trained.heads.adversaries
         network.extractor, network.out, network.advout = trained.extractor, predictors["zero"], adversaries["complement"]
     return network
 
@@ -188,7 +190,9 @@ def plot(curves: dict[str, list[Curves]], args: Namespace):
     axes[3].set_ylim(0.0, 0.6)
     axes[4].axhline(0, color="black", linewidth=0.8)
     for_legend.axis("off")
-    for_legend.legend(*axes[0].get_legend_handles_labels(), loc="center", title=f"mean ± standard deviation of {len(curves['plain'])} seeds")
+    seeds = len(curves["plain"])
+    title = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    for_legend.legend(*axes[0].get_legend_handles_labels(), loc="center", title=title)
     return figure
 
 

@@ -355,7 +355,8 @@ class AdversarialHeads(_LambdaModule):
                     self._last(features), weights, biases, lambda_, [head.index for head in joined]
                 )
             except _ERRORS as error:
-                raise _named(error, joined) from None
+                names = [head.name for head in joined]
+                raise _with_names(error, names, names) from None
             for head, output in zip(joined, outputs, strict=True):
                 for part in head.path.rest:
                     output = part(output)

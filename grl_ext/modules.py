@@ -117,7 +117,9 @@ class _LambdaModule(nn.Module):
 
 
 def _number(value: Tensor | float, name: str = "lambda_") -> float:
-    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
+    if isinstance(value, Tensor) and not value.is_complex():
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
         value = value.item()
     return check_number(name, value)
 

@@ -99,7 +99,7 @@ class LambdaScheduler:
     graph under ``torch.compile``. Two adversaries made with 0.1 and 0.01 keep their ratio.
 
     A framework that calls the optimizer itself (Lightning, accelerate, the Trainer of transformers) needs no callback:
-    ``optimizer.register_step_post_hook(lambda *_: scheduler.step())``. A step that ``GradScaler`` leaves out then does not count.
+    ``optimizer.register_step_post_hook(scheduler.step)``. A step that ``GradScaler`` leaves out then does not count.
 
     To resume, load both the model and the scheduler, in either order. Where only the model is loaded, the curve begins anew and
     the first ``step()`` warns that it overwrites the lambda from the checkpoint.
@@ -145,8 +145,8 @@ class LambdaScheduler:
         self._overwritten = ""
         self._set_step(0)
 
-    def step(self) -> None:
-        """Advances by one training step and sets lambda."""
+    def step(self, *_: object) -> None:
+        """Advances by one training step and sets lambda. Takes and ignores what an optimizer gives its hooks."""
         self._set_step(self.last_step + 1)
         if self._overwritten:
             warnings.warn(

@@ -66,6 +66,11 @@ def test_help_names_every_option_with_its_default(capsys, name):
         assert option in shown
 
 
+def test_one_seed_is_not_shown_with_a_spread():
+    assert experiment.shown(experiment.spread([0.25, 0.75])) == "0.500 ± 0.354"
+    assert experiment.shown(experiment.spread([0.25]), 2) == "0.25 (one seed)"
+
+
 def quiet() -> tqdm:
     return tqdm(disable=True)
 

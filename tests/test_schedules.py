@@ -221,7 +221,7 @@ def test_a_schedule_and_its_scheduler_can_be_pickled_and_copied(name):
 def test_an_optimizers_hook_advances_the_scheduler_beside_those_of_pytorch():
     model, scheduler = training()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    optimizer.register_step_post_hook(scheduler.step)
     rates = torch.optim.lr_scheduler.SequentialLR(
         optimizer, [torch.optim.lr_scheduler.ConstantLR(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)], milestones=[2]
     )
@@ -236,7 +236,7 @@ def test_an_optimizers_hook_advances_the_scheduler_beside_those_of_pytorch():
 def test_a_step_that_the_gradient_scaler_leaves_out_does_not_count():
     model, scheduler = training()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    optimizer.register_step_post_hook(scheduler.step)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     for factor, expected in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
         optimizer.zero_grad()

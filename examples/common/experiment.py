@@ -44,8 +44,9 @@ def spread(values: Sequence[float]) -> dict[str, float | list[float]]:
 
 
 def shown(found: dict, digits: int = 3) -> str:
-    """A spread as text: 0.912 ± 0.013."""
-    return f"{found['mean']:.{digits}f} ± {found['sd']:.{digits}f}"
+    """A spread as text: 0.912 ± 0.013. One value alone has no spread."""
+    of_seeds = f" ± {found['sd']:.{digits}f}" if len(found["values"]) > 1 else " (one seed)"
+    return f"{found['mean']:.{digits}f}{of_seeds}"
 
 
 def curve(axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, colour: str, style: str = "-") -> None:
