@@ -60,6 +60,11 @@ def measure_here() -> None:
 
 
 def main() -> None:
+    import torch
+
+    import compare
+
+    print(f"{compare.processor()} | torch {torch.__version__} | commit {compare.commit()}")
     print(f"{CASE}, one thread: processor time and page faults of a step")
     for name, variables in settings().items():
         # One thread: the time that threads spend waiting for each other is not the allocator's.
