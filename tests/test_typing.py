@@ -24,6 +24,8 @@ model = torch.nn.Sequential(grl_ext.GRL())
 optimizer: Any = torch.optim.SGD(model.parameters())  # PyTorch's own step() is not typed strictly
 data = [x]
 total_steps = 10
+features = torch.ones(2, 1764)
+digits = domains = torch.zeros(2, dtype=torch.int64)
 
 """
 
