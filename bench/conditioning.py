@@ -7,10 +7,10 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from measure import peak_memory
 from torch import Tensor
 
 import grl_ext
+from measure import peak_memory
 
 LAMBDA = 0.3
 

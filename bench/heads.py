@@ -41,7 +41,7 @@ class Shape:
         """Of the matrix products forward and backward."""
         products = 0
         for sizes in (self.predictor, self.adversary):
-            products += sum(a * b for a, b in zip((self.features, *sizes), sizes))
+            products += sum(a * b for a, b in zip((self.features, *sizes[:-1]), sizes, strict=True))
         return 6 * self.rows * products
 
 
@@ -191,6 +191,15 @@ def _roofline(problem: Problem) -> Row:
     return Row(name, "limit", bounds[name])
 
 
+def check_whole_gradients(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Each gradient's norm of the difference: a unit within rounding of ReLU's kink passes its gradient in one precision and not in
+    the other, which is a large difference in a few entries."""
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        error = ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+        if not error <= 0.03:
+            raise WrongResult(f"{name}: gradient {index} of shape {list(a.shape)} is off by {error:.2g} of its norm, allowed are 0.03")
+
+
 def _build(shape: Shape, measured: str, settings: Settings) -> Work:
     problem = Problem(shape, settings)
     made: dict[tuple[str, str], Made] = {
@@ -216,16 +225,18 @@ def _build(shape: Shape, measured: str, settings: Settings) -> Work:
     def check() -> None:
         expected = problem.expected()
         for row in rows:
-            check_gradients(row.name, row.step(), expected, problem.tolerance)
+            found = row.step()
+            if linear:
+                check_gradients(row.name, found, expected, problem.tolerance)
+            else:
+                check_whole_gradients(row.name, found, expected)
 
     if measured == "memory":
         return Work(rows, check, "limit: the features' gradient alone, " + f"{problem.features.nbytes / 1e6:.1f} MB")
     limits = [_roofline(problem)]
     if shape.weighted:
         limits.insert(0, Row("the same without weights", "limit", step_of(*_fused_loss(problem, with_weights=False))))
-    return Work(
-        [*rows, *limits], check, "limit: the larger of one copy of the features and the products' operations in one large product"
-    )
+    return Work([*rows, *limits], check, "limit: the larger of one copy of the features and the products' operations in one large product")
 
 
 def _case(group: str, shape: Shape, what: str, settings: Settings) -> Case:

@@ -14,26 +14,24 @@ inline std::string dtype_name(const at::Tensor& tensor) {
 }
 
 inline void check_lambda(const at::Tensor& x, const at::Tensor& lambda) {
-  TORCH_CHECK_TYPE(
-      !lambda.is_complex(), "lambda_ must be a real number or a real tensor, got a tensor of ", dtype_name(lambda));
+  TORCH_CHECK_TYPE(!lambda.is_complex(), "lambda_ must be a real number or a real tensor, got a tensor of ", dtype_name(lambda));
   const bool elsewhere = lambda.device() != x.device();
   TORCH_CHECK_VALUE(
-      !elsewhere || (lambda.dim() == 0 && lambda.device().is_cpu()), "lambda_ is on ", lambda.device(), " but x is on ",
-      x.device(), ": only a 0-d lambda_ may be elsewhere, on the CPU");
+      !elsewhere || (lambda.dim() == 0 && lambda.device().is_cpu()), "lambda_ is on ", lambda.device(), " but x is on ", x.device(),
+      ": only a 0-d lambda_ may be elsewhere, on the CPU");
   const auto offset = x.dim() - lambda.dim();
   bool broadcasts = offset >= 0;
   for (int64_t d = 0; broadcasts && d < lambda.dim(); ++d) {
     broadcasts = lambda.sym_size(d) == 1 || lambda.sym_size(d) == x.sym_size(offset + d);
   }
-  TORCH_CHECK_VALUE(
-      broadcasts, "lambda_ of shape ", lambda.sym_sizes(), " does not broadcast to x of shape ", x.sym_sizes());
+  TORCH_CHECK_VALUE(broadcasts, "lambda_ of shape ", lambda.sym_sizes(), " does not broadcast to x of shape ", x.sym_sizes());
 }
 
 inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least one dimension, got shape []");
   TORCH_CHECK_VALUE(
-      weight.dim() == 2 && weight.sym_size(1) == x.sym_size(-1), "weight must have shape [K, D] with D = x.shape[-1] = ",
-      x.sym_size(-1), ", got ", weight.sym_sizes());
+      weight.dim() == 2 && weight.sym_size(1) == x.sym_size(-1),
+      "weight must have shape [K, D] with D = x.shape[-1] = ", x.sym_size(-1), ", got ", weight.sym_sizes());
   TORCH_CHECK_VALUE(weight.device() == x.device(), "weight is on ", weight.device(), " but x is on ", x.device());
   const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(

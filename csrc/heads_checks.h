@@ -37,8 +37,8 @@ inline void check_layer(
   if (bias) {
     const auto bias_name = of_head("bias", layer);
     TORCH_CHECK_VALUE(
-        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), bias_name, " must have shape [", weight.sym_size(0),
-        "], got ", bias->sym_sizes());
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), bias_name, " must have shape [", weight.sym_size(0), "], got ",
+        bias->sym_sizes());
     TORCH_CHECK_VALUE(bias->device() == x.device(), bias_name, " is on ", bias->device(), " but x is on ", x.device());
     TORCH_CHECK_TYPE(
         bias->scalar_type() == x.scalar_type(), bias_name, " must have x's dtype ", dtype_name(x), ", got ", dtype_name(*bias));
@@ -134,8 +134,7 @@ inline void check_weights(
     return;
   }
   const auto name = of_head(argument, head);
-  TORCH_CHECK_TYPE(
-      at::isFloatingType(weights->scalar_type()), name, " must be floating point, got ", dtype_name(*weights));
+  TORCH_CHECK_TYPE(at::isFloatingType(weights->scalar_type()), name, " must be floating point, got ", dtype_name(*weights));
   TORCH_CHECK_VALUE(has_shape(*weights, sizes), name, " must have shape ", sizes, ", got ", weights->sym_sizes());
   TORCH_CHECK_VALUE(weights->device() == x.device(), name, " is on ", weights->device(), " but x is on ", x.device());
   refuse_gradient(name, *weights);
@@ -162,12 +161,13 @@ inline void check_options(const at::Tensor& x, const std::vector<c10::SymInt>& s
     check_target(x, options.targets[h], h, leading, sizes[h], squared);
     check_weights(x, "sample_weight", options.sample_weight.get(h), h, leading);
     TORCH_CHECK_VALUE(
-        !squared || !options.class_weight.get(h), of_head("class_weight", h), " is for a cross entropy, this head has a squared error");
+        !squared || !options.class_weight.get(h), of_head("class_weight", h),
+        " is for a cross entropy, this head has a squared error");
     const c10::SymInt classes = sizes[h] > 1 ? sizes[h] : c10::SymInt(2);
     check_weights(x, "class_weight", options.class_weight.get(h), h, {classes});
     TORCH_CHECK_VALUE(
-        options.label_smoothing[h] >= 0 && options.label_smoothing[h] <= 1, of_head("label_smoothing", h), " must be in [0, 1], got ",
-        options.label_smoothing[h]);
+        options.label_smoothing[h] >= 0 && options.label_smoothing[h] <= 1, of_head("label_smoothing", h),
+        " must be in [0, 1], got ", options.label_smoothing[h]);
     TORCH_CHECK_VALUE(
         !squared || options.label_smoothing[h] == 0, of_head("label_smoothing", h),
         " is for a cross entropy, this head has a squared error");

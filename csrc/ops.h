@@ -16,8 +16,7 @@ at::Tensor gradient_reversal_by_value(const at::Tensor& x, double lambda);
 
 at::Tensor grl_linear(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& lambda);
-at::Tensor grl_linear_by_value(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double lambda);
+at::Tensor grl_linear_by_value(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double lambda);
 
 // The logits of each head.
 std::vector<at::Tensor> linear_heads(

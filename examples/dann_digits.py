@@ -253,7 +253,13 @@ def plot(trained: dict[str, Training], domains: Domains, results: dict):
     axes[0].tick_params(length=0)
     accuracies = [results[method]["target_accuracy"] for method in JUDGED]
     colours = [experiment.COLOURS[name] for name in ("grey", "pink", "blue", "green")]
-    axes[1].bar([m.replace(" ", "\n", 1) for m in JUDGED], [a["mean"] for a in accuracies], yerr=[a["sd"] for a in accuracies], color=colours, capsize=4)
+    axes[1].bar(
+        [m.replace(" ", "\n", 1) for m in JUDGED],
+        [a["mean"] for a in accuracies],
+        yerr=[a["sd"] for a in accuracies],
+        color=colours,
+        capsize=4,
+    )
     for i, accuracy in enumerate(accuracies):
         axes[1].text(i, accuracy["mean"] / 2, f"{accuracy['mean']:.3f}\n± {accuracy['sd']:.3f}", ha="center", color="white")
     axes[1].set(ylim=(0, 1), title=f"target accuracy; gap closed: {results['gap_closed']['mean']:.0%}")
@@ -273,7 +279,9 @@ def main(arguments: list[str] | None = None) -> dict | None:
     options = experiment.parser("dann_digits", __doc__.splitlines()[0], seeds=3)
     options.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files (gz or not), instead of scikit-learn's digits")
     options.add_argument("--photos", help="a folder with pictures, or scikit-image for those of its wheel; default: scikit-learn's two")
-    options.add_argument("--crops", type=int, help="target images made of each digit; default: 1 of MNIST's (as MNIST-M), 4 of scikit-learn's")
+    options.add_argument(
+        "--crops", type=int, help="target images made of each digit; default: 1 of MNIST's (as MNIST-M), 4 of scikit-learn's"
+    )
     options.add_argument("--steps", type=int, default=1500)
     options.add_argument("--batch", type=int, default=128, help="half from each domain")
     options.add_argument("--lr", type=float, default=5e-4, help="of Adam, constant")

@@ -186,9 +186,7 @@ def judge(network: Network, train_sample: Samples, test_sample: Samples) -> tupl
     """On the later dates: the probe's R^2 of the market, and the daily rank correlations."""
     features, test_features = network.features(train_sample.windows), network.features(test_sample.windows)
     daily = rank_correlation(network.heads.predictors["excess"](test_features).squeeze(-1), test_sample.excess)
-    r2 = probe_r2(
-        features.flatten(0, 1), train_sample.market.flatten(), test_features.flatten(0, 1), test_sample.market.flatten()
-    )
+    r2 = probe_r2(features.flatten(0, 1), train_sample.market.flatten(), test_features.flatten(0, 1), test_sample.market.flatten())
     return r2, daily.cpu()
 
 
@@ -246,11 +244,18 @@ def verdict(results: dict, fixed_data: bool) -> str:
 def main(arguments: list[str] | None = None) -> dict:
     options = experiment.parser("market", __doc__.splitlines()[0], seeds=5)
     options.add_argument(
-        "--csv", type=Path, help="prices (columns date, ticker, close; or a date and one column a ticker; gz or not), instead of generated returns"
+        "--csv",
+        type=Path,
+        help="prices (columns date, ticker, close; or a date and one column a ticker; gz or not), instead of generated returns",
     )
-    options.add_argument("--index", type=Path, help="the market's own series for --csv (a date and one column), instead of the stocks' mean")
     options.add_argument(
-        "--until", type=float, default=1.0, help="the share of the dates to use; settings are chosen with 0.7 or less, so that the test dates stay unseen"
+        "--index", type=Path, help="the market's own series for --csv (a date and one column), instead of the stocks' mean"
+    )
+    options.add_argument(
+        "--until",
+        type=float,
+        default=1.0,
+        help="the share of the dates to use; settings are chosen with 0.7 or less, so that the test dates stay unseen",
     )
     options.add_argument("--dates", type=int, default=2000, help="generated trading days")
     options.add_argument("--stocks", type=int, default=50, help="generated stocks")

@@ -199,7 +199,9 @@ def plot(curves: dict[str, list[Curves]], args: Namespace):
 def largest_differences(runs: list[Curves], others: list[Curves]) -> dict[str, float]:
     """By quantity, over all seeds and epochs."""
     return {
-        quantity: max(abs(a - b) for run, other in zip(runs, others, strict=True) for a, b in zip(run[quantity], other[quantity], strict=True))
+        quantity: max(
+            abs(a - b) for run, other in zip(runs, others, strict=True) for a, b in zip(run[quantity], other[quantity], strict=True)
+        )
         for quantity in runs[0]
     }
 
@@ -224,7 +226,9 @@ def verdict(results: dict, args: Namespace) -> str:
     ]
     if "published_to_fused" in results:
         furthest = results["published_to_fused"]
-        parts.append(f"published and fused network differ by at most {furthest['accuracy']:.3f} in accuracy, {furthest['loss']:.1g} in loss")
+        parts.append(
+            f"published and fused network differ by at most {furthest['accuracy']:.3f} in accuracy, {furthest['loss']:.1g} in loss"
+        )
     return "finding: " + "; ".join(parts)
 
 

@@ -57,9 +57,7 @@ def check_lambda(x: Tensor, lambda_: Tensor) -> None:
         raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {lambda_.dtype}")
     if lambda_.dim() > 0:
         if lambda_.device != x.device:
-            raise ValueError(
-                f"lambda_ is on {lambda_.device} but x is on {x.device}: only a 0-d lambda_ may be elsewhere, on the CPU"
-            )
+            raise ValueError(f"lambda_ is on {lambda_.device} but x is on {x.device}: only a 0-d lambda_ may be elsewhere, on the CPU")
         offset = x.dim() - lambda_.dim()
         if offset < 0 or any(b not in (1, x.shape[offset + d]) for d, b in enumerate(lambda_.shape)):
             raise ValueError(f"lambda_ of shape {list(lambda_.shape)} does not broadcast to x of shape {list(x.shape)}")
@@ -75,9 +73,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device} but x is on {x.device}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dtype != x.dtype:
-        raise TypeError(
-            f"x and weight must have the same dtype, float16, bfloat16, float32 or float64, got {x.dtype} and {weight.dtype}"
-        )
+        raise TypeError(f"x and weight must have the same dtype, float16, bfloat16, float32 or float64, got {x.dtype} and {weight.dtype}")
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")

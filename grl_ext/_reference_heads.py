@@ -110,9 +110,7 @@ def check_lambda_of_heads(x: Tensor, lambda_: Tensor, lambda_index: Sequence[int
         raise ValueError(f"lambda_index must have an entry for each of the {heads} heads, got {len(lambda_index)}")
     for index in lambda_index:
         if not -1 <= index < lambda_.shape[0]:
-            raise ValueError(
-                f"lambda_index must be -1 or an element of lambda_, of which there are {lambda_.shape[0]}, got {index}"
-            )
+            raise ValueError(f"lambda_index must be -1 or an element of lambda_, of which there are {lambda_.shape[0]}, got {index}")
     refuse_gradient("lambda_", lambda_)
 
 
@@ -200,9 +198,7 @@ def check_values(target: Tensor, sample_weight: Tensor | None, head: int, size: 
         classes = max(2, size)
         wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
         if wrong.any():
-            raise IndexError(
-                f"targets[{head}] must be in [0, {classes}) or ignore_index ({ignore_index}), got {target[wrong][0]}"
-            )
+            raise IndexError(f"targets[{head}] must be in [0, {classes}) or ignore_index ({ignore_index}), got {target[wrong][0]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

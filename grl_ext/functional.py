@@ -156,9 +156,7 @@ def _heads_path(x: Tensor, *others: Tensor | None) -> str:
 def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
     """The adversaries' numbers as one tensor, and each head's place in it; -1 for a predictor."""
     if isinstance(lambda_, Tensor | str) or not isinstance(lambda_, Sequence):
-        raise TypeError(
-            f"lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got {type(lambda_).__name__}"
-        )
+        raise TypeError(f"lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got {type(lambda_).__name__}")
     if len(lambda_) != heads:
         raise ValueError(f"lambda_ must have an entry for each of the {heads} heads, got {len(lambda_)}")
     adversaries = [h for h, value in enumerate(lambda_) if value is not None]
@@ -382,9 +380,7 @@ def run_heads_loss(
     if path == "eager":
         sample_weight, class_weight, *others = options
         return HeadsLoss(
-            *_backend.C.heads_loss(
-                x, weight, bias, depth, targets, sample_weight, class_weight, lambda_, lambda_index, *others
-            )
+            *_backend.C.heads_loss(x, weight, bias, depth, targets, sample_weight, class_weight, lambda_, lambda_index, *others)
         )
     depth = [1] * len(weight) if depth is None else depth
     if path == "traced":

@@ -351,9 +351,7 @@ class AdversarialHeads(_LambdaModule):
         if joined:
             weights, biases = _weights_and_biases([head.path.layers[0] for head in joined])
             try:
-                outputs = functional.run_linear_heads(
-                    self._last(features), weights, biases, lambda_, [head.index for head in joined]
-                )
+                outputs = functional.run_linear_heads(self._last(features), weights, biases, lambda_, [head.index for head in joined])
             except _ERRORS as error:
                 names = [head.name for head in joined]  # one layer of each
                 raise _with_names(error, names, names) from None
@@ -413,9 +411,7 @@ class AdversarialHeads(_LambdaModule):
         fused = [h for h, head in enumerate(heads) if head.path.how == "fused"]
         others = [h for h in range(len(heads)) if h not in fused]
         if fused:
-            total, *by_head = self._fused_loss(
-                features, [heads[h] for h in fused], [targets[h] for h in fused], _some(options, fused)
-            )
+            total, *by_head = self._fused_loss(features, [heads[h] for h in fused], [targets[h] for h in fused], _some(options, fused))
             totals.append(total)
             for h, loss, own in zip(fused, *by_head, strict=True):
                 losses[h], logits[h] = loss, own

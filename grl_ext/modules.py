@@ -192,9 +192,7 @@ class GRLLinear(_LambdaModule):
         torch.Size([4, 2])
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, lambda_: float = 1.0, device=None, dtype=None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, lambda_: float = 1.0, device=None, dtype=None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
@@ -223,4 +221,3 @@ class GRLLinear(_LambdaModule):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, lambda_={self._shown_lambda()}"
-

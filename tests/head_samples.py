@@ -269,7 +269,10 @@ def _outputs_and_gradients(
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     reached = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if y.requires_grad]
     gradients = torch.autograd.grad([y for y, _ in reached], wanted, [grad for _, grad in reached], allow_unused=True)
-    return [*(y.detach() for y in outputs), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True))], grads
+    return [
+        *(y.detach() for y in outputs),
+        *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True)),
+    ], grads
 
 
 def check_network(

@@ -128,10 +128,10 @@ def test_the_options_are_for_all_heads_or_by_name(device):
     targets = {name: target.clamp(min=0) for name, target in targets.items()}
     targets["digit"][1] = 1
     for one, by_name in (
-        ({"sample_weight": rows}, {"sample_weight": {name: rows for name in names}}),
-        ({"label_smoothing": 0.1}, {"label_smoothing": {name: 0.1 for name in names}}),
-        ({"ignore_index": 1}, {"ignore_index": {name: 1 for name in names}}),
-        ({"loss_weight": 0.5}, {"loss_weight": {name: 0.5 for name in names}}),
+        ({"sample_weight": rows}, {"sample_weight": dict.fromkeys(names, rows)}),
+        ({"label_smoothing": 0.1}, {"label_smoothing": dict.fromkeys(names, 0.1)}),
+        ({"ignore_index": 1}, {"ignore_index": dict.fromkeys(names, 1)}),
+        ({"loss_weight": 0.5}, {"loss_weight": dict.fromkeys(names, 0.5)}),
         ({}, {"sample_weight": {}, "class_weight": {}, "loss_weight": {}, "label_smoothing": {}, "ignore_index": {}}),
     ):
         assert_same(heads(x, targets, **one).loss, heads(x, targets, **by_name).loss)
@@ -174,7 +174,9 @@ def test_a_squared_error_is_declared_by_name(device, head):
     errors = F.mse_loss(heads(x)["market"], values, reduction="none").mean(1)
     torch.testing.assert_close(out.head_losses["market"], (errors * rows).sum() / rows.sum())
     dx = torch.autograd.grad(out.head_losses["market"], x, retain_graph=True)[0]
-    plain = torch.autograd.grad((F.mse_loss(heads.adversaries["market"](x), values, reduction="none").mean(1) * rows).sum() / rows.sum(), x)[0]
+    plain = torch.autograd.grad(
+        (F.mse_loss(heads.adversaries["market"](x), values, reduction="none").mean(1) * rows).sum() / rows.sum(), x
+    )[0]
     torch.testing.assert_close(dx, -0.5 * plain)
     assert "mse=['market']" in repr(heads)
 
@@ -352,7 +354,11 @@ def test_fake_tensors_go_through_real_heads(device):
 # --- a model's life --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)], ids=["half", "bfloat16", "double", "to(float16)"])
+@pytest.mark.parametrize(
+    "convert",
+    [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)],
+    ids=["half", "bfloat16", "double", "to(float16)"],
+)
 def test_a_conversion_leaves_lambda_alone(convert):
     heads = convert(nn.Sequential(make(lambda_=1 / 3)))[0]
     assert heads.lambda_.dtype == torch.float64 and heads.lambda_.tolist() == [1 / 3, 1 / 3]
@@ -491,7 +497,11 @@ def test_heads_that_make_no_sense_are_refused(predictors, adversaries, text):
 
 @pytest.mark.parametrize(
     "module, name",
-    [(nn.Sequential(GRL(), nn.Linear(7, 2)), "GRL"), (GRLLinear(7, 2), "GRLLinear"), (nn.Sequential(nn.Sequential(GRL()), nn.Linear(7, 2)), "GRL")],
+    [
+        (nn.Sequential(GRL(), nn.Linear(7, 2)), "GRL"),
+        (GRLLinear(7, 2), "GRLLinear"),
+        (nn.Sequential(nn.Sequential(GRL()), nn.Linear(7, 2)), "GRL"),
+    ],
     ids=["GRL", "GRLLinear", "nested"],
 )
 def test_a_reversal_inside_an_adversary_is_refused_and_inside_a_predictor_is_its_own(module, name):
@@ -535,7 +545,12 @@ def test_unknown_names_and_no_names_in_the_targets_are_refused():
         assert str(caught.value) == text
 
 
-GIVEN = {"linear": 2, "layers": [5, 2], "first layer": nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)), "given": nn.Sequential(nn.Tanh(), nn.Linear(7, 2))}
+GIVEN = {
+    "linear": 2,
+    "layers": [5, 2],
+    "first layer": nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)),
+    "given": nn.Sequential(nn.Tanh(), nn.Linear(7, 2)),
+}
 REFUSED = {
     "targets: list": (lambda t: {"targets": [0] * 6}, TypeError, "targets['domain'] must be a tensor, got list"),
     "targets: bool": (

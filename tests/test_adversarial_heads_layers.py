@@ -64,7 +64,10 @@ on_adversaries = pytest.mark.parametrize("adversary", ADVERSARIES)
 @on_adversaries
 def test_each_head_has_its_own_parameter_group(x, targets, adversary):
     heads = make(ADVERSARIES[adversary]())
-    groups = [{"params": heads.predictors.parameters()}, {"params": heads.adversaries["domain"].parameters(), "lr": 3.0, "weight_decay": 0.1}]
+    groups = [
+        {"params": heads.predictors.parameters()},
+        {"params": heads.adversaries["domain"].parameters(), "lr": 3.0, "weight_decay": 0.1},
+    ]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     before = copy.deepcopy(heads)
     heads(x, targets).loss.backward()
@@ -217,7 +220,9 @@ def test_heads_with_and_without_bias_stand_beside_each_other(x, targets):
 
 HOOKS = {
     "forward": lambda module, seen: module.register_forward_hook(lambda m, args, output: seen.append("called") or output * 2),
-    "forward, always": lambda module, seen: module.register_forward_hook(lambda m, args, output: seen.append("called") or None, always_call=True),
+    "forward, always": lambda module, seen: module.register_forward_hook(
+        lambda m, args, output: seen.append("called") or None, always_call=True
+    ),
     "pre-forward": lambda module, seen: module.register_forward_pre_hook(lambda m, args: seen.append("called") or (args[0] * 2,)),
     "backward": lambda module, seen: module.register_full_backward_hook(lambda m, gi, go: seen.append("called") or None),
     "pre-backward": lambda module, seen: module.register_full_backward_pre_hook(lambda m, go: seen.append("called") or (go[0] * 2,)),
@@ -229,7 +234,9 @@ HOOKS = {
 def test_hooks_on_a_head_and_its_layers_fire_and_change_what_they_change(x, targets, hook, where):
     heads = make(2 if where == "linear" else [5, 2])
     domain = heads.adversaries["domain"]
-    module = {"its first layer": lambda: domain[0], "its relu": lambda: domain[1], "its last layer": lambda: domain[2]}.get(where, lambda: domain)()
+    module = {"its first layer": lambda: domain[0], "its relu": lambda: domain[1], "its last layer": lambda: domain[2]}.get(
+        where, lambda: domain
+    )()
     seen = []
     handle = HOOKS[hook](module, seen)
     check(heads, x, targets)

@@ -21,16 +21,28 @@ pytestmark = pytest.mark.usefixtures("path")
 HEADS = {
     "linear": (lambda: nn.Linear(7, 2), "fused: linear"),
     "no bias": (lambda: nn.Linear(7, 2, bias=False), "fused: linear"),
-    "layers": (lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)), "fused: linear layers with ReLU"),
+    "layers": (
+        lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)),
+        "fused: linear layers with ReLU",
+    ),
     "wide layers": (lambda: nn.Sequential(nn.Linear(7, SWITCH + 1), nn.ReLU(), nn.Linear(SWITCH + 1, 2)), "fused: linear layers with ReLU"),
     "one in a row": (lambda: nn.Sequential(nn.Linear(7, 2)), "fused: linear layers with ReLU"),
     "tanh": (lambda: nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)), "first layer fused: begins with a linear layer"),
-    "dropout": (lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Dropout(0.0), nn.Linear(5, 2)), "first layer fused: begins with a linear layer"),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Dropout(0.0), nn.Linear(5, 2)),
+        "first layer fused: begins with a linear layer",
+    ),
     "relu at the end": (lambda: nn.Sequential(nn.Linear(7, 2), nn.ReLU()), "first layer fused: begins with a linear layer"),
     "relu6": (lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU6(), nn.Linear(5, 2)), "first layer fused: begins with a linear layer"),
-    "norm": (lambda: nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 2)), "first layer fused: begins with a linear layer"),
+    "norm": (
+        lambda: nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 2)),
+        "first layer fused: begins with a linear layer",
+    ),
     "norm first": (lambda: nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 2)), "as given: its first layer: LayerNorm is not nn.Linear"),
-    "nested": (lambda: nn.Sequential(nn.Sequential(nn.Linear(7, 5), nn.ReLU()), nn.Linear(5, 2)), "as given: its first layer: Sequential is not nn.Linear"),
+    "nested": (
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(7, 5), nn.ReLU()), nn.Linear(5, 2)),
+        "as given: its first layer: Sequential is not nn.Linear",
+    ),
     "module": (lambda: Custom(), "as given: Custom is not nn.Linear"),
     "subclass": (lambda: Doubled(7, 2), "as given: Doubled is not nn.Linear"),
     "sequential subclass": (lambda: Twice(nn.Linear(7, 2)), "as given: Twice is not nn.Linear"),
@@ -84,7 +96,7 @@ def assert_equal(ours, theirs):
 
 def check_like_the_layers(heads, x, target, names, **options):
     """Logits and loss, then several gradients of what is returned."""
-    targets = {name: target for name in names}
+    targets = dict.fromkeys(names, target)
     assert_equal(list(heads(x).values()), list(layer_by_layer(heads, x, heads.head_names).values()))
     out = heads(x, targets, **options)
     z = layer_by_layer(heads, x, [name for name in heads.head_names if name in names])
@@ -134,7 +146,7 @@ def test_any_mixture_of_heads_equals_the_layers(data):
     flat = {n: v.flatten() for n, v in options.items()}
     target = torch.randint(2, leading)
     check_like_the_layers(heads, x.flatten(0, -2) if len(leading) > 1 else x, target.flatten(), names, **flat)
-    shaped = heads(x, {name: target for name in names}, **options)
+    shaped = heads(x, dict.fromkeys(names, target), **options)
     torch.testing.assert_close(shaped.loss, heads(x.view(-1, 7), {name: target.flatten() for name in names}, **flat).loss)
     for name, z in shaped.logits.items():
         assert z.shape == (*leading, 2), name
@@ -145,7 +157,7 @@ def test_a_gradient_penalty_crosses_every_path_like_the_layers():
     x, target = torch.randn(6, 7, dtype=torch.float64, requires_grad=True), torch.randint(2, (6,))
     results = []
     for loss in (
-        heads(x, {name: target for name in heads.head_names}).loss,
+        heads(x, dict.fromkeys(heads.head_names, target)).loss,
         sum(F.cross_entropy(z, target) for z in layer_by_layer(heads, x, heads.head_names).values()),
     ):
         first = torch.autograd.grad(loss, [x, *heads.parameters()], create_graph=True)
@@ -161,7 +173,7 @@ def test_a_head_of_lambda_zero_gives_the_features_nothing_whatever_it_holds(kind
     alone = torch.autograd.grad(heads(x, {"0 linear": target}).loss, x)[0]
     with torch.no_grad():
         next(p for p in heads.adversaries.parameters() if p.dim() == 2)[0, 0] = float("inf")
-    targets = {name: target for name in heads.head_names}
+    targets = dict.fromkeys(heads.head_names, target)
     torch.testing.assert_close(torch.autograd.grad(heads(x, targets).loss, x)[0], alone)
     of_logits = sum(z.sum() for z in heads(x).values())
     torch.testing.assert_close(torch.autograd.grad(of_logits, x)[0], heads.predictors["0 linear"].weight.sum(0).expand(6, 7).detach())
@@ -181,7 +193,7 @@ def test_a_module_may_serve_as_predictor_and_as_adversary():
 def test_activation_checkpointing_of_the_heads(use_reentrant):
     heads = build(["linear"], ["layers", "tanh"], lambda_=0.5)
     x, target = torch.randn(6, 7, dtype=torch.float64, requires_grad=True), torch.randint(2, (6,))
-    targets = {name: target for name in heads.head_names}
+    targets = dict.fromkeys(heads.head_names, target)
     expected = all_gradients(heads(x, targets).loss, x, heads)
     checkpoint(lambda x: heads(x, targets).loss, x, use_reentrant=use_reentrant).backward()
     assert_equal([x.grad, *(p.grad for p in heads.parameters())], expected)
@@ -224,7 +236,7 @@ def test_maps_keep_their_features_where_they_are(memory_format, dim):
     modules = {"linear": 2, "layers": [5, 2], "tanh": HEADS["tanh"][0](), "pixels": Pixels()}
     heads = AdversarialHeads(7, {"digit": 2}, modules, lambda_=0.5, dim=dim).double()
     logits = heads(x)
-    out = heads(x, {name: target for name in heads.head_names})
+    out = heads(x, dict.fromkeys(heads.head_names, target))
     assert list(out.logits) == list(heads.head_names)
     rows = x.movedim(1, -1)
     total = 0
@@ -278,9 +290,7 @@ def test_a_head_may_answer_for_the_whole_map():
     out = heads(x, {"pixel": pixel, "image": image})
     torch.testing.assert_close(out.head_losses["image"], F.cross_entropy(heads.adversaries["image"](x), image))
     soft = torch.rand(2, 2).softmax(1)
-    torch.testing.assert_close(
-        heads(x, {"image": soft}).loss, F.cross_entropy(heads.adversaries["image"](x), soft.double())
-    )
+    torch.testing.assert_close(heads(x, {"image": soft}).loss, F.cross_entropy(heads.adversaries["image"](x), soft.double()))
 
 
 @pytest.mark.parametrize("how", ["hook", "subclass"])

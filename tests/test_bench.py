@@ -60,9 +60,7 @@ def interleaved(clock: FakeClock, rows: list[cases.Row], seconds: dict[str, floa
 
 def test_samples_are_seconds_per_call_whatever_the_repeats():
     clock = FakeClock()
-    samples = measure.interleave(
-        {"short": clock.step(1e-6), "long": clock.step(0.5)}, measure.wall_timer(clock), seconds=5.0, min_rounds=2
-    )
+    samples = measure.interleave({"short": clock.step(1e-6), "long": clock.step(0.5)}, measure.wall_timer(clock), seconds=5.0, min_rounds=2)
     # 5 s for rounds of 0.5 s and one sample; the tolerance covers the fake clock's floating-point sum.
     assert len(samples["short"]) == len(samples["long"]) == int(5.0 / (0.5 + measure.SAMPLE_SECONDS))
     assert samples["short"] == pytest.approx([1e-6] * 9, rel=1e-9)

@@ -81,9 +81,7 @@ def test_a_float_lambda_is_two_graphs_at_most(device, backend):
 
 
 def test_dynamic_shapes_are_one_graph(device):
-    step = torch.compile(
-        lambda x, lambda_: (gradient_reversal(x, lambda_) * 3).sum(), fullgraph=True, dynamic=True, backend="aot_eager"
-    )
+    step = torch.compile(lambda x, lambda_: (gradient_reversal(x, lambda_) * 3).sum(), fullgraph=True, dynamic=True, backend="aot_eager")
     with no_recompilation:
         for rows in (3, 8, 5, 11):
             lambda_ = torch.randn(rows, 1, device=device)

@@ -112,7 +112,9 @@ def test_x_must_be_a_tensor(path, value):
 @pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
 def test_a_zero_dimensional_x_takes_a_zero_dimensional_lambda_only(path, device, shape):
     x = torch.ones((), device=device, requires_grad=True)
-    check_refusal(gradient_reversal, x, torch.ones(shape), ValueError, f"lambda_ of shape {list(shape)} does not broadcast to x of shape []")
+    check_refusal(
+        gradient_reversal, x, torch.ones(shape), ValueError, f"lambda_ of shape {list(shape)} does not broadcast to x of shape []"
+    )
 
 
 # --- in-place operations ---------------------------------------------------------------------------------------------------
@@ -120,7 +122,13 @@ def test_a_zero_dimensional_x_takes_a_zero_dimensional_lambda_only(path, device,
 
 @pytest.mark.parametrize(
     "modify",
-    [lambda y: y.add_(1), lambda y: y.relu_(), lambda y: y[0].zero_(), lambda y: y.view(-1).mul_(2), lambda y: y.copy_(torch.zeros_like(y))],
+    [
+        lambda y: y.add_(1),
+        lambda y: y.relu_(),
+        lambda y: y[0].zero_(),
+        lambda y: y.view(-1).mul_(2),
+        lambda y: y.copy_(torch.zeros_like(y)),
+    ],
     ids=["add_", "relu_", "row", "view", "copy_"],
 )
 @pytest.mark.parametrize("lambda_", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])

@@ -208,7 +208,11 @@ WIDE = """Date,A,B,C
 """
 
 
-@pytest.mark.parametrize("text", [LONG, WIDE, "\ufeff" + WIDE, WIDE.replace("\n", "\r\n") + "\r\n"], ids=["long", "wide", "wide, with a mark", "wide, from Windows"])
+@pytest.mark.parametrize(
+    "text",
+    [LONG, WIDE, "\ufeff" + WIDE, WIDE.replace("\n", "\r\n") + "\r\n"],
+    ids=["long", "wide", "wide, with a mark", "wide, from Windows"],
+)
 @pytest.mark.parametrize("name", ["prices.csv", "prices.csv.gz"])
 def test_prices_are_those_of_the_tickers_with_every_date_in_the_order_of_dates(tmp_path, text, name):
     prices = data.read_prices(write_csv(tmp_path, text, name))
@@ -227,7 +231,10 @@ def test_prices_are_those_of_the_tickers_with_every_date_in_the_order_of_dates(t
         ("date,ticker,close\n2024-01-01,A,\n", ", line 2: the price of A must be a positive number, got ''"),
         ("date,ticker,close\n2024-01-01,A\n", ", line 2: 2 values, but the first line has 3"),
         ("date,ticker,close\n2024-01-01,A,5\n2024-01-01,A,6\n", ", line 3: a second price of A on 2024-01-01"),
-        ("date,ticker,close\n2024-01-01,A,5\n2024-01-02,A,6\n", "has 1 tickers with a price on all of its 2 dates; at least 2 tickers and 2 dates"),
+        (
+            "date,ticker,close\n2024-01-01,A,5\n2024-01-02,A,6\n",
+            "has 1 tickers with a price on all of its 2 dates; at least 2 tickers and 2 dates",
+        ),
         ("Date,A,B\n2024-01-01,5,0\n", ", line 2: the price of B must be a positive number, got '0'"),
         ("Date,A,B\n2024-01-01,5,nan\n", ", line 2: the price of B must be a positive number, got 'nan'"),
         ("Date,A,B\n2024-01-01,5,6\n2024-01-01,5,6\n", ", line 3: a second price of A on 2024-01-01"),

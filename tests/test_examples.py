@@ -118,7 +118,9 @@ def test_market_learns_the_excess_return():
     for args.steps in (1, 150):
         networks.append(market.train(0.0, 0, train_sample, args, quiet()))
     with torch.no_grad():
-        before, after = (F.mse_loss(n.predictor(n.features(train_sample.windows)).squeeze(-1), train_sample.excess).item() for n in networks)
+        before, after = (
+            F.mse_loss(n.predictor(n.features(train_sample.windows)).squeeze(-1), train_sample.excess).item() for n in networks
+        )
     assert after < before
     r2, daily = market.judge(networks[1], train_sample, test_sample)
     assert daily.shape == test_sample.excess.shape[:1] and r2 <= 1
@@ -138,7 +140,12 @@ def test_the_markets_windows_and_betas_end_before_what_they_predict():
 
     scale = torch.tensor([[excess_of(day, stock) for stock in range(5)] for day in range(market.BETA_DAYS, split)]).std()
     # Rows of the samples, and the last day of their windows: the first and the last to learn from, the first and the last to judge by.
-    rows = [(train_sample, 0, market.BETA_DAYS - 1), (train_sample, -1, split - 2), (test_sample, 0, split + market.WINDOW - 1), (test_sample, -1, 798)]
+    rows = [
+        (train_sample, 0, market.BETA_DAYS - 1),
+        (train_sample, -1, split - 2),
+        (test_sample, 0, split + market.WINDOW - 1),
+        (test_sample, -1, 798),
+    ]
     for sample, row, last in rows:
         days = slice(last - market.WINDOW + 1, last + 1)
         own, markets = sample.windows[row, 2].split(market.WINDOW)
@@ -282,7 +289,9 @@ def test_pair_digits_training_accuracies_are_those_of_the_training_pairs(tmp_pat
 def test_pair_digits_takes_finished_runs_with_the_same_settings_and_no_others(tmp_path, monkeypatch):
     few = [*FEW["pair_digits"][1], "--out", str(tmp_path), "--resume"]
     trained = []
-    monkeypatch.setattr(pair_digits, "train", lambda variant, *rest, of=pair_digits.train: trained.append(variant.title) or of(variant, *rest))
+    monkeypatch.setattr(
+        pair_digits, "train", lambda variant, *rest, of=pair_digits.train: trained.append(variant.title) or of(variant, *rest)
+    )
     whole = pair_digits.main(few)["results"]
     assert len(trained) == 2 * len(pair_digits.VARIANTS)
     trained.clear()
@@ -382,7 +391,8 @@ def test_dann_digits_tells_dark_crops_from_bright_ones(monkeypatch):
     rows = torch.arange(len(digits))
     is_bright = training.domains.target_test.backgrounds(rows).mean((1, 2, 3)) > 0.5
     answers = torch.where(is_bright, digits, (digits + 1) % 10)  # a network that is right in front of bright crops only
-    monkeypatch.setattr(training.network, "forward", lambda images, rows=iter(rows.split(250)): (F.one_hot(answers[next(rows)], 10), None))
+    batches = iter(rows.split(250))
+    monkeypatch.setattr(training.network, "forward", lambda images: (F.one_hot(answers[next(batches)], 10), None))
     found = training.target_accuracy()
     assert found["on_bright_crops"] == 1 and found["on_dark_crops"] == 0
     assert found["target_accuracy"] == pytest.approx(is_bright.float().mean().item()) and 0.1 < is_bright.float().mean() < 0.9
@@ -440,9 +450,11 @@ def test_dann_digits_on_two_processes_is_the_run_on_one(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for out, command in (("one", program), ("two", [*torchrun, *program, "--ddp"])):
-        result = subprocess.run([sys.executable, *command, "--out", str(tmp_path / out)], env=environment, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            [sys.executable, *command, "--out", str(tmp_path / out)], env=environment, capture_output=True, text=True, timeout=300
+        )
         assert result.returncode == 0, result.stderr[-3000:]
     for method in ("source_only", "DANN", "train_on_target"):
         one, two = (torch.load(tmp_path / out / f"{method}-0.pt") for out in ("one", "two"))
         for name, value in one["network"].items():
-            torch.testing.assert_close(two["network"][name], value, rtol=1e-3, atol=1e-4, msg=lambda text: f"{method}, {name}: {text}")
+            torch.testing.assert_close(two["network"][name], value, rtol=1e-3, atol=1e-4, msg=f"{method}, {name}")

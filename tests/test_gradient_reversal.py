@@ -272,7 +272,9 @@ def test_no_gradient_reaches_lambda(device, shape):
     assert_same(x.grad, -2 * x.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str
+)
 def test_a_zero_dimensional_cpu_lambda_is_read_by_the_forward(device, dtype):
     x = torch.randn(3, device=device, requires_grad=True)
     lambda_ = torch.tensor(1, dtype=dtype)

@@ -55,7 +55,12 @@ def test_the_forward_is_the_linear_layers_own_bit_by_bit(device):
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3), (2, 0, 3), (2, 1, 3, 4)], ids=str)
 def test_x_may_have_any_leading_sizes(device, leading):
     inputs = sample_linear(device, leading=leading).inputs
-    for name, lambda_ in {"float": 0.3, "0-d": torch.tensor(0.3), "per row": torch.randn(*leading, 1), "full": torch.randn(*leading, 7)}.items():
+    for name, lambda_ in {
+        "float": 0.3,
+        "0-d": torch.tensor(0.3),
+        "per row": torch.randn(*leading, 1),
+        "full": torch.randn(*leading, 7),
+    }.items():
         lambda_ = lambda_.to(device) if isinstance(lambda_, torch.Tensor) else lambda_
         with case(name):
             check_network(lambda *t: grl_linear(*t, lambda_), lambda *t: naive_linear(*t, lambda_), *inputs)  # noqa: B023
@@ -63,10 +68,16 @@ def test_x_may_have_any_leading_sizes(device, leading):
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
 def test_x_may_have_no_features(device, leading):
-    check_network(lambda *t: grl_linear(*t, 0.3), lambda *t: naive_linear(*t, 0.3), *sample_linear(device, leading=leading, features=0).inputs)
+    check_network(
+        lambda *t: grl_linear(*t, 0.3), lambda *t: naive_linear(*t, 0.3), *sample_linear(device, leading=leading, features=0).inputs
+    )
 
 
-@pytest.mark.parametrize("layout", [lambda t: t.T.contiguous().T, lambda t: torch.stack([t, t], -1)[..., 0], lambda t: t[:1].expand_as(t)], ids=["transposed", "strided", "expanded"])
+@pytest.mark.parametrize(
+    "layout",
+    [lambda t: t.T.contiguous().T, lambda t: torch.stack([t, t], -1)[..., 0], lambda t: t[:1].expand_as(t)],
+    ids=["transposed", "strided", "expanded"],
+)
 def test_x_and_weight_may_lie_in_memory_in_any_way(device, layout):
     x, weight, bias = (layout(t) if t.dim() == 2 else t for t in (t.detach() for t in sample_linear(device).inputs))
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
@@ -114,7 +125,12 @@ def test_lambda_zero_gives_zeros_whatever_the_gradient_holds(device, form):
 def test_lambda_zero_gives_zeros_of_an_infinite_weight(device):
     x, weight, bias = sample_linear(device).inputs
     weight.data[0, 0] = math.inf
-    for lambda_ in (0.0, torch.zeros((), device=device), torch.zeros((), device=device, requires_grad=True), torch.zeros(5, 1, device=device)):
+    for lambda_ in (
+        0.0,
+        torch.zeros((), device=device),
+        torch.zeros((), device=device, requires_grad=True),
+        torch.zeros(5, 1, device=device),
+    ):
         assert_same(torch.autograd.grad(grl_linear(x, weight, bias, lambda_).sum(), x)[0], torch.zeros_like(x))
 
 
@@ -293,7 +309,9 @@ def converted(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("swap", [swapped_by_isinstance, quantisation_aware, converted])
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*reduce_range", "ignore:.*are deprecated and will be removed")
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated", "ignore:.*reduce_range", "ignore:.*are deprecated and will be removed"
+)
 def test_a_library_that_swaps_linear_layers_leaves_the_reversal(swap):
     model = nn.Sequential(nn.Linear(7, 7), GRLLinear(7, 3, lambda_=0.75))
     assert not isinstance(model[1], nn.Linear)

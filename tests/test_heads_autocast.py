@@ -139,7 +139,9 @@ def test_a_gradient_penalty_works_under_autocast(device, dtype, network):
         torch.testing.assert_close(a, b, rtol=0, atol=10 * torch.finfo(dtype).eps * b.abs().max().item())
 
 
-@pytest.mark.parametrize("adversary", [2, [6, 2], nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 2))], ids=["linear", "layers", "first layer"])
+@pytest.mark.parametrize(
+    "adversary", [2, [6, 2], nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 2))], ids=["linear", "layers", "first layer"]
+)
 def test_heads_of_float32_parameters_train_under_autocast(device, dtype, adversary):
     heads = AdversarialHeads(7, {"digit": 3}, {"domain": adversary}, lambda_=0.3).to(device)
     sample = sample_heads(device)

@@ -47,7 +47,9 @@ def networks(network, device, dtype=torch.float64, leading=(6,), features=7, **o
 def everything(f, sample, **options):
     """A number that depends on all that a loss returns, each in its own way."""
     result = f(sample, **options)
-    return result.loss + sum((h + 2) * loss.square() for h, loss in enumerate(result.head_losses)) + sum(z.sin().sum() for z in result.logits)
+    return (
+        result.loss + sum((h + 2) * loss.square() for h, loss in enumerate(result.head_losses)) + sum(z.sin().sum() for z in result.logits)
+    )
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------------
@@ -108,7 +110,8 @@ def test_a_gradient_penalty_knows_the_options_of_the_loss(device, head_sizes):
     ):
         with case(options):
             ours, naive = (
-                second_order(lambda *t, f=f, options=options: f(sample.of(t), **options).loss, *sample.inputs) for f in (our_loss, naive_loss)
+                second_order(lambda *t, f=f, options=options: f(sample.of(t), **options).loss, *sample.inputs)
+                for f in (our_loss, naive_loss)
             )
             for our, exact in zip(ours, naive, strict=True):
                 assert_near(our, exact, torch.float64)
@@ -366,7 +369,9 @@ def test_what_changes_before_a_later_pass_is_an_error_or_makes_no_difference(dev
         own = sample._replace(x=x, weight=weight, targets=[t.clone() for t in sample.targets])
         given = rows.clone()
         result = our_loss(own, sample_weight=given)
-        value = {"head losses": sum(result.head_losses), "logits": result.loss + sum(z.square().sum() for z in result.logits)}.get(asked, result.loss)
+        value = {"head losses": sum(result.head_losses), "logits": result.loss + sum(z.square().sum() for z in result.logits)}.get(
+            asked, result.loss
+        )
         if change:
             {"x": x, "weight": weight[0][0], "target": own.targets[0], "sample_weight": given}[changed].mul_(2)
         return torch.autograd.grad(value, sample.x, create_graph=asked == "loss, twice")[0].detach()
@@ -405,7 +410,9 @@ def test_saved_tensor_hooks_see_what_is_kept(device):
 # --- scaled losses ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1024.0, torch.tensor(1024.0), torch.tensor(1024.0, dtype=torch.float64), 0.0], ids=["number", "float32", "float64", "zero"])
+@pytest.mark.parametrize(
+    "scale", [1024.0, torch.tensor(1024.0), torch.tensor(1024.0, dtype=torch.float64), 0.0], ids=["number", "float32", "float64", "zero"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("retain", [False, True], ids=["once", "retained"])
 @on_losses
@@ -489,14 +496,16 @@ def test_lambda_keeps_its_gradient_to_itself_or_is_refused(path, device):
 def test_what_the_loss_has_no_derivative_for_is_refused(path, device, argument, head_sizes):
     sample = sample_heads(device, head_sizes=head_sizes, kinds=("soft",))
     options = {
-        "targets": lambda: {},
+        "targets": dict,
         "sample_weight": lambda: {"sample_weight": torch.rand(5, device=device, requires_grad=True)},
         "class_weight": lambda: {"class_weight": [None] * (len(head_sizes) - 2) + [torch.rand(2, device=device, requires_grad=True), None]},
         "loss_weight": lambda: {"loss_weight": torch.rand(len(head_sizes), device=device, requires_grad=True)},
     }[argument]()
     if argument == "targets":
         sample.targets[1].requires_grad_()
-    name = {"targets": "targets[1]", "sample_weight": "sample_weight[0]", "class_weight": "class_weight[1]", "loss_weight": "loss_weight"}[argument]
+    name = {"targets": "targets[1]", "sample_weight": "sample_weight[0]", "class_weight": "class_weight[1]", "loss_weight": "loss_weight"}[
+        argument
+    ]
     with pytest.raises(ValueError) as caught:
         our_loss(sample, **options)
     assert str(caught.value) == (

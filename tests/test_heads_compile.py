@@ -48,12 +48,15 @@ FUNCTIONS = {
     "heads_loss": (
         (3, 2),
         lambda x, w, v, a, b, t, rows, lambda_: (
-            heads_loss(x, [w, v], [a, b], t, lambda_=[None, lambda_], sample_weight=rows, loss_weight=[1.0, 0.5], label_smoothing=0.1).loss * 2
+            heads_loss(x, [w, v], [a, b], t, lambda_=[None, lambda_], sample_weight=rows, loss_weight=[1.0, 0.5], label_smoothing=0.1).loss
+            * 2
         ),
     ),
     "heads_loss, all that it returns": (
         (3, 2),
-        lambda x, w, v, a, b, t, rows, lambda_: total(heads_loss(x, [w, v], [a, b], t, lambda_=[None, lambda_], sample_weight=[None, rows])),
+        lambda x, w, v, a, b, t, rows, lambda_: total(
+            heads_loss(x, [w, v], [a, b], t, lambda_=[None, lambda_], sample_weight=[None, rows])
+        ),
     ),
     "heads_loss, several layers": (
         ((4, 3), 2),
@@ -122,7 +125,10 @@ def test_modules_whose_lambda_changes_every_step_are_one_graph(device, backend):
             network.hidden.lambda_ = value
             network.heads.lambda_ = {name: value / (i + 1) for i, name in enumerate(names)}
             x = torch.randn(70, 7, device=device, requires_grad=True)
-            targets = {name: torch.randint(size, (70,), device=device) for name, size in zip(("digit", "domain", "speaker", "given"), (3, 2, 4, 2))}
+            targets = {
+                name: torch.randint(size, (70,), device=device)
+                for name, size in zip(("digit", "domain", "speaker", "given"), (3, 2, 4, 2), strict=True)
+            }
             targets["first"] = torch.randn(70, 3, device=device)
             rows = torch.rand(70, device=device)
             inputs = [x, *network.parameters()]

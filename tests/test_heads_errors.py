@@ -43,10 +43,18 @@ LINEAR = {
     "bias: wrong size": ({"bias": torch.ones(4)}, ValueError, "bias must have shape [5], got [4]"),
     "bias: 2-d": ({"bias": torch.ones(1, 5)}, ValueError, "bias must have shape [5], got [1, 5]"),
     "bias: other device": ({"bias": torch.ones(5, device=META)}, ValueError, "bias is on meta but x is on {device}"),
-    "bias: other dtype": ({"bias": torch.ones(5, dtype=torch.bfloat16)}, TypeError, "bias must have x's dtype torch.float32, got torch.bfloat16"),
+    "bias: other dtype": (
+        {"bias": torch.ones(5, dtype=torch.bfloat16)},
+        TypeError,
+        "bias must have x's dtype torch.float32, got torch.bfloat16",
+    ),
     "lambda: NaN": ({"lambda_": NAN}, ValueError, "lambda_ must be finite, got nan"),
     "lambda: str": ({"lambda_": "1"}, TypeError, "lambda_ must be a real number or a real tensor, got str"),
-    "lambda: complex": ({"lambda_": torch.tensor(1j)}, TypeError, "lambda_ must be a real number or a real tensor, got a tensor of torch.complex64"),
+    "lambda: complex": (
+        {"lambda_": torch.tensor(1j)},
+        TypeError,
+        "lambda_ must be a real number or a real tensor, got a tensor of torch.complex64",
+    ),
     "lambda: wrong shape": ({"lambda_": torch.ones(5)}, ValueError, "lambda_ of shape [5] does not broadcast to x of shape [5, 7]"),
     "lambda: other device": (
         {"lambda_": torch.ones(7, device=META)},
@@ -65,10 +73,22 @@ def second(tensor):
 HEADS = {
     "x: not a tensor": ({"x": 1.0}, TypeError, "x must be a tensor, got float"),
     "x: 0-d": ({"x": torch.ones(())}, ValueError, "x must have at least one dimension, got shape []"),
-    "x: integers": ({"x": torch.ones(5, 7, dtype=torch.int64)}, TypeError, "x must be float16, bfloat16, float32 or float64, got torch.int64"),
-    "x: complex": ({"x": torch.ones(5, 7, dtype=torch.complex64)}, TypeError, "x must be float16, bfloat16, float32 or float64, got torch.complex64"),
+    "x: integers": (
+        {"x": torch.ones(5, 7, dtype=torch.int64)},
+        TypeError,
+        "x must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "x: complex": (
+        {"x": torch.ones(5, 7, dtype=torch.complex64)},
+        TypeError,
+        "x must be float16, bfloat16, float32 or float64, got torch.complex64",
+    ),
     "x: other features": ({"x": torch.ones(5, 6)}, ValueError, "weight[0] must have shape [K, 6] with K at least 1, got [3, 7]"),
-    "weight: none": ({"weight": [], "bias": [], "lambda_": [], "targets": []}, ValueError, "weight must hold at least one head's matrix, got none"),
+    "weight: none": (
+        {"weight": [], "bias": [], "lambda_": [], "targets": []},
+        ValueError,
+        "weight must hold at least one head's matrix, got none",
+    ),
     "weight: not a tensor": ({"weight": second(1.0)}, TypeError, "weight[1] must be a tensor, got float"),
     "weight: 1-d": ({"weight": second(torch.ones(7))}, ValueError, "weight[1] must have shape [K, 7] with K at least 1, got [7]"),
     "weight: no rows": ({"weight": second(torch.ones(0, 7))}, ValueError, "weight[1] must have shape [K, 7] with K at least 1, got [0, 7]"),
@@ -87,13 +107,21 @@ HEADS = {
         TypeError,
         "bias[1] must have x's dtype torch.float32, got torch.bfloat16",
     ),
-    "lambda: a number": ({"lambda_": 1.0}, TypeError, "lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got float"),
+    "lambda: a number": (
+        {"lambda_": 1.0},
+        TypeError,
+        "lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got float",
+    ),
     "lambda: a tensor": (
         {"lambda_": torch.ones(2)},
         TypeError,
         "lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got Tensor",
     ),
-    "lambda: a string": ({"lambda_": "12"}, TypeError, "lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got str"),
+    "lambda: a string": (
+        {"lambda_": "12"},
+        TypeError,
+        "lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got str",
+    ),
     "lambda: too few": ({"lambda_": [1.0]}, ValueError, "lambda_ must have an entry for each of the 2 heads, got 1"),
     "lambda: too many": ({"lambda_": [None] * 3}, ValueError, "lambda_ must have an entry for each of the 2 heads, got 3"),
     "lambda: NaN": ({"lambda_": [None, NAN]}, ValueError, "lambda_[1] must be finite, got nan"),
@@ -115,10 +143,18 @@ LOSS = {
     "targets: bool": ({"targets": second(LABELS.bool())}, TypeError, f"targets[1] {CLASSES}, got torch.bool"),
     "targets: int32": ({"targets": second(LABELS.int())}, TypeError, f"targets[1] {CLASSES}, got torch.int32"),
     "targets: uint8": ({"targets": second(LABELS.byte())}, TypeError, f"targets[1] {CLASSES}, got torch.uint8"),
-    "targets: complex": ({"targets": second(torch.ones(5, 2, dtype=torch.complex64))}, TypeError, f"targets[1] {CLASSES}, got torch.complex64"),
+    "targets: complex": (
+        {"targets": second(torch.ones(5, 2, dtype=torch.complex64))},
+        TypeError,
+        f"targets[1] {CLASSES}, got torch.complex64",
+    ),
     "targets: rows": ({"targets": second(LABELS[:4])}, ValueError, "targets[1] must have shape [5], got [4]"),
     "targets: classes with a dimension": ({"targets": second(LABELS[:, None])}, ValueError, "targets[1] must have shape [5], got [5, 1]"),
-    "targets: probabilities without a dimension": ({"targets": second(torch.ones(5))}, ValueError, "targets[1] must have shape [5, 2], got [5]"),
+    "targets: probabilities without a dimension": (
+        {"targets": second(torch.ones(5))},
+        ValueError,
+        "targets[1] must have shape [5, 2], got [5]",
+    ),
     "targets: other probabilities": ({"targets": second(torch.ones(5, 3))}, ValueError, "targets[1] must have shape [5, 2], got [5, 3]"),
     "targets: other device": ({"targets": second(LABELS.to(META))}, ValueError, "targets[1] is on meta but x is on {device}"),
     "targets: class": (
@@ -159,7 +195,11 @@ LOSS = {
     "sample_weight: integers": ({"sample_weight": [None, LABELS]}, TypeError, "sample_weight[1] must be floating point, got torch.int64"),
     "sample_weight: bool": ({"sample_weight": LABELS.bool()}, TypeError, "sample_weight[0] must be floating point, got torch.bool"),
     "sample_weight: shape": ({"sample_weight": [None, torch.ones(5, 1)]}, ValueError, "sample_weight[1] must have shape [5], got [5, 1]"),
-    "sample_weight: other device": ({"sample_weight": [None, torch.ones(5, device=META)]}, ValueError, "sample_weight[1] is on meta but x is on {device}"),
+    "sample_weight: other device": (
+        {"sample_weight": [None, torch.ones(5, device=META)]},
+        ValueError,
+        "sample_weight[1] is on meta but x is on {device}",
+    ),
     "sample_weight: negative": (
         {"sample_weight": [None, torch.tensor([1.0, -0.5, 1.0, 1.0, 1.0])]},
         ValueError,
@@ -179,17 +219,33 @@ LOSS = {
     "class_weight: too many": ({"class_weight": [None] * 3}, ValueError, "class_weight must have an entry for each of the 2 heads, got 3"),
     "class_weight: integers": ({"class_weight": [None, LABELS[:2]]}, TypeError, "class_weight[1] must be floating point, got torch.int64"),
     "class_weight: shape": ({"class_weight": [None, torch.ones(3)]}, ValueError, "class_weight[1] must have shape [2], got [3]"),
-    "class_weight: other device": ({"class_weight": [None, torch.ones(2, device=META)]}, ValueError, "class_weight[1] is on meta but x is on {device}"),
+    "class_weight: other device": (
+        {"class_weight": [None, torch.ones(2, device=META)]},
+        ValueError,
+        "class_weight[1] is on meta but x is on {device}",
+    ),
     "loss_weight: too few": ({"loss_weight": [1.0]}, ValueError, "loss_weight must have an entry for each of the 2 heads, got shape [1]"),
-    "loss_weight: 2-d": ({"loss_weight": torch.ones(2, 1)}, ValueError, "loss_weight must have an entry for each of the 2 heads, got shape [2, 1]"),
+    "loss_weight: 2-d": (
+        {"loss_weight": torch.ones(2, 1)},
+        ValueError,
+        "loss_weight must have an entry for each of the 2 heads, got shape [2, 1]",
+    ),
     "loss_weight: other device": ({"loss_weight": torch.ones(2, device=META)}, ValueError, "loss_weight is on meta but x is on {device}"),
     "loss_weight: NaN": ({"loss_weight": [1.0, NAN]}, ValueError, "loss_weight[1] must be finite, got nan"),
     "loss_weight: str": ({"loss_weight": [1.0, "2"]}, TypeError, "loss_weight[1] must be a real number or a real tensor, got str"),
     "label_smoothing: above": ({"label_smoothing": 1.5}, ValueError, "label_smoothing[0] must be in [0, 1], got 1.5"),
     "label_smoothing: below": ({"label_smoothing": [0.1, -0.1]}, ValueError, "label_smoothing[1] must be in [0, 1], got -0.1"),
     "label_smoothing: NaN": ({"label_smoothing": [0.1, NAN]}, ValueError, "label_smoothing[1] must be finite, got nan"),
-    "label_smoothing: str": ({"label_smoothing": [0.1, "0"]}, TypeError, "label_smoothing[1] must be a real number or a real tensor, got str"),
-    "label_smoothing: too few": ({"label_smoothing": [0.1]}, ValueError, "label_smoothing must have an entry for each of the 2 heads, got 1"),
+    "label_smoothing: str": (
+        {"label_smoothing": [0.1, "0"]},
+        TypeError,
+        "label_smoothing[1] must be a real number or a real tensor, got str",
+    ),
+    "label_smoothing: too few": (
+        {"label_smoothing": [0.1]},
+        ValueError,
+        "label_smoothing must have an entry for each of the 2 heads, got 1",
+    ),
     "ignore_index: float": ({"ignore_index": [1, 0.5]}, TypeError, "ignore_index[1] must be an integer, got float"),
     "ignore_index: too few": ({"ignore_index": [1]}, ValueError, "ignore_index must have an entry for each of the 2 heads, got 1"),
     "reduction": ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
@@ -276,8 +332,13 @@ def schema_arguments(given, function):
         return given if all(isinstance(v, torch.Tensor) for v in given.values()) else None
     heads, lambdas = len(given["weight"]), given["lambda_"]
     depth = [1 if isinstance(w, torch.Tensor) else len(w) for w in given["weight"] if not isinstance(w, float)]
-    flat = {n: [t for own in given[n] for t in ([own] if own is None or isinstance(own, torch.Tensor | float) else own)] for n in ("weight", "bias")}
-    listed = isinstance(lambdas, list) and len(lambdas) == heads and all(v is None or isinstance(v, float) and v == v != INF for v in lambdas)
+    flat = {
+        n: [t for own in given[n] for t in ([own] if own is None or isinstance(own, torch.Tensor | float) else own)]
+        for n in ("weight", "bias")
+    }
+    listed = (
+        isinstance(lambdas, list) and len(lambdas) == heads and all(v is None or isinstance(v, float) and v == v != INF for v in lambdas)
+    )
     tensors = [given["x"], *flat["weight"], *(b for b in flat["bias"] if b is not None), *given.get("targets", [])]
     if not listed or not all(isinstance(t, torch.Tensor) for t in tensors):
         return None
@@ -295,7 +356,11 @@ def schema_arguments(given, function):
             return None
     if isinstance(options["loss_weight"], list):
         return None
-    losses, smoothing, ignored = given.get("losses", ["cross_entropy"] * heads), given.get("label_smoothing", 0.0), given.get("ignore_index", -100)
+    losses, smoothing, ignored = (
+        given.get("losses", ["cross_entropy"] * heads),
+        given.get("label_smoothing", 0.0),
+        given.get("ignore_index", -100),
+    )
     if not {"cross_entropy", "mse"}.issuperset(losses) or len(losses) != heads or "reduction" in given:
         return None
     smoothing = smoothing if isinstance(smoothing, list) else [smoothing] * heads

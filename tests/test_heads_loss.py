@@ -222,7 +222,9 @@ def test_uniform_logits_of_many_classes_cost_the_logarithm_of_their_number(devic
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("head_sizes, bad", [((3, 2), math.nan), ((3, 2), math.inf), (WIDE, math.nan), (WIDE, math.inf), (((4, 3), 2), math.nan)], ids=str)
+@pytest.mark.parametrize(
+    "head_sizes, bad", [((3, 2), math.nan), ((3, 2), math.inf), (WIDE, math.nan), (WIDE, math.inf), (((4, 3), 2), math.nan)], ids=str
+)
 def test_a_nan_or_infinity_in_the_features_shows_in_the_loss(device, bad, head_sizes, label_smoothing):
     sample = sample_heads(device, leading=(70,), head_sizes=head_sizes)
     sample.x.data[3, 2] = bad
@@ -306,7 +308,9 @@ def allocated(step) -> int:
     return sum(max(0, event.nbytes()) for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
-@pytest.mark.parametrize("frozen, limit", [((), 1.3), ((0,), 0.3), ((1, 2), 1.3), ((0, 1, 2), 0.3)], ids=["nothing", "features", "weights", "both"])
+@pytest.mark.parametrize(
+    "frozen, limit", [((), 1.3), ((0,), 0.3), ((1, 2), 1.3), ((0, 1, 2), 0.3)], ids=["nothing", "features", "weights", "both"]
+)
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "weights"])
 @pytest.mark.parametrize("path", ["compiled"], indirect=True)  # plain PyTorch holds what its own operators hold
 def test_a_step_allocates_no_more_than_its_gradients(path, device, frozen, limit, weights):

@@ -118,7 +118,9 @@ def test_uniform_probabilities_pull_towards_a_head_that_cannot_tell(device):
     sample = sample_heads(device, torch.float64, (70,), head_sizes=(4,))
     sample = sample._replace(targets=[torch.full((70, 4), 0.25, device=device)], lambda_=[None])
     result = our_loss(sample)
-    dz = torch.autograd.grad(F.cross_entropy(result.logits[0], torch.full((70, 4), 0.25, dtype=torch.float64, device=device)), result.logits[0])[0]
+    dz = torch.autograd.grad(
+        F.cross_entropy(result.logits[0], torch.full((70, 4), 0.25, dtype=torch.float64, device=device)), result.logits[0]
+    )[0]
     torch.testing.assert_close(torch.autograd.grad(our_loss(sample).loss, sample.bias[0][0])[0], dz.sum(0))
     torch.testing.assert_close(dz, (result.logits[0].detach().softmax(1) - 0.25) / 70)
 
@@ -347,7 +349,11 @@ def test_targets_of_one_kind_do_not_change_with_the_others(device):
     """Heads that stand side by side in one pass do not see each other's description."""
     sample = sample_of(device, (3, 2, 4), ("classes", "soft", "mse"))
     rows = torch.rand(70, device=device)
-    options = {"sample_weight": [rows, None, None], "class_weight": [None, torch.rand(2, device=device), None], "label_smoothing": [0, 0.2, 0]}
+    options = {
+        "sample_weight": [rows, None, None],
+        "class_weight": [None, torch.rand(2, device=device), None],
+        "label_smoothing": [0, 0.2, 0],
+    }
     together = our_loss(sample, **options)
     for h in range(3):
         own = {name: [values[h]] for name, values in options.items()}

@@ -51,7 +51,18 @@ def test_the_mode_makes_no_difference(mode):
 
 @pytest.mark.parametrize(
     "value",
-    [0.25, 0, -2, True, np.float32(0.5), np.float64(0.1), torch.tensor(0.25), torch.tensor(3), torch.tensor(0.5, requires_grad=True), nn.Parameter(torch.tensor(0.5))],
+    [
+        0.25,
+        0,
+        -2,
+        True,
+        np.float32(0.5),
+        np.float64(0.1),
+        torch.tensor(0.25),
+        torch.tensor(3),
+        torch.tensor(0.5, requires_grad=True),
+        nn.Parameter(torch.tensor(0.5)),
+    ],
     ids=["float", "zero", "negative int", "bool", "numpy float32", "numpy float64", "tensor", "int tensor", "requires grad", "Parameter"],
 )
 def test_assignment_sets_lambda_in_place(device, value):
@@ -184,7 +195,16 @@ def _with_state(layer, state):
 
 @pytest.mark.parametrize(
     "convert",
-    [nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double, lambda m: m.to(torch.float16), lambda m: m.to(torch.bfloat16), lambda m: m.type(torch.float16), lambda m: m.to(torch.complex64)],
+    [
+        nn.Module.half,
+        nn.Module.bfloat16,
+        nn.Module.float,
+        nn.Module.double,
+        lambda m: m.to(torch.float16),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.type(torch.float16),
+        lambda m: m.to(torch.complex64),
+    ],
     ids=["half", "bfloat16", "float", "double", "to(float16)", "to(bfloat16)", "type(float16)", "to(complex64)"],
 )
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")

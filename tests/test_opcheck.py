@@ -108,7 +108,21 @@ def _heads_loss(device):
         rows = torch.rand(len(sample.x), dtype=wide, device=device)
         for lambda_, index in numbers(device):
             for needs in [*NEEDS, [False] * 5]:
-                yield sample.x, *sample.linear, targets, [None, rows], no, lambda_, index, None, [0, 0], [0.1, 0.0], [-100, -100], True, needs
+                yield (
+                    sample.x,
+                    *sample.linear,
+                    targets,
+                    [None, rows],
+                    no,
+                    lambda_,
+                    index,
+                    None,
+                    [0, 0],
+                    [0.1, 0.0],
+                    [-100, -100],
+                    True,
+                    needs,
+                )
 
 
 SAMPLES = {

@@ -163,7 +163,9 @@ def test_a_run_that_is_resumed_whole_goes_on_without_a_warning(order):
         model = nn.Sequential(nn.Linear(2, 2), GRL(0.5))
         model.load_state_dict(model_state)
         scheduler = LambdaScheduler(model, schedules.dann(), total_steps=10)
-    for load in (lambda: model.load_state_dict(model_state), lambda: scheduler.load_state_dict(scheduler_state))[:: -1 if order == "scheduler first" else 1]:
+    for load in (lambda: model.load_state_dict(model_state), lambda: scheduler.load_state_dict(scheduler_state))[
+        :: -1 if order == "scheduler first" else 1
+    ]:
         load()
     assert model[1].lambda_.item() == model_state["1.lambda_"].item()
     with warnings.catch_warnings():

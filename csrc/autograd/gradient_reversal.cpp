@@ -20,9 +20,7 @@ class GradientReversalBackward : public TraceableNode<GradientReversalBackward> 
  public:
   explicit GradientReversalBackward(const Lambda& lambda) : lambda_(lambda) {}
 
-  std::string name() const override {
-    return "GradientReversalBackward";
-  }
+  std::string name() const override { return "GradientReversalBackward"; }
 
   variable_list apply(variable_list&& grads) override {
     at::Tensor grad = std::move(grads[0]);
@@ -41,9 +39,7 @@ class GradientReversalBackward : public TraceableNode<GradientReversalBackward> 
   void each_saved(Visit visit) {
     lambda_.each_saved(visit);
   }
-  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const {
-    lambda_.collect_constants(args);
-  }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { lambda_.collect_constants(args); }
   TracedBackward traced() const {
     return [lambda = lambda_.traced()](const variable_list& grads, const variable_list& saved) -> variable_list {
       return {grads[0].defined() ? scale_negate(grads[0], lambda(saved[0], saved[1])) : at::Tensor()};

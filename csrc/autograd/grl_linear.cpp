@@ -43,7 +43,10 @@ variable_list gradients(
   if (needs[1]) {
     // A gradient of this gradient reaches x through the reversal, as it would layer by layer.
     const bool twice = at::GradMode::is_enabled();
-    result[1] = grad.t().mm(!twice ? x : lambda.tensor ? gradient_reversal(x, *lambda.tensor) : gradient_reversal_by_value(x, lambda.value));
+    result[1] = grad.t().mm(
+        !twice              ? x
+            : lambda.tensor ? gradient_reversal(x, *lambda.tensor)
+                            : gradient_reversal_by_value(x, lambda.value));
   }
   if (needs.size() > 2 && needs[2]) {
     result[2] = grad.sum(0);
@@ -62,9 +65,7 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
     }
   }
 
-  std::string name() const override {
-    return "GrlLinearBackward";
-  }
+  std::string name() const override { return "GrlLinearBackward"; }
 
   variable_list apply(variable_list&& grads) override {
     const auto needs = needed([this](size_t i) { return should_compute_output(i); });
@@ -87,9 +88,7 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
     visit(x_);
     visit(weight_);
   }
-  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const {
-    lambda_.collect_constants(args);
-  }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { lambda_.collect_constants(args); }
   TracedBackward traced() const {
     return [lambda = lambda_.traced(), needs = needed([this](size_t i) { return task_should_compute_output(i); })](
                const variable_list& grads, const variable_list& saved) {

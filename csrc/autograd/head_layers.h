@@ -17,9 +17,7 @@ struct LayersOfHead {
   std::vector<bool> needs_weight, needs_bias;
   bool needs_x;
 
-  size_t depth() const {
-    return weight.size();
-  }
+  size_t depth() const { return weight.size(); }
 
   // Whether a gradient is needed of what layer `l` takes.
   bool needs_input(size_t l) const;

@@ -37,8 +37,8 @@ torch::autograd::edge_list edges_of(const at::Tensor& x, const HeadLayers& layer
 // where gradients of gradients or many gradients at once are asked for. What is not needed comes back undefined; x may be undefined
 // where no weight needs it, weight empty where x does not.
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> heads_gradients(
-    const std::vector<at::Tensor>& grad_logits, const at::Tensor& x, const std::vector<at::Tensor>& weight, const at::Tensor& lambda,
-    const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs);
+    const std::vector<at::Tensor>& grad_logits, const at::Tensor& x, const std::vector<at::Tensor>& weight,
+    const at::Tensor& lambda, const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs);
 
 // The adversaries' numbers as they are now: what is on the CPU may change before the backward, what is on a device is read there.
 at::Tensor numbers_now(const at::Tensor& values);

@@ -34,17 +34,11 @@ using torch::autograd::variable_list;
 struct Slots {
   size_t layers;
 
-  size_t weight(size_t layer) const {
-    return 1 + layer;
-  }
+  size_t weight(size_t layer) const { return 1 + layer; }
 
-  size_t bias(size_t layer) const {
-    return 1 + layers + layer;
-  }
+  size_t bias(size_t layer) const { return 1 + layers + layer; }
 
-  size_t count() const {
-    return 1 + 2 * layers;
-  }
+  size_t count() const { return 1 + 2 * layers; }
 };
 
 struct Result {
@@ -60,8 +54,7 @@ std::vector<Tensor> elements_of(const Tensor& tensor) {
   }
   std::vector<Tensor> elements;
   for (int64_t i = 0; i < tensor.numel(); ++i) {
-    elements.push_back(
-        at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
+    elements.push_back(at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
     elements.back().unsafeGetTensorImpl()->set_sizes_and_strides(c10::IntArrayRef{}, c10::IntArrayRef{}, i);
   }
   return elements;
@@ -79,17 +72,11 @@ class Heads {
     first_.push_back(layer);
   }
 
-  size_t count() const {
-    return first_.size() - 1;
-  }
+  size_t count() const { return first_.size() - 1; }
 
-  Slots slots() const {
-    return {first_.back()};
-  }
+  Slots slots() const { return {first_.back()}; }
 
-  const HeadLayers& layers() const {
-    return layers_;
-  }
+  const HeadLayers& layers() const { return layers_; }
 
   std::vector<int64_t> depth() const {
     std::vector<int64_t> depth;
@@ -99,26 +86,16 @@ class Heads {
     return depth;
   }
 
-  HeadsOptions take_options() {
-    return std::move(options_);
-  }
+  HeadsOptions take_options() { return std::move(options_); }
 
-  const HeadsOptions& options() const {
-    return options_;
-  }
+  const HeadsOptions& options() const { return options_; }
 
   // The head's first layer among all.
-  size_t first(size_t h) const {
-    return first_[h];
-  }
+  size_t first(size_t h) const { return first_[h]; }
 
-  size_t last(size_t h) const {
-    return first_[h + 1] - 1;
-  }
+  size_t last(size_t h) const { return first_[h + 1] - 1; }
 
-  bool is_linear(size_t h) const {
-    return first(h) == last(h);
-  }
+  bool is_linear(size_t h) const { return first(h) == last(h); }
 
   std::vector<size_t> all() const {
     std::vector<size_t> heads(count());
@@ -219,8 +196,8 @@ class Heads {
     OptionalTensors bias;
     bias.push_back(layers.bias[top]);
     const std::vector<bool> own_needs{layers.needs_input(top), layers.needs_weight[top], layers.needs_bias[top]};
-    auto [loss, head_losses, logits, grad, dw, db] =
-        call_kernel(inputs[top], layers.weight[top], bias, options, options.loss_weight, own_needs);
+    auto [loss, head_losses, logits, grad, dw, db] = call_kernel(
+        inputs[top], layers.weight[top], bias, options, options.loss_weight, own_needs);
     result.loss = result.loss.defined() ? result.loss + loss : loss;
     result.head_losses[h] = elements_of(head_losses)[0];
     result.logits[h] = logits[0];
@@ -278,8 +255,7 @@ class Heads {
                 at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
     return kernel.call(
         x, weight, bias, options.targets, options.sample_weight, options.class_weight, options.lambda, options.lambda_index,
-        loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean,
-        to_list(needs));
+        loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, to_list(needs));
   }
 
   HeadLayers layers_;
@@ -290,17 +266,11 @@ class Heads {
 // A list of tensors, some of them undefined, between forward and backward.
 class SavedList {
  public:
-  void reserve(size_t count) {
-    saved_.reserve(count);
-  }
+  void reserve(size_t count) { saved_.reserve(count); }
 
-  void save(const Tensor& tensor, bool is_output = false) {
-    saved_.emplace_back(tensor, is_output);
-  }
+  void save(const Tensor& tensor, bool is_output = false) { saved_.emplace_back(tensor, is_output); }
 
-  Tensor unpack(size_t i) const {
-    return saved_[i].unpack();
-  }
+  Tensor unpack(size_t i) const { return saved_[i].unpack(); }
 
   template <class Node>
   Tensor unpack(size_t i, Node owner) const {
@@ -349,9 +319,7 @@ class HeadsLossBackward : public torch::autograd::Node {
     }
   }
 
-  std::string name() const override {
-    return "HeadsLossBackward";
-  }
+  std::string name() const override { return "HeadsLossBackward"; }
 
   // grads: of the loss, each head's loss, each head's logits.
   variable_list apply(variable_list&& grads) override {
@@ -656,8 +624,7 @@ LossAndLogits heads_loss(
     result = heads.compute(heads.all(), inputs.x, heads.options().loss_weight, needs);
   }
   if (recorded) {
-    auto node = make_node<HeadsLossBackward>(
-        inputs.x, std::move(heads), now ? std::move(result.gradients) : variable_list());
+    auto node = make_node<HeadsLossBackward>(inputs.x, std::move(heads), now ? std::move(result.gradients) : variable_list());
     node->set_next_edges(torch::autograd::edge_list(edges));
     torch::autograd::set_history(result.loss, node);
     torch::autograd::set_history(result.head_losses, node);

@@ -57,8 +57,7 @@ inline void refuse_forward_mode(const at::Tensor& x, const at::Tensor& weight, c
       "torch.ops.grl_ext has no forward-mode derivative for linear operators; call the functions of grl_ext instead");
 }
 
-inline void refuse_forward_mode(
-    const at::Tensor& x, at::TensorList weight, const c10::List<std::optional<at::Tensor>>& bias) {
+inline void refuse_forward_mode(const at::Tensor& x, at::TensorList weight, const c10::List<std::optional<at::Tensor>>& bias) {
   refuse_forward_mode(x, x, std::nullopt);
   for (size_t i = 0; i < weight.size(); ++i) {
     refuse_forward_mode(x, weight[i], i < bias.size() ? bias.get(i) : std::nullopt);

@@ -58,9 +58,7 @@ class LinearHeadsBackward : public torch::autograd::Node {
     x_ = SavedVariable(needs_x_ ? x : Tensor(), /*is_output=*/false);
   }
 
-  std::string name() const override {
-    return "LinearHeadsBackward";
-  }
+  std::string name() const override { return "LinearHeadsBackward"; }
 
   // Only the heads that have a gradient take part.
   variable_list apply(variable_list&& grads) override {
@@ -138,8 +136,8 @@ Gradients heads_gradients(
     return heads_gradients_composite(grad_logits, x, weight, lambda, lambda_index, needs);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto [dx, dw, db] =
-      kernel.call(grad_logits, x.defined() ? std::optional(x) : std::nullopt, weight, lambda, lambda_index, to_list(needs));
+  auto [dx, dw, db] = kernel.call(
+      grad_logits, x.defined() ? std::optional(x) : std::nullopt, weight, lambda, lambda_index, to_list(needs));
   const auto heads = grad_logits.size();
   dx = needs[0] ? dx : Tensor();
   for (size_t h = 0; h < heads; ++h) {

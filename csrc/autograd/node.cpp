@@ -7,11 +7,11 @@ namespace grl_ext {
 namespace {
 
 // Tensors of these kinds are not what their data pointer says.
-constexpr c10::DispatchKeySet kNotPlain{
-    c10::DispatchKey::Python,       c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Functionalize,
-    c10::DispatchKey::Conjugate,    c10::DispatchKey::Negative,          c10::DispatchKey::ZeroTensor,
-    c10::DispatchKey::NestedTensor, c10::DispatchKey::Batched,           c10::DispatchKey::FuncTorchBatched,
-    c10::DispatchKey::FuncTorchGradWrapper};
+constexpr c10::DispatchKeySet kNotPlain{c10::DispatchKey::Python,           c10::DispatchKey::PythonTLSSnapshot,
+                                        c10::DispatchKey::Functionalize,    c10::DispatchKey::Conjugate,
+                                        c10::DispatchKey::Negative,         c10::DispatchKey::ZeroTensor,
+                                        c10::DispatchKey::NestedTensor,     c10::DispatchKey::Batched,
+                                        c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper};
 
 bool is_supported_dtype(at::ScalarType dtype) {
   switch (dtype) {
@@ -30,8 +30,8 @@ bool is_supported_dtype(at::ScalarType dtype) {
 }  // namespace
 
 torch::autograd::variable_list call_traced(
-    const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap, const torch::autograd::variable_list& grads,
-    const torch::autograd::variable_list& saved, TracedBackward backward) {
+    const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap,
+    const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved, TracedBackward backward) {
   using namespace torch::dynamo::autograd;
   // A graph holds no undefined tensors: what is there goes in, and where it belongs is known when the call runs.
   std::vector<at::IValue> arguments;
@@ -55,7 +55,8 @@ torch::autograd::variable_list call_traced(
   const auto name = compiler->bind_function(
       swap.get_py_compiler(), node.name(), run, std::vector<at::TypePtr>(arguments.size(), at::TensorType::get()),
       /*is_custom_function=*/true, /*is_traceable=*/true);
-  const auto edges = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(get_input_metadata(node.next_edges()));
+  const auto edges = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+      get_input_metadata(node.next_edges()));
   return compiler->call_function(swap.get_py_compiler(), "apply_functional", name, grads, arguments, edges);
 }
 
@@ -77,8 +78,8 @@ bool has_kernel(const at::Tensor& tensor) {
 #else
   const bool on_device = tensor.is_cpu();
 #endif
-  return on_device && tensor.layout() == at::kStrided && is_plain(tensor) &&
-      is_supported_dtype(tensor.scalar_type()) && !dispatch_mode_enabled();
+  return on_device && tensor.layout() == at::kStrided && is_plain(tensor) && is_supported_dtype(tensor.scalar_type()) &&
+      !dispatch_mode_enabled();
 }
 
 void refuse_functorch() {

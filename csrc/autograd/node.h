@@ -32,13 +32,13 @@ inline auto holder_of(torch::autograd::Node& node) {
 }
 
 // A backward without a node: a function of the incoming gradients and the saved tensors that holds all else by value.
-using TracedBackward =
-    std::function<torch::autograd::variable_list(const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved)>;
+using TracedBackward = std::function<torch::autograd::variable_list(
+    const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved)>;
 
 // Puts a call of `backward` into the graph that compiled autograd is making. `node` gives its name and edges.
 torch::autograd::variable_list call_traced(
-    const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap, const torch::autograd::variable_list& grads,
-    const torch::autograd::variable_list& saved, TracedBackward backward);
+    const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap,
+    const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved, TracedBackward backward);
 
 // A node that compiled autograd can trace. Its saved tensors become inputs of the graph, which serves all their values. The node has
 //   template <class Visit> void each_saved(Visit visit);         what it saves, SavedVariable or Tensor, always in one order
@@ -76,9 +76,7 @@ class TraceableNode : public torch::autograd::Node {
 
  private:
   // Visiting is not const, because `before` and `after` exchange what is visited.
-  T& self() const {
-    return static_cast<T&>(const_cast<TraceableNode&>(*this));
-  }
+  T& self() const { return static_cast<T&>(const_cast<TraceableNode&>(*this)); }
 };
 
 // Whether this tensor is what its data pointer says: no subclass, no batch of a transform, no lazy conjugate.

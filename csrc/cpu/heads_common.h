@@ -85,25 +85,15 @@ class HeadColumns {
     begin_.push_back(total() + size);
   }
 
-  int64_t count() const {
-    return static_cast<int64_t>(heads_.size());
-  }
+  int64_t count() const { return static_cast<int64_t>(heads_.size()); }
 
-  int64_t head(int64_t i) const {
-    return heads_[i];
-  }
+  int64_t head(int64_t i) const { return heads_[i]; }
 
-  int64_t begin(int64_t i) const {
-    return begin_[i];
-  }
+  int64_t begin(int64_t i) const { return begin_[i]; }
 
-  int64_t size(int64_t i) const {
-    return begin_[i + 1] - begin_[i];
-  }
+  int64_t size(int64_t i) const { return begin_[i + 1] - begin_[i]; }
 
-  int64_t total() const {
-    return begin_.back();
-  }
+  int64_t total() const { return begin_.back(); }
 
   // The columns of those heads for which `wanted(head)` holds; neighbours joined.
   template <class F>
@@ -150,25 +140,15 @@ class Needs {
  public:
   explicit Needs(const c10::List<bool>& needs) : needs_(needs.begin(), needs.end()), heads_((needs_.size() - 1) / 2) {}
 
-  bool x() const {
-    return needs_[0];
-  }
+  bool x() const { return needs_[0]; }
 
-  bool weight(int64_t head) const {
-    return needs_[1 + head];
-  }
+  bool weight(int64_t head) const { return needs_[1 + head]; }
 
-  bool bias(int64_t head) const {
-    return needs_[1 + heads_ + head];
-  }
+  bool bias(int64_t head) const { return needs_[1 + heads_ + head]; }
 
-  bool any_weight() const {
-    return any(1, 1 + heads_);
-  }
+  bool any_weight() const { return any(1, 1 + heads_); }
 
-  bool any() const {
-    return any(0, needs_.size());
-  }
+  bool any() const { return any(0, needs_.size()); }
 
  private:
   bool any(size_t begin, size_t end) const {
@@ -212,9 +192,7 @@ class Parameters {
     }
   }
 
-  const T* weight() const {
-    return gathered_ ? gathered_.get() : only_.const_data_ptr<T>();
-  }
+  const T* weight() const { return gathered_ ? gathered_.get() : only_.const_data_ptr<T>(); }
 
   const T* bias() const {  // null if there is none
     return bias_.empty() ? nullptr : bias_.data();
@@ -255,14 +233,10 @@ class Rows {
   }
 
   // Where to write rows, to be finished by `written`.
-  T* write(int64_t row) {
-    return convert_ ? copy_.data() : reinterpret_cast<T*>(data_ + row * row_bytes_);
-  }
+  T* write(int64_t row) { return convert_ ? copy_.data() : reinterpret_cast<T*>(data_ + row * row_bytes_); }
 
   // Where the kernels will read rows from this one on, to be asked for ahead of time. A converted copy is always the same.
-  const T* ahead(int64_t row) const {
-    return convert_ ? copy_.data() : reinterpret_cast<const T*>(data_ + row * row_bytes_);
-  }
+  const T* ahead(int64_t row) const { return convert_ ? copy_.data() : reinterpret_cast<const T*>(data_ + row * row_bytes_); }
 
   void written(int64_t row, int64_t rows) {
     if constexpr (std::is_same_v<T, float>) {
@@ -339,14 +313,10 @@ class ParameterGradients {
   }
 
   // The columns whose weight is to have a gradient.
-  const std::vector<Columns>& weight_columns() const {
-    return weight_runs_;
-  }
+  const std::vector<Columns>& weight_columns() const { return weight_runs_; }
 
   // The thread's sums for the weights; null if it needs none.
-  T* weight(int64_t thread) {
-    return weight_.empty() ? nullptr : weight_[thread].data();
-  }
+  T* weight(int64_t thread) { return weight_.empty() ? nullptr : weight_[thread].data(); }
 
   void add_to_bias(int64_t thread, const T* grad_logits, int64_t rows) {
     for (int64_t c = 0; c < columns_.total(); ++c) {

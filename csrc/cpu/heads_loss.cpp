@@ -93,7 +93,7 @@ class Losses {
   struct Head {
     int64_t size = 0;
     const int64_t* labels = nullptr;  // or
-    const T* values = nullptr;        // probabilities or values (rows, size)
+    const T* values = nullptr;  // probabilities or values (rows, size)
     const T* sample_weight = nullptr;
     const T* class_weight = nullptr;
     bool squared = false;
@@ -101,9 +101,7 @@ class Losses {
     int64_t ignore_index = 0;
   };
 
-  static const T* pointer(const std::optional<Tensor>& tensor) {
-    return tensor ? tensor->template const_data_ptr<T>() : nullptr;
-  }
+  static const T* pointer(const std::optional<Tensor>& tensor) { return tensor ? tensor->template const_data_ptr<T>() : nullptr; }
 
   // The sum of the rows' weights, before any gradient: their factor depends on it. Refuses what is no target and no weight.
   static double total_weight(const Head& head, size_t h, int64_t rows) {
@@ -230,8 +228,8 @@ Output heads_loss(
     const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const Tensor& lambda, at::IntArrayRef lambda_index,
     const std::optional<Tensor>& loss_weight, at::IntArrayRef kind, at::ArrayRef<double> label_smoothing,
     at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs_) {
-  const HeadsOptions options{targets.vec(), sample_weight, class_weight,          lambda,             lambda_index.vec(),
-                             loss_weight,  kind.vec(),    label_smoothing.vec(), ignore_index.vec(), mean};
+  const HeadsOptions options{targets.vec(), sample_weight,         class_weight,       lambda, lambda_index.vec(), loss_weight,
+                             kind.vec(),    label_smoothing.vec(), ignore_index.vec(), mean};
   const auto x = x_.contiguous();
   const Needs needs(needs_);
   const auto heads = weight.size();
@@ -243,8 +241,7 @@ Output heads_loss(
   }
   const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
   const auto none = [&] { return empty({0}, x.scalar_type()); };  // one for each: results must not share memory
-  Result result{
-      std::vector<Tensor>(heads), needs.x() ? empty(x.sizes(), x.scalar_type()) : none(), {}, {}};
+  Result result{std::vector<Tensor>(heads), needs.x() ? empty(x.sizes(), x.scalar_type()) : none(), {}, {}};
   for (size_t h = 0; h < heads; ++h) {
     result.dw.push_back(needs.weight(h) ? Tensor() : none());
     result.db.push_back(needs.bias(h) ? Tensor() : none());

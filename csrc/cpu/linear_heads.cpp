@@ -6,7 +6,8 @@
 namespace grl_ext::cpu {
 namespace {
 
-void fused_logits(std::vector<Tensor>& logits, const HeadColumns& columns, const Tensor& x, at::TensorList weight, const OptionalTensors& bias) {
+void fused_logits(
+    std::vector<Tensor>& logits, const HeadColumns& columns, const Tensor& x, at::TensorList weight, const OptionalTensors& bias) {
   const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
   for (int64_t i = 0; i < columns.count(); ++i) {
     logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
@@ -60,7 +61,8 @@ void fused_gradients(
     const std::vector<double>& scales, const Needs& needs, int64_t d) {
   const auto dtype = grad_logits[0].scalar_type();
   const int64_t n = grad_logits[0].size(0), k = columns.total(), step = block_rows(d), threads = thread_count(n, d, 2 * k);
-  const auto parameters = needs.x() ? std::optional<Parameters<T>>(std::in_place, columns, weight, OptionalTensors()) : std::nullopt;
+  const auto parameters = needs.x() ? std::optional<Parameters<T>>(std::in_place, columns, weight, OptionalTensors())
+                                    : std::nullopt;
   const auto counted = columns.runs([&](int64_t head) { return scales[head] != 0; });
   ParameterGradients<T> of_parameters(columns, threads, d, dtype, needs);
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {

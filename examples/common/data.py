@@ -57,8 +57,7 @@ def _resized(digits: Digits, size: int) -> Digits:
     if digits.train_images.shape[-1] == size:
         return digits
     train, test = (
-        F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        for images in (digits.train_images, digits.test_images)
+        F.interpolate(images, (size, size), mode="bilinear", antialias=True) for images in (digits.train_images, digits.test_images)
     )
     return Digits(train, digits.train_digits, test, digits.test_digits)
 
@@ -70,9 +69,7 @@ def read_mnist(folder: Path) -> Digits:
         images = read_idx(_find(folder, f"{split}-images-idx3-ubyte"))
         digits = read_idx(_find(folder, f"{split}-labels-idx1-ubyte"))
         if images.dim() != 3 or digits.dim() != 1 or len(images) != len(digits):
-            raise DataError(
-                f"{folder}: the {split} files do not belong together: images {list(images.shape)}, labels {list(digits.shape)}"
-            )
+            raise DataError(f"{folder}: the {split} files do not belong together: images {list(images.shape)}, labels {list(digits.shape)}")
         parts += [images.unsqueeze(1).float() / 255, digits.long()]
     return Digits(*parts)
 
@@ -290,7 +287,9 @@ def read_index(path: Path, dates: list[str]) -> Tensor:
     """The market's own daily returns (dates - 1,), from a CSV with a date column and one series that has all of these dates."""
     prices = read_prices(path, at_least=1)
     if len(prices.tickers) > 1:
-        raise DataError(f"{path} has {len(prices.tickers)} series ({', '.join(prices.tickers[:3])}, ...); the market's must be the only one")
+        raise DataError(
+            f"{path} has {len(prices.tickers)} series ({', '.join(prices.tickers[:3])}, ...); the market's must be the only one"
+        )
     close = dict(zip(prices.dates, prices.closes[:, 0].tolist(), strict=True))
     if missing := [date for date in dates if date not in close]:
         raise DataError(f"{path} has no price on {len(missing)} of the stocks' {len(dates)} dates, the first {missing[0]}")

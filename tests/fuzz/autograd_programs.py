@@ -49,7 +49,10 @@ class Program:
         return torch.randn(tuple(shape), generator=self.numbers, dtype=torch.float64).to(dtype)
 
     def leaf(self) -> Tensor:
-        shape = [self.random.choice([1, 2, 3, 4, 4, 4, 0] if self.random.random() < 0.1 else [1, 2, 4, 4]) for _ in range(self.random.choice([0, 1, 2, 2, 2, 3]))]
+        shape = [
+            self.random.choice([1, 2, 3, 4, 4, 4, 0] if self.random.random() < 0.1 else [1, 2, 4, 4])
+            for _ in range(self.random.choice([0, 1, 2, 2, 2, 3]))
+        ]
         t = self.tensor(shape, self.random.choice(DTYPES))
         if self.random.random() < 0.2 and t.dim() > 1:
             t = t.transpose(0, 1).contiguous().transpose(0, 1)
@@ -122,9 +125,20 @@ class Program:
         return self.random.choice([torch.add, torch.mul, torch.sub, lambda a, b: torch.stack([a, b]).sum(0)])(x, other)
 
     def view(self, x: Tensor) -> Tensor:
-        forms: list[Callable[[Tensor], Tensor]] = [lambda t: t.view_as(t), lambda t: t.unsqueeze(0), lambda t: t[None], lambda t: t.expand(2, *t.shape)]
+        forms: list[Callable[[Tensor], Tensor]] = [
+            lambda t: t.view_as(t),
+            lambda t: t.unsqueeze(0),
+            lambda t: t[None],
+            lambda t: t.expand(2, *t.shape),
+        ]
         if x.dim():
-            forms += [lambda t: t.transpose(0, -1), lambda t: t[..., ::2], lambda t: t.narrow(0, 0, (t.shape[0] + 1) // 2), lambda t: t.flip(0), lambda t: t.flatten()]
+            forms += [
+                lambda t: t.transpose(0, -1),
+                lambda t: t[..., ::2],
+                lambda t: t.narrow(0, 0, (t.shape[0] + 1) // 2),
+                lambda t: t.flip(0),
+                lambda t: t.flatten(),
+            ]
             forms += [lambda t: t.chunk(2)[0], lambda t: t[: t.shape[0] // 2]]
             if x.shape[0]:
                 forms += [lambda t: t[0], lambda t: t.unbind()[-1], lambda t: t.sum(0, keepdim=True)]

@@ -24,7 +24,6 @@ KINDS = {"autograd": autograd_programs}
 OURS = SimpleNamespace(gradient_reversal=grl_ext.gradient_reversal, grl_linear=grl_ext.grl_linear, GRL=grl_ext.GRL)
 
 
-
 def coarsest_eps(records: list[tuple[str, object]]) -> float:
     """Of the dtypes in a program: the result of one is the argument of another."""
     dtypes = {value.dtype for _, value in records if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())}

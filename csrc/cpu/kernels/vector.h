@@ -66,9 +66,7 @@ class Lanes {
   }
 
   // a in the lanes to be done, b in those that the vector before has done.
-  Vector<T> fresh_or(Vector<T> a, Vector<T> b) const {
-    return kEdge == Edge::kOverlap ? fresh_ ? a : b : a;
-  }
+  Vector<T> fresh_or(Vector<T> a, Vector<T> b) const { return kEdge == Edge::kOverlap ? fresh_ ? a : b : a; }
 
  private:
   const long part_;
