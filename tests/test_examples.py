@@ -119,7 +119,8 @@ def test_market_learns_the_excess_return():
         networks.append(market.train(0.0, 0, train_sample, args, quiet()))
     with torch.no_grad():
         before, after = (
-            F.mse_loss(n.predictor(n.features(train_sample.windows)).squeeze(-1), train_sample.excess).item() for n in networks
+            F.mse_loss(n.heads.predictors["excess"](n.features(train_sample.windows)).squeeze(-1), train_sample.excess).item()
+            for n in networks
         )
     assert after < before
     r2, daily = market.judge(networks[1], train_sample, test_sample)
@@ -170,7 +171,7 @@ def test_market_lets_the_adversary_alone_learn_faster():
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert rates.keys() == {id(p) for p in network.parameters()}
     for name, p in network.named_parameters():
-        assert rates[id(p)] == 15 if name.startswith("adversary") else rates[id(p)] <= 0.5
+        assert rates[id(p)] == 15 if name.startswith("heads.adversaries") else rates[id(p)] <= 0.5
 
 
 def test_market_reverses_the_adversarys_gradient_and_only_that():
@@ -183,11 +184,11 @@ def test_market_reverses_the_adversarys_gradient_and_only_that():
         gradients.append({name: p.grad for name, p in network.named_parameters()})
     torch.manual_seed(0)
     network = market.Network(0.0)
-    F.mse_loss(network.adversary[1](network.features(sample.windows)).squeeze(-1), sample.market.clamp(-3, 3)).backward()
+    F.mse_loss(network.heads.adversaries["market"](network.features(sample.windows)).squeeze(-1), sample.market.clamp(-3, 3)).backward()
     off, once, twice = gradients
     torch.testing.assert_close(once["linear.weight"] - off["linear.weight"], -network.linear.weight.grad)
     torch.testing.assert_close(twice["linear.weight"] - off["linear.weight"], -2 * network.linear.weight.grad)
-    for name in ("predictor.weight", "adversary.1.weight"):
+    for name in ("heads.predictors.excess.weight", "heads.adversaries.market.weight"):
         assert torch.equal(off[name], twice[name])
 
 
@@ -403,14 +404,14 @@ def test_dann_digits_reverses_lambda_times_the_domains_gradient():
     images, digits = training.batch()
     gradients = []
     for lambda_ in (0.0, 0.5):
-        training.network.domain[0].lambda_ = lambda_
+        training.network.heads.lambda_ = lambda_
         digit_logits, domain_logits = training.network(*images)
         training.network.zero_grad()
         (F.cross_entropy(digit_logits[: len(digits)], digits) + F.softplus(domain_logits).mean()).backward()
         gradients.append(training.network.encoder[4].weight.grad.clone())
     training.network.zero_grad()
     features = torch.cat([training.network.encoder(part) for part in images])
-    F.softplus(training.network.domain[1:](features).squeeze(1)).mean().backward()
+    F.softplus(training.network.heads.adversaries["domain"](features).squeeze(1)).mean().backward()
     torch.testing.assert_close(gradients[1] - gradients[0], -0.5 * training.network.encoder[4].weight.grad, rtol=1e-3, atol=1e-6)
 
 
@@ -419,7 +420,7 @@ def test_dann_digits_learns():
     losses = [training.step() for _ in range(60)]
     assert losses[0].keys() == {"digit", "domain"}
     assert sum(loss["digit"] for loss in losses[-5:]) < 0.6 * sum(loss["digit"] for loss in losses[:5])
-    assert training.network.domain[0].lambda_.item() > 0.99
+    assert training.network.heads.lambda_.item() > 0.99
 
 
 # --- resumed, and distributed ------------------------------------------------------------------------------------------------
