@@ -301,7 +301,8 @@ def check_network(
     exact, *others = evaluate(0), evaluate(change), evaluate(change)
     for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
         changes = [(other[i] - e).abs().max().item() / change for other in others if e.numel()]
-        assert_near(a, e, dtype, max(changes + [e.abs().max().item()]) if e.numel() else 0.0)
+        # Two random changes find only a share of what the worst one does: hence the 8.
+        assert_near(a, e, dtype, max([8 * found for found in changes] + [e.abs().max().item()]) if e.numel() else 0.0)
 
 
 def check_logits(sample: Sample) -> None:
