@@ -301,8 +301,9 @@ def check_network(
     exact, *others = evaluate(0), evaluate(change), evaluate(change)
     for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
         changes = [(other[i] - e).abs().max().item() / change for other in others if e.numel()]
-        # Two random changes find only a share of what the worst one does: hence the 8.
-        assert_near(a, e, dtype, max([8 * found for found in changes] + [e.abs().max().item()]) if e.numel() else 0.0)
+        # Two random changes find only a share of what the worst one does: hence the 8. Where a softmax is saturated, its difference from
+        # the target is a rounding of numbers near 1, which no change of the inputs shows: hence the floor.
+        assert_near(a, e, dtype, max([8 * found for found in changes] + [e.abs().max().item(), 1e-2]) if e.numel() else 0.0)
 
 
 def check_logits(sample: Sample) -> None:
