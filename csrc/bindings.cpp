@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "autograd/node.h"
 #include "cpu/heads_limits.h"
 #include "cpu/kernels.h"
 #include "cuda/heads_plan.h"
@@ -101,9 +102,30 @@ py::list to_list(const std::vector<at::Tensor>& tensors) {
   return list;
 }
 
-py::list linear_heads_eager(
+// Whether these are tensors and parameters themselves. A subclass knows the operators of plain PyTorch.
+bool is_exact(py::handle value) {
+  return !THPVariable_Check(value.ptr()) || THPVariable_CheckTypeExact(Py_TYPE(value.ptr()));
+}
+
+bool are_exact(py::handle sequence) {
+  for (const auto item : sequence) {
+    if (!is_exact(item)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// None where the kernels do not take these tensors.
+py::object linear_heads_eager(
     py::handle x, py::handle weight, py::handle bias, const at::Tensor& lambda, const std::vector<int64_t>& lambda_index) {
+  if (!is_exact(x) || !are_exact(weight) || !are_exact(bias)) {
+    return py::none();
+  }
   const auto& features = to_tensor("x", x);
+  if (!on_kernels_device(features)) {
+    return py::none();
+  }
   const auto matrices = to_tensors("weight", weight);
   const auto vectors = to_optional_tensors("bias", bias, matrices.size());
   std::vector<at::Tensor> logits;
@@ -114,11 +136,17 @@ py::list linear_heads_eager(
   return to_list(logits);
 }
 
-py::tuple heads_loss_eager(
-    py::handle x, py::handle weight, py::handle bias, py::handle depth, py::handle targets, py::handle sample_weight,
-    py::handle class_weight, const at::Tensor& lambda, const std::vector<int64_t>& lambda_index, py::handle loss_weight,
+py::object heads_loss_eager(
+    py::handle x, py::handle weight, py::handle bias, py::handle depth, py::handle targets, const at::Tensor& lambda,
+    const std::vector<int64_t>& lambda_index, py::handle sample_weight, py::handle class_weight, py::handle loss_weight,
     py::handle kind, py::handle label_smoothing, py::handle ignore_index, bool mean) {
+  if (!is_exact(x) || !are_exact(weight) || !are_exact(bias) || !are_exact(targets)) {
+    return py::none();
+  }
   const auto& features = to_tensor("x", x);
+  if (!on_kernels_device(features)) {
+    return py::none();
+  }
   const auto matrices = to_tensors("weight", weight);
   const auto vectors = to_optional_tensors("bias", bias, matrices.size());
   const auto heads = py::len(targets);

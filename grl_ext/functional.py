@@ -142,15 +142,10 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
 # Several heads over the same features
 # ---------------------------------------------------------------------------------------------------------------------
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
-
-def _heads_path(x: Tensor, *others: Tensor | None) -> str:
-    """The heads' kernels have a list of devices, and take tensors that are what their data pointer says."""
-    if not isinstance(x, Tensor) or x.device.type not in _backend.kernel_devices:
-        return "reference"
-    path = _linear_path()
-    return "reference" if path == "eager" and not _PLAIN.issuperset(map(type, (x, *others))) else path
+def _has_kernels(x: Tensor) -> bool:
+    """The heads' kernels have a list of devices."""
+    return isinstance(x, Tensor) and x.device.type in _backend.kernel_devices
 
 
 def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
@@ -216,10 +211,12 @@ def run_linear_heads(
     x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lambda_: Tensor, lambda_index: Sequence[int]
 ) -> list[Tensor]:
     """:func:`linear_heads` with the adversaries' numbers in one tensor, and each head's place in it."""
-    path = _heads_path(x, *weight, *bias)
+    path = _linear_path()
     if path == "eager":
-        return _backend.C.linear_heads(x, weight, bias, lambda_, lambda_index)
-    if path == "traced":
+        logits = _backend.C.linear_heads(x, weight, bias, lambda_, lambda_index)
+        if logits is not None:
+            return logits
+    elif path == "traced" and _has_kernels(x):
         return torch.ops.grl_ext.linear_heads(x, weight, bias, lambda_.to(x.device), lambda_index)
     return _reference_heads.linear_heads(x, weight, bias, lambda_, lambda_index)
 
@@ -376,14 +373,14 @@ def run_heads_loss(
     options: HeadsOptions,
 ) -> HeadsLoss:
     """:func:`heads_loss` with one flat list of layers, of which a head has `depth` (None: one), and one entry per head in all else."""
-    path = _heads_path(x, *weight, *bias, *targets)
+    path = _linear_path()
     if path == "eager":
-        sample_weight, class_weight, *others = options
-        return HeadsLoss(
-            *_backend.C.heads_loss(x, weight, bias, depth, targets, sample_weight, class_weight, lambda_, lambda_index, *others)
-        )
+        # None where the kernels do not take these tensors.
+        result = _backend.C.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, *options)
+        if result is not None:
+            return HeadsLoss(*result)
     depth = [1] * len(weight) if depth is None else depth
-    if path == "traced":
+    if path == "traced" and _has_kernels(x):
         sample_weight, class_weight, loss_weight, *others = options.filled(len(depth))
         return HeadsLoss(
             *torch.ops.grl_ext.heads_loss(

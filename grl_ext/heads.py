@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from grl_ext import functional
 from grl_ext._reference import check_tensor
@@ -63,10 +64,13 @@ def _weights_and_biases(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list
     """Of linear layers, without the time of nn.Module's attribute access where there is nothing between."""
     weights, biases = [], []
     for layer in layers:
-        own = layer._parameters if type(layer) is nn.Linear else {}
-        weight = own.get("weight")
-        weights.append(layer.weight if weight is None else weight)
-        biases.append(layer.bias if weight is None else own.get("bias"))
+        own = layer._parameters
+        if type(layer) is nn.Linear and "weight" in own and "bias" in own:
+            weights.append(own["weight"])
+            biases.append(own["bias"])
+        else:
+            weights.append(layer.weight)
+            biases.append(layer.bias)
     return weights, biases
 
 
@@ -76,37 +80,35 @@ def _begins_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-class _Path(NamedTuple):
-    """How a head is run: its name in the repr, with the reason, and the linear layers that are computed together."""
-
-    how: str
-    why: str
-    layers: tuple[nn.Module, ...] = ()
-    rest: tuple[nn.Module, ...] = ()
-
-
-def _path_of(module: nn.Module) -> _Path:
-    why = _why_not_linear(module)
-    if why is None:
-        return _Path("fused", "linear", (module,), ())
-    if type(module) is not nn.Sequential:
-        return _Path("as given", why)
-    if why := _own_call(module):
-        return _Path("as given", why)
-    parts = tuple(module)
-    if not parts or (why := _why_not_linear(parts[0])):
-        return _Path("as given", f"its first layer: {why}" if parts else "empty")
-    if len(parts) % 2 == 1 and all(_why_not_linear(part) is None for part in parts[::2]):
-        if all(type(part) is nn.ReLU and _own_call(part) is None for part in parts[1::2]):
-            return _Path("fused", "linear layers with ReLU", parts[::2], parts[1:])
-    return _Path("first layer fused", "begins with a linear layer", parts[:1], parts[1:])
-
-
 class _Head(NamedTuple):
     name: str
     module: nn.Module
     index: int  # its number in lambda_, -1 for a predictor
-    path: _Path
+    # How it is run: the path's name in the repr, the reason, the linear layers that are computed together, and what follows them.
+    path: str
+    why: str
+    layers: tuple[nn.Module, ...]
+    rest: tuple[nn.Module, ...]
+
+
+def _path_of(module: nn.Module) -> tuple[str, str, tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+    """path, why, layers and rest of a head."""
+    if _has_any_global_hook():
+        return "as given", "there are hooks for all modules", (), ()
+    why = _why_not_linear(module)
+    if why is None:
+        return "fused", "linear", (module,), ()
+    if type(module) is not nn.Sequential:
+        return "as given", why, (), ()
+    if why := _own_call(module):
+        return "as given", why, (), ()
+    parts = tuple(module)
+    if not parts or (why := _why_not_linear(parts[0])):
+        return "as given", f"its first layer: {why}" if parts else "empty", (), ()
+    if len(parts) % 2 == 1 and all(_why_not_linear(part) is None for part in parts[::2]):
+        if all(type(part) is nn.ReLU and _own_call(part) is None for part in parts[1::2]):
+            return "fused", "linear layers with ReLU", parts[::2], parts[1:]
+    return "first layer fused", "begins with a linear layer", parts[:1], parts[1:]
 
 
 _PLACE = re.compile(r"\b(lambda_|weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
@@ -115,7 +117,7 @@ _ERRORS = (TypeError, ValueError, IndexError)
 
 def _named(error: Exception, heads: Sequence[_Head]) -> Exception:
     """The error with the heads' names in place of their numbers."""
-    return _with_names(error, [head.name for head in heads], [head.name for head in heads for _ in head.path.layers])
+    return _with_names(error, [head.name for head in heads], [head.name for head in heads for _ in head.layers])
 
 
 def _with_names(error: Exception, names: Sequence[str], layers: Sequence[str]) -> Exception:
@@ -276,11 +278,13 @@ class AdversarialHeads(_LambdaModule):
 
     def _heads(self, names: Mapping[str, object] | None = None) -> list[_Head]:
         """Those with one of the names, or all; predictors first."""
-        predictors, adversaries = (self._modules[kind]._modules.items() for kind in ("predictors", "adversaries"))
-        heads = [_Head(name, module, -1, _path_of(module)) for name, module in predictors if names is None or name in names]
-        for index, (name, module) in enumerate(adversaries):
+        heads = []
+        for name, module in self._modules["predictors"]._modules.items():
             if names is None or name in names:
-                heads.append(_Head(name, module, index, _path_of(module)))
+                heads.append(_Head(name, module, -1, *_path_of(module)))
+        for index, (name, module) in enumerate(self._modules["adversaries"]._modules.items()):
+            if names is None or name in names:
+                heads.append(_Head(name, module, index, *_path_of(module)))
         return heads
 
     def _set_lambda(self, value) -> None:
@@ -320,25 +324,28 @@ class AdversarialHeads(_LambdaModule):
         if not heads:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
         names = [head.name for head in heads]
-        options = HeadsOptions(
-            self._per_head("sample_weight", sample_weight, names, None),
-            self._per_head("class_weight", class_weight, names, None),
-            self._loss_weight(loss_weight, names) if loss_weight is not None else None,
-            [self._kinds[name] for name in names] if self._squared else None,
-            self._smoothing(label_smoothing, names) if label_smoothing else None,
-            None if ignore_index == -100 else self._ignored(ignore_index, names),
-            functional.check_reduction(reduction),
-        )
         given = [targets[name] for name in names]
-        if self._is_moved(features):
+        if self.dim != -1 and self._is_moved(features):
             given = [
                 target.movedim(self.dim, -1) if isinstance(target, Tensor) and target.dim() == features.dim() else target
                 for target in given
             ]
-        if all(head.path.how == "fused" for head in heads):
-            loss, head_losses, logits = self._fused_loss(features, heads, given, options)
+        if sample_weight is class_weight is loss_weight is None and not label_smoothing and ignore_index == -100:
+            options = HeadsOptions(mean=functional.check_reduction(reduction))
         else:
-            loss, head_losses, logits = self._mixed_loss(features, heads, given, options)
+            options = HeadsOptions(
+                self._per_head("sample_weight", sample_weight, names, None),
+                self._per_head("class_weight", class_weight, names, None),
+                self._loss_weight(loss_weight, names) if loss_weight is not None else None,
+                None,
+                self._smoothing(label_smoothing, names) if label_smoothing else None,
+                None if ignore_index == -100 else self._ignored(ignore_index, names),
+                functional.check_reduction(reduction),
+            )
+        if self._squared:
+            options = options._replace(kind=[self._kinds[name] for name in names])
+        run = self._mixed_loss if [head for head in heads if head.path != "fused"] else self._fused_loss
+        loss, head_losses, logits = run(features, heads, given, options)
         return HeadsOutput(loss, dict(zip(names, head_losses, strict=True)), dict(zip(names, logits, strict=True)))
 
     # -- logits ---------------------------------------------------------------------------------------------------
@@ -346,21 +353,21 @@ class AdversarialHeads(_LambdaModule):
     def _logits(self, features: Tensor, heads: Sequence[_Head]) -> dict[str, Tensor]:
         """The first linear layers together, and what follows them; other modules behind the reversal."""
         lambda_ = self._buffers["lambda_"]
-        joined = [head for head in heads if head.path.layers]
+        joined = [head for head in heads if head.layers]
         logits: dict[str, Tensor] = {}
         if joined:
-            weights, biases = _weights_and_biases([head.path.layers[0] for head in joined])
+            weights, biases = _weights_and_biases([head.layers[0] for head in joined])
             try:
                 outputs = functional.run_linear_heads(self._last(features), weights, biases, lambda_, [head.index for head in joined])
             except _ERRORS as error:
                 names = [head.name for head in joined]  # one layer of each
                 raise _with_names(error, names, names) from None
             for head, output in zip(joined, outputs, strict=True):
-                for part in head.path.rest:
+                for part in head.rest:
                     output = part(output)
                 logits[head.name] = self._back(output, features)
         for head in heads:
-            if head.path.layers:
+            if head.layers:
                 continue
             seen = features if head.index < 0 else functional.gradient_reversal(features, lambda_[head.index])
             # A linear layer takes its features from the last dimension, however it is run.
@@ -383,14 +390,14 @@ class AdversarialHeads(_LambdaModule):
     def _fused_loss(
         self, features: Tensor, heads: Sequence[_Head], targets: Sequence[Tensor], options: HeadsOptions
     ) -> functional.HeadsLoss:
-        layers = [layer for head in heads for layer in head.path.layers]
+        layers = [layer for head in heads for layer in head.layers]
         weights, biases = _weights_and_biases(layers)
         try:
             out = functional.run_heads_loss(
-                self._last(features),
+                features if self.dim == -1 else self._last(features),
                 weights,
                 biases,
-                None if len(layers) == len(heads) else [len(head.path.layers) for head in heads],
+                None if len(layers) == len(heads) else [len(head.layers) for head in heads],
                 targets,
                 self._buffers["lambda_"],
                 [head.index for head in heads],
@@ -408,7 +415,7 @@ class AdversarialHeads(_LambdaModule):
         losses: dict[int, Tensor] = {}
         logits: dict[int, Tensor] = {}
         totals: list[Tensor] = []
-        fused = [h for h, head in enumerate(heads) if head.path.how == "fused"]
+        fused = [h for h, head in enumerate(heads) if head.path == "fused"]
         others = [h for h in range(len(heads)) if h not in fused]
         if fused:
             total, *by_head = self._fused_loss(features, [heads[h] for h in fused], [targets[h] for h in fused], _some(options, fused))
@@ -468,7 +475,7 @@ class AdversarialHeads(_LambdaModule):
         lines = [f"in_features={self.in_features}, lambda_={lambdas}" + (f", dim={self.dim}" if self.dim != -1 else "")]
         if squared := [name for name, loss in self.losses.items() if loss == "mse"]:
             lines[0] += f", mse={squared}"
-        return "\n".join(lines + [f"({name}) {path.how}: {path.why}" for name, _, _, path in self._heads()])
+        return "\n".join(lines + [f"({head.name}) {head.path}: {head.why}" for head in self._heads()])
 
 
 def _some(options: HeadsOptions, heads: Sequence[int]) -> HeadsOptions:

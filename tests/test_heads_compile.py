@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from head_samples import gradients, sample_heads, sample_linear
+from head_samples import DEEP, gradients, our_logits, our_loss, sample_heads, sample_linear
 from torch import nn
+from torch._dynamo import compiled_autograd
 
 from grl_ext import AdversarialHeads, GRLLinear, functional, grl_linear, heads_loss, linear_heads
 
@@ -186,7 +187,8 @@ def test_autocast_inside_the_graph(device):
 def test_numbers_on_the_cpu_may_be_traced_beside_features_elsewhere(path, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(functional, "_heads_path", lambda *_: "traced")
+    monkeypatch.setattr(functional, "_linear_path", lambda: "traced")
+    monkeypatch.setattr(functional, "_has_kernels", lambda x: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weight = torch.empty(4, 8, device="cuda"), [torch.empty(3, 8, device="cuda"), torch.empty(2, 8, device="cuda")]
         targets = [torch.zeros(4, dtype=torch.int64, device="cuda")] * 2
@@ -194,3 +196,73 @@ def test_numbers_on_the_cpu_may_be_traced_beside_features_elsewhere(path, monkey
             loss = heads_loss(x, weight, None, targets, lambda_=lambda_, loss_weight=[1.0, 0.5])[0]
             assert loss.device == x.device
             assert linear_heads(x, weight, lambda_=lambda_)[1].shape == (4, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled autograd over an eager forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _weighted(sample):
+    rows = torch.rand(sample.x.shape[:-1], device=sample.x.device)
+    return our_loss(sample, sample_weight=rows, loss_weight=[1.0, 0.5, 2.0][: len(sample.targets)], label_smoothing=0.1)
+
+
+EAGER = {
+    "logits": lambda sample: sum(z.sin().sum() for z in our_logits(sample)),
+    "one head's logits": lambda sample: our_logits(sample)[1].sin().sum(),
+    "loss": lambda sample: our_loss(sample).loss,
+    "weighted loss": lambda sample: _weighted(sample).loss * 3,
+    "one head's loss": lambda sample: our_loss(sample).head_losses[1] * 3,
+    "all that a loss returns": lambda sample: total(_weighted(sample)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "head_sizes", "dtype"),
+    [
+        *((name, (3, 2, 1), torch.float32) for name in EAGER),
+        *((name, DEEP, torch.float32) for name in EAGER if "logits" not in name),  # which has linear heads only
+        ("weighted loss", (3, 2, 1), torch.float16),  # whose gradients are made in the backward
+        ("weighted loss", DEEP, torch.float16),
+    ],
+    ids=str,
+)
+def test_compiled_autograd_gives_the_gradients_of_the_engine(device, name, head_sizes, dtype):
+    sample = sample_heads(device, dtype, head_sizes=head_sizes, bias="mixed")
+    inputs = [t for t in sample.inputs if t is not None]
+    inputs[1].requires_grad_(False)  # a frozen part
+    wanted = [t for t in inputs if t.requires_grad]
+
+    def step():
+        torch.manual_seed(0)
+        for t in wanted:
+            t.grad = None
+        EAGER[name](sample).backward()
+        return [t.grad for t in wanted]
+
+    expected = step()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        actual = step()
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        torch.testing.assert_close(a, e)
+
+
+def test_compiled_autograd_makes_no_graph_for_each_lambda_of_the_heads(device):
+    heads = AdversarialHeads(7, {"label": 3}, {"domain": 2, "site": [4, 1]}, device=device)
+    targets = {"label": torch.tensor([0, 1, 2, 1], device=device)} | dict.fromkeys(
+        ("domain", "site"), torch.tensor([0, 1, 1, 0], device=device)
+    )
+    captures = torch._dynamo.utils.counters["compiled_autograd"]
+    captures.clear()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        for lambda_ in (0.25, 0.5, 0.0, -0.5, 1.0):
+            heads.lambda_ = lambda_
+            x = torch.randn(4, 7, device=device, requires_grad=True)
+            heads(x, targets).loss.backward()
+            actual, x.grad = x.grad, None
+            with compiled_autograd._disable():
+                heads(x, targets).loss.backward()
+            torch.testing.assert_close(actual, x.grad)
+    assert captures["captures"] <= 2  # PyTorch makes a second one of its own accord

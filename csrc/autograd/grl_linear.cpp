@@ -68,7 +68,7 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
   std::string name() const override { return "GrlLinearBackward"; }
 
   variable_list apply(variable_list&& grads) override {
-    const auto needs = needed([this](size_t i) { return should_compute_output(i); });
+    const auto needs = this->needs();
     const bool reads_lambda = needs[0] || (needs[1] && at::GradMode::is_enabled());  // it may have changed where nobody reads it
     return gradients(
         grads[0], reads_lambda ? lambda_.unpack(mutex_) : Lambda(), needs[1] ? unpack(x_) : Tensor(),
@@ -90,22 +90,12 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
   }
   void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { lambda_.collect_constants(args); }
   TracedBackward traced() const {
-    return [lambda = lambda_.traced(), needs = needed([this](size_t i) { return task_should_compute_output(i); })](
-               const variable_list& grads, const variable_list& saved) {
+    return [lambda = lambda_.traced(), needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) {
       return gradients(grads[0], lambda(saved[0], saved[1]), saved[2], saved[3], needs);
     };
   }
 
  private:
-  template <class Predicate>
-  std::vector<bool> needed(Predicate is_needed) const {
-    std::vector<bool> needs(num_outputs());
-    for (size_t i = 0; i < needs.size(); ++i) {
-      needs[i] = is_needed(i);
-    }
-    return needs;
-  }
-
   Tensor unpack(const SavedVariable& saved) {
     const std::lock_guard<std::mutex> lock(mutex_);
     return saved.unpack();

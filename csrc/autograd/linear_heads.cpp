@@ -47,62 +47,35 @@ Gradients heads_gradients_composite(
   return {dx, dw, db};
 }
 
-class LinearHeadsBackward : public torch::autograd::Node {
+class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
  public:
   LinearHeadsBackward(const Tensor& x, const HeadLayers& layers, const Tensor& lambda, at::IntArrayRef lambda_index)
-      : heads_(layers.weight.size()), lambda_(numbers_now(lambda)), lambda_index_(lambda_index.vec()) {
+      : lambda_(numbers_now(lambda)), lambda_index_(lambda_index.vec()) {
+    bool needs_x = false;
     for (const auto& weight : layers.weight) {
       weight_.emplace_back(x.requires_grad() ? weight : Tensor(), /*is_output=*/false);
-      needs_x_ = needs_x_ || weight.requires_grad();
+      needs_x = needs_x || weight.requires_grad();
     }
-    x_ = SavedVariable(needs_x_ ? x : Tensor(), /*is_output=*/false);
+    x_ = SavedVariable(needs_x ? x : Tensor(), /*is_output=*/false);
   }
 
   std::string name() const override { return "LinearHeadsBackward"; }
 
-  // Only the heads that have a gradient take part.
   variable_list apply(variable_list&& grads) override {
-    variable_list result(num_outputs());
-    std::vector<size_t> heads;
-    for (size_t h = 0; h < heads_; ++h) {
-      if (grads[h].defined()) {
-        heads.push_back(h);
-      }
-    }
-    if (heads.empty()) {
-      return result;
-    }
-    std::vector<bool> needs{should_compute_output(0)};
-    for (const auto h : heads) {
-      needs.push_back(should_compute_output(1 + h));
-    }
-    const bool any_weight = std::find(needs.begin() + 1, needs.end(), true) != needs.end();
-    for (const auto h : heads) {
-      needs.push_back(should_compute_output(1 + heads_ + h));
-    }
-    // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const auto needs = this->needs();
+    const auto heads = lambda_index_.size();
     Tensor x;
-    std::vector<Tensor> grad_logits, weight;
-    std::vector<int64_t> lambda_index;
+    std::vector<Tensor> weight(heads);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      x = any_weight ? x_.unpack() : Tensor();
-      for (const auto h : heads) {
-        grad_logits.push_back(grads[h]);
-        lambda_index.push_back(lambda_index_[h]);
-        if (needs[0]) {
-          weight.push_back(weight_[h].unpack());
+      for (size_t h = 0; h < heads; ++h) {
+        if (grads[h].defined()) {
+          weight[h] = needs[0] ? weight_[h].unpack() : Tensor();
+          x = needs[1 + h] && !x.defined() ? x_.unpack() : x;
         }
       }
     }
-    const auto [dx, dw, db] = heads_gradients(grad_logits, x, weight, lambda_, lambda_index, needs);
-    result[0] = dx;
-    for (size_t i = 0; i < heads.size(); ++i) {
-      result[1 + heads[i]] = dw[i];
-      result[1 + heads_ + heads[i]] = db[i];
-    }
-    return result;
+    return gradients(grads, x, weight, lambda_, lambda_index_, needs);
   }
 
   void release_variables() override {
@@ -113,12 +86,63 @@ class LinearHeadsBackward : public torch::autograd::Node {
     }
   }
 
+  template <class Visit>
+  void each_saved(Visit visit) {
+    visit(x_);
+    visit(lambda_);
+    std::for_each(weight_.begin(), weight_.end(), visit);
+  }
+
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { args.collect(lambda_index_); }
+
+  TracedBackward traced() const {
+    return [lambda_index = lambda_index_, needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) {
+      return gradients(grads, saved[0], {saved.begin() + 2, saved.end()}, saved[1], lambda_index, needs);
+    };
+  }
+
  private:
-  const size_t heads_;
-  bool needs_x_ = false;
+  // Only the heads that have a gradient take part.
+  static variable_list gradients(
+      const variable_list& grads, const Tensor& x, const std::vector<Tensor>& all_weights, const Tensor& lambda,
+      const std::vector<int64_t>& all_indices, const std::vector<bool>& needs) {
+    const auto heads = all_indices.size();
+    variable_list result(needs.size());
+    std::vector<size_t> asked;
+    std::vector<Tensor> grad_logits, weight;
+    std::vector<int64_t> lambda_index;
+    std::vector<bool> own_needs{needs[0]};
+    for (size_t h = 0; h < heads; ++h) {
+      if (grads[h].defined()) {
+        asked.push_back(h);
+        grad_logits.push_back(grads[h]);
+        lambda_index.push_back(all_indices[h]);
+        own_needs.push_back(needs[1 + h]);
+        if (needs[0]) {
+          weight.push_back(all_weights[h]);
+        }
+      }
+    }
+    if (asked.empty()) {
+      return result;
+    }
+    for (const auto h : asked) {
+      own_needs.push_back(needs[1 + heads + h]);
+    }
+    // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const auto [dx, dw, db] = heads_gradients(grad_logits, x, weight, lambda, lambda_index, own_needs);
+    result[0] = dx;
+    for (size_t i = 0; i < asked.size(); ++i) {
+      result[1 + asked[i]] = dw[i];
+      result[1 + heads + asked[i]] = db[i];
+    }
+    return result;
+  }
+
   SavedVariable x_;
   std::vector<SavedVariable> weight_;
-  const Tensor lambda_;
+  Tensor lambda_;
   const std::vector<int64_t> lambda_index_;
 };
 

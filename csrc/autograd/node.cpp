@@ -72,14 +72,17 @@ bool is_batched(const at::Tensor& tensor) {
   return tensor.key_set().has_any(c10::DispatchKeySet{c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
 }
 
-bool has_kernel(const at::Tensor& tensor) {
+bool on_kernels_device(const at::Tensor& tensor) {
 #ifdef GRL_EXT_WITH_CUDA
-  const bool on_device = tensor.is_cpu() || tensor.is_cuda();
+  return tensor.is_cpu() || tensor.is_cuda();
 #else
-  const bool on_device = tensor.is_cpu();
+  return tensor.is_cpu();
 #endif
-  return on_device && tensor.layout() == at::kStrided && is_plain(tensor) && is_supported_dtype(tensor.scalar_type()) &&
-      !dispatch_mode_enabled();
+}
+
+bool has_kernel(const at::Tensor& tensor) {
+  return on_kernels_device(tensor) && tensor.layout() == at::kStrided && is_plain(tensor) &&
+      is_supported_dtype(tensor.scalar_type()) && !dispatch_mode_enabled();
 }
 
 void refuse_functorch() {

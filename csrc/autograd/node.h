@@ -53,7 +53,7 @@ class TraceableNode : public torch::autograd::Node {
       if constexpr (std::is_same_v<std::decay_t<decltype(saved)>, at::Tensor>) {
         args.collect(saved);
       } else {
-        args.collect(saved, /*is_output=*/false);
+        args.collect(saved, /*is_output=*/true);  // names this node to what it saved of its results; inputs do not need it
       }
     });
   }
@@ -74,7 +74,25 @@ class TraceableNode : public torch::autograd::Node {
     return results;
   }
 
+ protected:
+  // Which of the results are asked for: in the backward, and while it is traced.
+  std::vector<bool> needs() const {
+    return flags([this](size_t i) { return should_compute_output(i); });
+  }
+  std::vector<bool> needs_when_traced() const {
+    return flags([this](size_t i) { return task_should_compute_output(i); });
+  }
+
  private:
+  template <class Predicate>
+  std::vector<bool> flags(Predicate is_set) const {
+    std::vector<bool> flags(num_outputs());
+    for (size_t i = 0; i < flags.size(); ++i) {
+      flags[i] = is_set(i);
+    }
+    return flags;
+  }
+
   // Visiting is not const, because `before` and `after` exchange what is visited.
   T& self() const { return static_cast<T&>(const_cast<TraceableNode&>(*this)); }
 };
@@ -87,6 +105,8 @@ bool dispatch_mode_enabled();
 
 // Whether this tensor stands for many at once: vmap, or gradients taken with is_grads_batched.
 bool is_batched(const at::Tensor& tensor);
+
+bool on_kernels_device(const at::Tensor& tensor);
 
 // Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for.
 bool has_kernel(const at::Tensor& tensor);
