@@ -88,8 +88,7 @@ def test_a_tensor_lambda_is_one_graph(device, function):
             same_step(step, f, inputs, targets, rows, torch.tensor(value, device=device))
 
 
-# Not where logits and single losses are used beside the loss: such a graph is for one number of rows (docs/heads.md).
-@pytest.mark.parametrize("function", ["grl_linear", "linear_heads", "heads_loss"])
+@on_functions
 def test_the_number_of_rows_may_change(device, function):
     f = FUNCTIONS[function][1]
     step = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")

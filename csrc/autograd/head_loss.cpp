@@ -24,7 +24,7 @@ Tensor probabilities(const Tensor& target, const Tensor& valid, int64_t size, do
 Tensor grad_logits_composite(const Tensor& logits, const HeadsOptions& options, size_t h) {
   const auto wide = logits.to(c10::promoteTypes(logits.scalar_type(), at::kFloat));
   const auto& target = options.targets[h];
-  const auto size = logits.size(1);
+  const auto size = logits.sym_size(1).guard_int(__FILE__, __LINE__);  // not size(1), which would fix the number of rows too
   const bool labels = target.scalar_type() == at::kLong;
   const auto zero = at::zeros({}, wide.options());
   const auto given = options.sample_weight.get(h);
