@@ -47,7 +47,7 @@ def check_traces(name: str, content: bytes) -> None:
 
 def check_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
+        contents = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
     for name, content in contents.items():
         check_traces(f"{wheel.name}: {name}", content)
     files = {name for name in contents if ".dist-info/" not in name}
