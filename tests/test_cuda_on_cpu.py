@@ -41,7 +41,11 @@ def test_scale_negate_equals_the_loop(program):
     assert_passes(run(program("scale_negate_test", "address,undefined", "c++20")))
 
 
-@pytest.mark.parametrize("case", ["half", "bfloat16", "float", "double", "plan", "launches"])
+def test_a_list_of_gradients_is_scaled_in_one_launch(program):
+    assert_passes(run(program("scale_negate_test", "address,undefined", "c++20"), "lists"))
+
+
+@pytest.mark.parametrize("case", ["half", "bfloat16", "float", "double", "plan", "launches", "small"])
 def test_heads_equal_the_loops(program, case):
     assert_passes(run(program("heads_test", "address,undefined"), case))
 

@@ -418,9 +418,10 @@ class HeadsLossBackward : public torch::autograd::Node {
     variable_list result(num_outputs());
     for (size_t i = 0; i < num_outputs(); ++i) {
       if (should_compute_output(i)) {
-        result[i] = scale_negate(last ? std::move(gradients_[i]) : gradients_[i], lambda, Made::kByThisNode);
+        result[i] = last ? std::move(gradients_[i]) : gradients_[i];
       }
     }
+    scale_negate_list(result, lambda);
     return result;
   }
 
@@ -436,10 +437,14 @@ class HeadsLossBackward : public torch::autograd::Node {
       if (weight.defined()) {
         asked.push_back(h);
       }
-      factors.push_back(weight.defined() ? weight.to(at::kDouble) : at::zeros({}, x.options().dtype(at::kDouble)));
+      factors.push_back(
+          weight.defined() ? weight : at::zeros({}, x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)));
     }
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return own.compute(asked, x, at::stack(factors), needs()).gradients;
+    // Most often it is one number for all, the gradient of the loss, which the kernels read where it is.
+    const bool one = std::all_of(factors.begin(), factors.end(), [&](const Tensor& own) { return own.is_same(factors[0]); });
+    const auto weights = one ? factors[0].expand({static_cast<int64_t>(heads_)}) : at::stack(factors);
+    return own.compute(asked, x, weights, needs()).gradients;
   }
 
   // The same in operators, differentiable where gradients of gradients are asked for, and with the logits' own gradients.

@@ -1,7 +1,7 @@
 // The heads' kernels against plain loops in double precision (heads_oracle.h): every form, option and element type, many sizes,
 // outputs between guards, twice for the same bits. `heads_test TYPE` runs one element type; `races` few cases of each form, for
 // ThreadSanitizer, to which a thread is expensive; `plan` the launch shapes alone; `launches` what a device would say to them;
-// `bad_target` must end in the kernel's assertion.
+// `small` how many there are at a small size; `bad_target` must end in the kernel's assertion.
 #include "heads_oracle.h"
 
 namespace {
@@ -549,6 +549,35 @@ void launches() {
   }
 }
 
+// A step at a small size is two launches, the sweep and the sum of what its blocks left; the backward is one more
+// (scale_negate_test.cpp). Numbers on the device change nothing in that: the kernels read them where they are.
+template <typename T>
+void count_launches() {
+  for (const auto& sizes : {std::vector<int>{10, 2}, std::vector<int>{2, 2}}) {
+    for (const bool on_device : {false, true}) {
+      Case c{128, 256, heads_of(sizes), {132, 227 << 10}};
+      c.on_device = on_device;
+      Run<T> run(c);
+      typename Run<T>::Results got(run);
+      const HeadsLosses<typename Arithmetic<T>::type> losses{got.loss.data(), got.head_losses.data()};
+      cuda_emulation::only_judge = true;
+      const std::size_t before = cuda_emulation::launches;
+      const bool good = heads_loss(run.call(got), c.mean, losses, run.queue(), allocator()) == cudaSuccess;
+      if (const std::size_t launched = cuda_emulation::launches - before; !good || launched != 2) {
+        ++failures;
+        std::printf("wrong: %zu launches of %zu bytes an element for %s\n", launched, sizeof(T), describe(c).c_str());
+      }
+    }
+  }
+}
+
+void small_steps() {
+  count_launches<__half>();
+  count_launches<__nv_bfloat16>();
+  count_launches<float>();
+  count_launches<double>();
+}
+
 void bad_target() {
   Run<float> run({4, 8, heads_of({2, 3})});
   run.classes[1][2] = 3;
@@ -566,6 +595,7 @@ int main(int, char** argv) {
       : what == "races"    ? races()
       : what == "plan"     ? plan()
       : what == "launches" ? launches()
+      : what == "small"    ? small_steps()
                            : bad_target();
   return failures != 0;
 }
