@@ -50,8 +50,9 @@ def test_heads_equal_the_loops(program, case):
     assert_passes(run(program("heads_test", "address,undefined"), case))
 
 
-def test_heads_have_no_races(program):
-    assert_passes(run(program("heads_test", "thread"), "races"))
+@pytest.mark.parametrize("case", ["races", "races_of_double", "races_of_bfloat16"])
+def test_heads_have_no_races(program, case):
+    assert_passes(run(program("heads_test", "thread"), case))
 
 
 def test_heads_refuse_a_target_that_is_no_class(program):
