@@ -104,6 +104,14 @@ def test_goals_are_read_from_the_rows_they_are_about(tmp_path):
     assert not any(case == "heads/65536x1024_31+2" and "copies" in verdict for _, case, verdict in found)  # wider than the goal
 
 
+@pytest.mark.parametrize("check, status", [(lambda: 0, 0), (lambda: 1, 1)])
+def test_a_dry_run_fails_if_a_command_line_is_wrong_and_names_every_goal(monkeypatch, tmp_path, check, status):
+    monkeypatch.setattr(gpu, "parts", lambda folder, capability: [a_part_checked_by(lambda: 0), a_part_checked_by(check)])
+    assert gpu.main(["--dry", "--out", str(tmp_path)]) == status
+    summary = (tmp_path / "summary.md").read_text()
+    assert all(f"| {goal.text} | {goal.dtype} | - | not measured |" in summary for goal in gpu.GOALS)
+
+
 def test_every_goal_has_cases_and_all_are_measured_first(tmp_path):
     for dtype in gpu.DTYPES:
         cases = gpu.cases_of(dtype)["goals"]
