@@ -6,7 +6,7 @@
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
 # make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
-# make gpu         everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks its command lines without one
+# make gpu         everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks each step's command line without one
 # make wheel       wheel and sdist in dist/, checked, and each installed and tried in an environment of its own
 # make lint        formatting and lint; `make format` puts right what it can
 #

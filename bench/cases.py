@@ -57,7 +57,8 @@ class Case:
     name: str  # the group, a slash, what distinguishes it
     title: str
     build: Callable[[], Work]
-    measures: Literal["time", "memory"] = "time"
+    measures: Literal["time", "memory", "launches"] = "time"  # launches: of kernels, on CUDA
+    clock: Literal["device", "wall"] = "device"  # of a time on CUDA
     subtract_identity: bool = False  # report the cost over the section's identity row, not the whole
     seconds: float = 6.0  # how long the rounds may take together
     min_rounds: int = 9

@@ -114,7 +114,12 @@ def run(case: cases.Case, settings: cases.Settings) -> report.CaseResult:
     work.check()
     if case.measures == "memory":
         return report.summarise(case, work, {row: [measure.peak_memory(row.step, settings.device)] for row in work.rows})
-    timer = measure.device_timer() if settings.device == "cuda" else measure.wall_timer()
+    if case.measures == "launches":
+        return report.summarise(case, work, {row: [measure.launches(row.step)] for row in work.rows})
+    if settings.device == "cpu":
+        timer = measure.wall_timer()
+    else:
+        timer = measure.device_timer() if case.clock == "device" else measure.wall_timer(wait=torch.cuda.synchronize)
     rounds = functools.partial(tqdm, desc=f"{case.name} rounds", leave=False, disable=None)
     steps = {row: row.step for row in work.rows}
     samples = measure.interleave(steps, timer, seconds=case.seconds, min_rounds=case.min_rounds, progress=rounds)
@@ -153,28 +158,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not settings.quick and (problem := baselines.compile_problem(settings.device)):
         print(problem)
 
-    results = []
+    results, failures = [], 0
     bar = tqdm(selected, unit="case", disable=None)
     for case in bar:
         bar.set_description(case.name)
+        torch.compiler.reset()  # the last case's graphs must not count against this one's recompile limit
         try:
             result = run(case, settings)
-        except cases.WrongResult as error:
-            bar.close()
-            print(f"wrong result in {case.name}: {error}", file=sys.stderr)
-            return 1
+        except (cases.WrongResult, RuntimeError) as error:  # of the latter, too little memory; the other cases may do
+            what = "wrong result" if isinstance(error, cases.WrongResult) else type(error).__name__
+            tqdm.write(f"{what} in {case.name}: {error}", file=sys.stderr)
+            failures += 1
+            continue
         tqdm.write(f"\n{report.table(result)}", file=sys.stdout)
         results.append(report.as_json(result))
-        torch.compiler.reset()  # the next case's graphs must not count against this one's recompile limit
+        if options.json:  # after each case: whoever stops this has what was done
+            options.json.write_text(json.dumps({"environment": facts, "cases": results}, indent=1) + "\n")
 
-    document = {"environment": facts, "cases": results}
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.plot:
         import plot  # matplotlib is needed here only
 
-        plot.draw(document, options.plot)
-    return 0
+        plot.draw({"environment": facts, "cases": results}, options.plot)
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

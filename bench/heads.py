@@ -9,15 +9,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bandwidth
 import baselines
 import founding
 import grl_ext
 from cases import COEFF, Case, Row, Settings, Work, WrongResult, _compiled, check_gradients
+
+FUSED = "heads(features, targets)"
+CHUNKED = "F.linear_cross_entropy, chunked"
 
 Sizes = tuple[int, ...]  # of a head's layers; the last is its classes
 
@@ -51,7 +56,11 @@ LINEAR = [
     Shape(4096, 1024, (10,), (2,)),
     Shape(16384, 2048, (31,), (2,)),
 ]
-CUDA_LINEAR = [*LINEAR, *(Shape(65536, d, (k,), (2,)) for d in (1024, 2048) for k in (2, 10, 31))]
+# 30+2 is as wide as the kernel takes in one pass, 31+2 goes by matrix products.
+CUDA_LINEAR = [
+    *(Shape(n, d, (k,), (2,)) for n, d in ((128, 256), (1000, 1764), (4096, 1024)) for k in (2, 10, 31)),
+    *(Shape(65536, d, (k,), (2,)) for d in (1024, 2048) for k in (2, 10, 30, 31)),
+]
 WEIGHTED = [Shape(1000, 1764, (2,), (2,), weighted=True), Shape(4096, 1024, (10,), (2,), weighted=True)]
 REGRESSION = [Shape(4096, 1024, (10,), (1,), adversary_loss="mse")]
 HIDDEN = [
@@ -77,9 +86,9 @@ class Problem:
         n, d = shape.rows, shape.features
         kwargs = {"device": settings.device, "dtype": settings.dtype}
         generator = torch.Generator().manual_seed(0)
-        # CUDA rows take turns over buffers that together exceed the caches; a CPU step finds its features where the extractor
-        # left them, as in a network.
-        self.features = torch.randn(n, d, generator=generator).to(**kwargs).requires_grad_()
+        features = torch.randn(n, d, generator=generator).to(**kwargs)
+        self.turns = [features.clone().requires_grad_() for _ in range(turns(features))]
+        self.features = self.turns[0]
         self.regression = shape.adversary_loss == "mse"
         classes = torch.randint(shape.predictor[-1], (n,), generator=generator)
         other = torch.randn(n, 1, generator=generator) if self.regression else torch.randint(shape.adversary[-1], (n,), generator=generator)
@@ -128,27 +137,25 @@ class Problem:
         return heads, {"predictor": self.targets[0], "adversary": self.targets[1]}, options
 
 
-Made = tuple[Callable[[], Tensor], list[nn.Parameter]]
+Made = tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]  # the loss of the features, and the parameters
 
 
 def _layered(problem: Problem, layer: nn.Module) -> Made:
     predictor, adversary = (copy.deepcopy(module) for module in problem.modules)
 
-    def loss() -> Tensor:
-        x = problem.features
+    def loss(x: Tensor) -> Tensor:
         return sum(problem.losses(predictor(x), adversary(layer(x))))
 
     return loss, [*predictor.parameters(), *adversary.parameters()]
 
 
-def _linear_cross_entropy(problem: Problem) -> Made:
+def _linear_cross_entropy(problem: Problem, **options: object) -> Made:
     predictor, adversary = (copy.deepcopy(linear) for linear in problem.modules)
     layer = grl_ext.GRL(COEFF).to(problem.features.device)
 
-    def loss() -> Tensor:
-        x = problem.features
-        own = F.linear_cross_entropy(x, predictor.weight, problem.targets[0], linear_bias=predictor.bias)
-        return own + F.linear_cross_entropy(layer(x), adversary.weight, problem.targets[1], linear_bias=adversary.bias)
+    def loss(x: Tensor) -> Tensor:
+        own = F.linear_cross_entropy(x, predictor.weight, problem.targets[0], linear_bias=predictor.bias, **options)
+        return own + F.linear_cross_entropy(layer(x), adversary.weight, problem.targets[1], linear_bias=adversary.bias, **options)
 
     return loss, [*predictor.parameters(), *adversary.parameters()]
 
@@ -156,21 +163,84 @@ def _linear_cross_entropy(problem: Problem) -> Made:
 def _fused_loss(problem: Problem, with_weights: bool = True) -> Made:
     heads, targets, options = problem.fused()
     options = options if with_weights else {}
-    return (lambda: heads(problem.features, targets, **options).loss), list(heads.parameters())
+    return (lambda x: heads(x, targets, **options).loss), list(heads.parameters())
 
 
 def _fused_logits(problem: Problem) -> Made:
     heads, _, _ = problem.fused()
 
-    def loss() -> Tensor:
-        logits = heads(problem.features)
+    def loss(x: Tensor) -> Tensor:
+        logits = heads(x)
         return sum(problem.losses(logits["predictor"], logits["adversary"]))
 
     return loss, list(heads.parameters())
 
 
-def _roofline(problem: Problem) -> Row:
-    """The larger of one copy of the features and the products' operations in one large product."""
+def turns(features: Tensor) -> int:
+    """How many copies of the features the steps take turns over.
+
+    On CUDA they exceed the L2 cache together, so that no row finds there what the last one left. Where that would take too many,
+    launches are the cost and not the memory. A CPU step finds its features where the extractor left them, as in a network.
+    """
+    return min(64, bandwidth.turns(features.nbytes)) if features.is_cuda else 1
+
+
+def _in_turns(made: Made, buffers: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+    """A step: the gradients of the features, which are the next buffer's, and of the parameters."""
+    loss, parameters = made
+    turn = cycle(buffers)
+
+    def step() -> Sequence[Tensor]:
+        x = next(turn)
+        return torch.autograd.grad(loss(x), [x, *parameters])
+
+    return step
+
+
+def _in_graphs(made: Made, buffers: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+    """The same, replayed: a CUDA graph for each buffer."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            _in_turns(made, buffers)()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = []
+    for x in buffers:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=captured[0][0].pool() if captured else None):
+            gradients = _in_turns(made, [x])()
+        captured.append((graph, gradients))
+    turn = cycle(captured)
+
+    def step() -> Sequence[Tensor]:
+        graph, gradients = next(turn)
+        graph.replay()
+        return gradients
+
+    return step
+
+
+def _reduce_overhead(made: Made, buffers: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+    """Compiled with CUDA graphs. These copy an input whose address changes: to spare the row that copy its features stay in place."""
+    loss, parameters = made
+    torch._dynamo.mark_static_address(buffers[0])
+    return _in_turns((torch.compile(loss, fullgraph=True, dynamic=False, mode="reduce-overhead"), parameters), buffers[:1])
+
+
+def _if_it_runs(name: str, make: Callable[[], Callable[[], Sequence[Tensor]]]) -> list[Row]:
+    """A row of PyTorch's own that not every installation can run: without it the others are still worth their time."""
+    try:
+        step = make()
+        step()
+    except Exception as error:  # noqa: BLE001: a compiler fails in many ways
+        print(f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        return []
+    return [Row(name, "peer", step)]
+
+
+def _limits(problem: Problem) -> list[Row]:
+    """One copy of the features, and the products' operations in one large product; on the CPU the larger of the two."""
     features = problem.features.detach()
     side = 1024
     columns = max(1, round(problem.shape.operations / (2 * side * side)))
@@ -181,14 +251,18 @@ def _roofline(problem: Problem) -> Row:
         for _ in range(5):
             start = time.perf_counter()
             step()
-            if features.is_cuda:
-                torch.cuda.synchronize()
             samples.append(time.perf_counter() - start)
         return sorted(samples)[2]
 
+    if features.is_cuda:
+        out, turn = torch.empty_like(features), cycle([x.detach() for x in problem.turns])
+        return [
+            Row("limit: one copy", "limit", lambda: out.copy_(next(turn))),
+            Row("limit: arithmetic", "limit", lambda: square @ matrix),
+        ]
     bounds = {"limit: one copy": features.clone, "limit: arithmetic": lambda: square @ matrix}
     name = max(bounds, key=lambda bound: seconds(bounds[bound]))
-    return Row(name, "limit", bounds[name])
+    return [Row(name, "limit", bounds[name])]
 
 
 def check_whole_gradients(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -200,42 +274,51 @@ def check_whole_gradients(name: str, found: Sequence[Tensor], expected: Sequence
             raise WrongResult(f"{name}: gradient {index} of shape {list(a.shape)} is off by {error:.2g} of its norm, allowed are 0.03")
 
 
+def _rows(problem: Problem, measured: str, settings: Settings) -> list[Row]:
+    shape, buffers = problem.shape, problem.turns
+    naive = partial(_layered, problem, baselines.Naive(COEFF))
+    rows = [
+        Row("naive", "naive", _in_turns(naive(), buffers)),
+        Row("tuned", "peer", _in_turns(_layered(problem, baselines.Tuned(COEFF)), buffers)),
+    ]
+    if measured == "time" and not settings.quick and baselines.compile_problem(settings.device) is None:
+        loss, parameters = naive()
+        rows += _if_it_runs("compiled naive", lambda: _in_turns((_compiled(loss, "compiled"), parameters), buffers))
+        if settings.device == "cuda":
+            rows += _if_it_runs("compiled naive, reduce-overhead", lambda: _reduce_overhead(naive(), buffers))
+    plain = len(shape.predictor) == len(shape.adversary) == 1 and not shape.weighted and not problem.regression
+    if plain and hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        chunked = {"options": nn.LinearCrossEntropyOptions()}
+        rows += _if_it_runs("F.linear_cross_entropy", lambda: _in_turns(_linear_cross_entropy(problem), buffers))
+        rows += _if_it_runs(CHUNKED, lambda: _in_turns(_linear_cross_entropy(problem, **chunked), buffers))
+    rows.append(Row("heads(features)", "ours", _in_turns(_fused_logits(problem), buffers)))
+    rows.append(Row(FUSED, "ours", _in_turns(_fused_loss(problem), buffers)))
+    if measured == "time" and settings.device == "cuda":
+        rows.append(Row(f"{FUSED} in a CUDA graph", "ours", _in_graphs(_fused_loss(problem), buffers)))
+    return rows
+
+
 def _build(shape: Shape, measured: str, settings: Settings) -> Work:
     problem = Problem(shape, settings)
-    made: dict[tuple[str, str], Made] = {
-        ("naive", "naive"): _layered(problem, baselines.Naive(COEFF)),
-        ("tuned", "peer"): _layered(problem, baselines.Tuned(COEFF)),
-    }
-    if not settings.quick and measured == "time" and baselines.compile_problem(settings.device) is None:
-        loss, parameters = _layered(problem, baselines.Naive(COEFF))
-        made["compiled naive", "peer"] = _compiled(loss, "compiled"), parameters
+    rows = _rows(problem, measured, settings)
     linear = len(shape.predictor) == len(shape.adversary) == 1
-    plain = linear and not shape.weighted and not problem.regression
-    if plain and hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        made["F.linear_cross_entropy", "peer"] = _linear_cross_entropy(problem)
-    made["heads(features)", "ours"] = _fused_logits(problem)
-    made["heads(features, targets)", "ours"] = _fused_loss(problem)
-
-    def step_of(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Callable[[], list[Tensor]]:
-        inputs = [problem.features, *parameters]
-        return lambda: torch.autograd.grad(loss(), inputs)
-
-    rows = [Row(name, kind, step_of(*parts)) for (name, kind), parts in made.items()]
 
     def check() -> None:
         expected = problem.expected()
         for row in rows:
-            found = row.step()
-            if linear:
-                check_gradients(row.name, found, expected, problem.tolerance)
+            # What the chunked loss accumulates in is its own choice.
+            if linear and row.name != CHUNKED:
+                check_gradients(row.name, row.step(), expected, problem.tolerance)
             else:
-                check_whole_gradients(row.name, found, expected)
+                check_whole_gradients(row.name, row.step(), expected)
 
     if measured == "memory":
         return Work(rows, check, "limit: the features' gradient alone, " + f"{problem.features.nbytes / 1e6:.1f} MB")
-    limits = [_roofline(problem)]
+    if measured == "launches":
+        return Work(rows, check, "limit: none; one of them is PyTorch's own, which makes the gradient of the loss")
+    limits = _limits(problem)
     if shape.weighted:
-        limits.insert(0, Row("the same without weights", "limit", step_of(*_fused_loss(problem, with_weights=False))))
+        limits.insert(0, Row("the same without weights", "limit", _in_turns(_fused_loss(problem, with_weights=False), problem.turns)))
     return Work([*rows, *limits], check, "limit: the larger of one copy of the features and the products' operations in one large product")
 
 
@@ -244,7 +327,9 @@ def _case(group: str, shape: Shape, what: str, settings: Settings) -> Case:
         f"{group}/{shape.name}",
         f"{what}, forward + backward, {shape.rows}x{shape.features} features",
         partial(_build, shape, "time", settings),
-        seconds=1.0 if settings.quick else 5.0,
+        seconds=1.0 if settings.quick else 2.0 if settings.device == "cuda" else 5.0,
+        # Device events leave out what the host does before the first launch and after the last; a small step is mostly that.
+        clock="wall" if shape.rows <= 128 else "device",
     )
 
 
@@ -281,19 +366,39 @@ def heads_memory(settings: Settings) -> list[Case]:
     ]
 
 
+def heads_launches(settings: Settings) -> list[Case]:
+    """How many kernels a small step starts."""
+    return [
+        Case(
+            f"heads_launches/{shape.name}",
+            "kernels that a step starts, forward + backward",
+            partial(_build, shape, "launches", settings),
+            measures="launches",
+        )
+        for shape in CUDA_LINEAR[:2]
+        if settings.device == "cuda"
+    ]
+
+
 def _build_linear(size: int, rows: int, settings: Settings) -> Work:
     kwargs = {"device": settings.device, "dtype": settings.dtype}
     torch.manual_seed(0)
-    x = torch.randn(rows, size).to(**kwargs).requires_grad_()
+    first = torch.randn(rows, size).to(**kwargs)
+    buffers = [first.clone().requires_grad_() for _ in range(turns(first))]
     grad = torch.randn(rows, size).to(**kwargs)
     plain = nn.Linear(size, size).to(**kwargs)
     fused = grl_ext.GRLLinear(size, size, lambda_=COEFF).to(**kwargs)
     fused.load_state_dict(plain.state_dict())
 
     def step_of(module: Callable[[Tensor], Tensor]) -> Callable[[], Sequence[Tensor]]:
-        parameters = fused.parameters() if module is fused else plain.parameters()
-        inputs = [x, *parameters]
-        return lambda: torch.autograd.grad(module(x), inputs, grad)
+        parameters = list(fused.parameters() if module is fused else plain.parameters())
+        turn = cycle(buffers)
+
+        def step() -> Sequence[Tensor]:
+            x = next(turn)
+            return torch.autograd.grad(module(x), [x, *parameters], grad)
+
+        return step
 
     measured = [
         Row("naive + nn.Linear", "naive", step_of(nn.Sequential(baselines.Naive(COEFF), plain))),
@@ -424,6 +529,7 @@ GROUPS = {
     "heads_mse": heads_mse,
     "heads_hidden": heads_hidden,
     "heads_memory": heads_memory,
+    "heads_launches": heads_launches,
     "grl_linear": grl_linear,
     "founding_heads": founding_heads,
 }

@@ -32,11 +32,15 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 SAMPLE_SECONDS = 2e-3
 
 
-def wall_timer(clock: Callable[[], float] = time.perf_counter) -> Timer:
+def wall_timer(clock: Callable[[], float] = time.perf_counter, wait: Callable[[], object] = lambda: None) -> Timer:
+    """`wait` returns when what was queued on a device is done."""
+
     def timer(step: Step, repeats: int) -> float:
+        wait()
         start = clock()
         for _ in range(repeats):
             step()
+        wait()
         return clock() - start
 
     return timer
@@ -100,6 +104,16 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def launches(step: Step) -> int:
+    """How much one call starts on the GPU, by the profiler: kernels, and copies and fills of memory."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 def peak_memory(step: Step, device: str) -> int:

@@ -26,7 +26,7 @@ class RowResult:
 class CaseResult:
     name: str
     title: str
-    unit: str  # "s" or "B"
+    unit: str  # "s", "B" or "launches"
     cost: str  # what `cost` is, in words
     limit: str
     best_peer: dict[str, str]  # by section
@@ -62,7 +62,7 @@ def summarise(case: Case, work: Work, samples: Samples) -> CaseResult:
             for rival in rivals
             if ours.kind == "ours" and is_above(cost[ours], cost[rival], NOTICEABLE * Spread.of(samples[rival]).median)
         ]
-    unit = "B" if case.measures == "memory" else "s"
+    unit = {"time": "s", "memory": "B", "launches": "launches"}[case.measures]
     return CaseResult(
         case.name, case.title, unit, "over identity" if case.subtract_identity else "step", work.limit, best_peer, slower, rows
     )
@@ -88,7 +88,7 @@ def as_json(result: CaseResult) -> dict:
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
 
-_UNITS = {"s": (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)), "B": (("MB", 1e6), ("kB", 1e3), ("B", 1.0))}
+_UNITS = {"s": (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)), "B": (("MB", 1e6), ("kB", 1e3), ("B", 1.0)), "launches": (("launches", 1.0),)}
 
 
 def _scale(result: CaseResult) -> tuple[str, float]:

@@ -25,6 +25,8 @@ TORCH_LIBRARY(grl_ext, m) {
   // -lambda * grad; lambda is `value`, times `lambda_` if that has one element, or `lambda_` alone if it has more.
   m.def("_scale_negate(Tensor grad, float value, Tensor? lambda_) -> Tensor");
   m.def("_scale_negate_(Tensor(a!) grad, float value, Tensor? lambda_) -> ()");
+  // The same for several gradients of one dtype under one number: on CUDA one launch.
+  m.def("_scale_negate_list_(Tensor(a!)[] grads, float value, Tensor? lambda_) -> ()");
 
   // x (N, D). `needs` says of x, each weight and each bias whether its gradient is needed. One that is not comes back empty, and
   // what it alone would read may be left out: x serves grad_weight, weight grad_x.
@@ -47,7 +49,8 @@ TORCH_LIBRARY_IMPL(grl_ext, CompositeImplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(grl_ext, Autograd, m) {
-  for (const char* kernel : {"_scale_negate", "_scale_negate_", "_heads_logits", "_heads_gradients", "_heads_loss"}) {
+  for (const char* kernel :
+       {"_scale_negate", "_scale_negate_", "_scale_negate_list_", "_heads_logits", "_heads_gradients", "_heads_loss"}) {
     m.impl(kernel, torch::autograd::autogradNotImplementedFallback());
   }
 }

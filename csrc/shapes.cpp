@@ -15,6 +15,8 @@ Tensor scale_negate(const Tensor& grad, double, const std::optional<Tensor>&) {
 
 void scale_negate_(Tensor&, double, const std::optional<Tensor>&) {}
 
+void scale_negate_list_(at::TensorList, double, const std::optional<Tensor>&) {}
+
 std::vector<Tensor> heads_logits(const Tensor& x, at::TensorList weight, const OptionalTensors&) {
   std::vector<Tensor> logits;
   for (const auto& matrix : weight) {
@@ -56,6 +58,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std
 TORCH_LIBRARY_IMPL(grl_ext, Meta, m) {
   m.impl("_scale_negate", scale_negate);
   m.impl("_scale_negate_", scale_negate_);
+  m.impl("_scale_negate_list_", scale_negate_list_);
   m.impl("_heads_logits", heads_logits);
   m.impl("_heads_gradients", heads_gradients);
   m.impl("_heads_loss", heads_loss);

@@ -39,6 +39,8 @@ def scale_negate(dtype: torch.dtype) -> None:
         ):
             torch.ops.grl_ext._scale_negate(grad, value, lambda_)
             torch.ops.grl_ext._scale_negate_(grad.clone(), value, lambda_)
+            if lambda_ is None or lambda_.dim() == 0:
+                torch.ops.grl_ext._scale_negate_list_([grad.clone(), grad[:3].clone()], value, lambda_)
 
 
 def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) -> None:

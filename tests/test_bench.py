@@ -14,11 +14,13 @@ import torch
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # the benchmark is a set of scripts, not part of the package
 
+import bandwidth  # noqa: E402
 import baselines  # noqa: E402
 import cases  # noqa: E402
 import compare  # noqa: E402
 import conditioning  # noqa: E402
 import founding  # noqa: E402
+import heads  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 
@@ -137,14 +139,52 @@ def test_check_catches_a_wrong_layer(monkeypatch, group, wrong):
         case.build().check()
 
 
-def test_wrong_result_ends_the_run_with_a_message(monkeypatch, capsys):
+def test_a_wrong_result_is_named_and_the_other_cases_are_written(monkeypatch, capsys, tmp_path):
     layers = [
         baselines.Layer("identity", "identity", lambda coeff: baselines.Identity()),
         baselines.Layer("grl_ext", "ours", lambda coeff: baselines.Identity()),
     ]
     monkeypatch.setattr(baselines, "layers", lambda: (layers, []))
-    assert compare.main(["--quick", "--device", "cpu", "--cases", "tax/64"]) == 1
+    json_path = tmp_path / "out.json"
+    assert compare.main(["--quick", "--device", "cpu", "--cases", "tax/64", "memory", "bandwidth", "--json", str(json_path)]) == 1
     assert "wrong result in tax/64: eager grl_ext: gradient 0" in capsys.readouterr().err
+    assert [case["name"] for case in json.loads(json_path.read_text())["cases"]] == ["bandwidth/1M"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", ["heads", "grl_linear", "bandwidth"])
+def test_rows_that_take_turns_over_buffers_all_give_the_right_result(monkeypatch, group, dtype):
+    monkeypatch.setattr(heads, "turns", lambda features: 3)
+    (case,) = compare.select([group], cases.Settings("cpu", dtype, quick=True))
+    work = case.build()
+    for _ in range(3):  # each check is a step of every row: the next buffer's
+        work.check()
+    names = [row.name for row in work.rows]
+    assert len(set(names)) == len(names)
+    if group == "heads":
+        assert {"naive", "tuned", "heads(features)", heads.FUSED} <= set(names)
+        assert heads.CHUNKED in names or not hasattr(torch.nn.functional, "linear_cross_entropy")
+
+
+def test_a_row_that_cannot_run_is_left_out_with_the_reason(capsys):
+    def make():
+        raise RuntimeError("no such compiler")
+
+    assert heads._if_it_runs("compiled naive", make) == []
+    assert "compiled naive is left out: RuntimeError: no such compiler" in capsys.readouterr().out
+
+
+def test_cuda_has_every_case_of_the_goals():
+    shapes = {f"{n}x{d}_{k}+2" for n, d in ((128, 256), (1000, 1764), (4096, 1024), (65536, 1024), (65536, 2048)) for k in (2, 10, 31)}
+    found = {case.name: case for case in compare.select([], cases.Settings("cuda", torch.float32, quick=False))}
+    assert {f"heads/{shape}" for shape in shapes} | {"bandwidth/64M", "bandwidth/256M", "grl_linear/4096x1024"} <= found.keys()
+    assert found["heads/128x256_10+2"].clock == "wall" and found["heads/65536x1024_10+2"].clock == "device"
+
+
+def test_buffers_in_turn_exceed_the_cache():
+    for megabytes in (1, 7, 64, 256, 1024):
+        count = bandwidth.turns(megabytes << 20)
+        assert count >= 2 and (count - 1) * (megabytes << 20) >= bandwidth.KEPT_FROM_L2
 
 
 def test_half_precision_passes_the_checks():

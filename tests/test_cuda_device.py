@@ -66,6 +66,33 @@ def test_the_same_bits_every_time(compiled):
             assert_same(again, expected)
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 5)])
+def test_a_small_step_is_four_launches(compiled, dtype, most):
+    heads = AdversarialHeads(256, predictors={"class": 10}, adversaries={"domain": 2}).cuda().to(dtype)
+    x = torch.randn(128, 256, device="cuda", dtype=dtype, requires_grad=True)
+    targets = {"class": torch.randint(10, (128,), device="cuda"), "domain": torch.randint(2, (128,), device="cuda")}
+
+    def step():
+        torch.autograd.grad(heads(x, targets).loss, [x, *heads.parameters()])
+        torch.cuda.synchronize()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(names) <= most, names
+
+
+def test_a_list_of_gradients_is_scaled_as_each_alone(compiled):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for lambda_ in (0.5, 0.0, -1.0):
+            grads = [torch.randn(n, device="cuda", dtype=dtype)[n % 3 :] for n in (70001, 3, 0, 256, *range(1, 200))]
+            expected = [torch.ops.grl_ext._scale_negate(grad, lambda_, None) for grad in grads]
+            torch.ops.grl_ext._scale_negate_list_(grads, 1.0, torch.tensor(lambda_, device="cuda"))
+            for found, alone in zip(grads, expected, strict=True):
+                assert_same(found, alone)
+
+
 def needs_memory(bytes_: int) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < bytes_:

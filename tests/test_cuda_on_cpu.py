@@ -41,13 +41,18 @@ def test_scale_negate_equals_the_loop(program):
     assert_passes(run(program("scale_negate_test", "address,undefined", "c++20")))
 
 
-@pytest.mark.parametrize("case", ["half", "bfloat16", "float", "double", "plan", "launches"])
+def test_a_list_of_gradients_is_scaled_in_one_launch(program):
+    assert_passes(run(program("scale_negate_test", "address,undefined", "c++20"), "lists"))
+
+
+@pytest.mark.parametrize("case", ["half", "bfloat16", "float", "double", "plan", "launches", "small"])
 def test_heads_equal_the_loops(program, case):
     assert_passes(run(program("heads_test", "address,undefined"), case))
 
 
-def test_heads_have_no_races(program):
-    assert_passes(run(program("heads_test", "thread"), "races"))
+@pytest.mark.parametrize("case", ["races", "races_of_double", "races_of_bfloat16"])
+def test_heads_have_no_races(program, case):
+    assert_passes(run(program("heads_test", "thread"), case))
 
 
 def test_heads_refuse_a_target_that_is_no_class(program):

@@ -342,3 +342,17 @@ def test_a_frozen_head_has_no_gradient_computed(path, device):
 def test_the_options_module_is_the_functions(path):
     # What the module passes and what the function passes are one description.
     assert functional.HeadsOptions is _reference_heads.HeadsOptions
+
+
+@pytest.mark.parametrize("head_sizes", [(10, 2), (3, 1, 5)], ids=str)
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
+def test_a_step_is_one_kernel_and_one_scaling_whatever_the_number_of_heads(path, head_sizes):
+    """On a GPU every other operator would be a launch more."""
+    sample = sample_heads(torch.device("cpu"), leading=(8,), features=16, head_sizes=head_sizes)
+    half = torch.tensor(0.5)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        torch.autograd.grad(our_loss(sample).loss, sample.wanted, half)
+    names = [event.name for event in record.events() if event.name.startswith(("aten::", "grl_ext::_"))]
+    reading = ("aten::item", "aten::_local_scalar_dense")  # of the number, which is on the CPU here
+    begin = names.index("grl_ext::_heads_loss")  # before are our_loss's own lists and numbers
+    assert [name for name in names[begin:] if name not in reading] == ["grl_ext::_heads_loss", "grl_ext::_scale_negate_list_"]

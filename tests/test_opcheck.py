@@ -31,6 +31,13 @@ def scale_negate(device):
     yield torch.empty(0, 3, device=device), 0.3, None
 
 
+def scale_negate_list(device):
+    for dtype in DTYPES:
+        grads = [torch.randn(shape, dtype=dtype, device=device) for shape in [(5, 4), (3, 4), (3,), (0,)]]
+        yield grads, 0.3, None
+        yield grads, 1.0, torch.tensor(0.3, device=device)
+
+
 def heads(device, requires_grad, flat=False):
     """Samples on both sides of the switch to matrix products, with and without bias and rows; `flat`: x (N, D) only."""
     forms = [(torch.float32, (5,), (3, 2), True), (torch.bfloat16, (5,), (3, 2), "mixed"), (torch.float32, (0,), (3, 2), True)]
@@ -132,6 +139,7 @@ SAMPLES = {
     "heads_loss": heads_loss,
     "_scale_negate": scale_negate,
     "_scale_negate_": scale_negate,
+    "_scale_negate_list_": scale_negate_list,
     "_heads_logits": _heads_logits,
     "_heads_gradients": _heads_gradients,
     "_heads_loss": _heads_loss,

@@ -160,9 +160,10 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     variable_list result(needs.size());
     for (size_t i = 0; i < needs.size(); ++i) {
       if (needs[i]) {
-        result[i] = scale_negate(last ? std::move(gradients[i]) : gradients[i], lambda, Made::kByThisNode);
+        result[i] = last ? std::move(gradients[i]) : gradients[i];
       }
     }
+    scale_negate_list(result, lambda);
     return result;
   }
 

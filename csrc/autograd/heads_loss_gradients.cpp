@@ -131,10 +131,14 @@ variable_list heads_loss_gradients(
     if (weight.defined()) {
       asked.push_back(h);
     }
-    factors.push_back(weight.defined() ? weight.to(at::kDouble) : at::zeros({}, x.options().dtype(at::kDouble)));
+    const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    factors.push_back(weight.defined() ? weight : at::zeros({}, x.options().dtype(dtype)));
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return heads.compute(asked, x, at::stack(factors), needs).gradients;
+  // Most often it is one number for all, the gradient of the loss, which the kernels read where it is.
+  const bool one = std::all_of(factors.begin(), factors.end(), [&](const Tensor& own) { return own.is_same(factors[0]); });
+  const auto weights = one ? factors[0].expand({static_cast<int64_t>(factors.size())}) : at::stack(factors);
+  return heads.compute(asked, x, weights, needs).gradients;
 }
 
 variable_list heads_loss_gradients_in_operators(

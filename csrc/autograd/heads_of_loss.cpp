@@ -22,13 +22,12 @@ using Output = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vect
 Output call_kernel(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, const HeadsOptions& options,
     const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs) {
-  static const auto kernel =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("grl_ext::_heads_loss", "")
-          .typed<Output(
-              const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
-              const OptionalTensors&, const Tensor&, at::IntArrayRef, const std::optional<Tensor>&, at::IntArrayRef,
-              at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
+  static const auto kernel = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("grl_ext::_heads_loss", "")
+                                 .typed<Output(
+                                     const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
+                                     const OptionalTensors&, const Tensor&, at::IntArrayRef, const std::optional<Tensor>&,
+                                     at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
   return kernel.call(
       x, weight, bias, options.targets, options.sample_weight, options.class_weight, options.lambda, options.lambda_index,
       loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, to_list(needs));
@@ -119,8 +118,7 @@ HeadsOptions HeadsOfLoss::options_of(const std::vector<size_t>& heads, const std
 HeadsOfLoss::Result HeadsOfLoss::compute(
     const std::vector<size_t>& asked, const Tensor& x, const std::optional<Tensor>& loss_weight,
     const std::vector<bool>& needs) const {
-  Result result{
-      {}, std::vector<Tensor>(count()), std::vector<Tensor>(count()), torch::autograd::variable_list(slots().count())};
+  Result result{{}, std::vector<Tensor>(count()), std::vector<Tensor>(count()), torch::autograd::variable_list(slots().count())};
   if (const auto heads = linear_of(asked); !heads.empty()) {
     compute_linear(result, heads, x, loss_weight, needs);
   }

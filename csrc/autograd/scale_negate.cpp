@@ -26,19 +26,34 @@ double host_number(const at::Tensor& lambda) {
 }
 
 // The lambda in the form that the kernels read, or nothing where they have none for it.
-std::optional<at::Tensor> for_kernel(const at::Tensor& lambda, const at::Tensor& grad) {
-  if (!is_plain(lambda)) {
+std::optional<Lambda> for_kernel(const Lambda& lambda, const at::Tensor& grad) {
+  if (!lambda.tensor) {
+    return lambda;
+  }
+  const auto& tensor = *lambda.tensor;
+  if (is_host_number(tensor)) {
+    return Lambda{lambda.value * host_number(tensor), std::nullopt};
+  }
+  if (!is_plain(tensor)) {
     return std::nullopt;
   }
   const auto dtype = arithmetic_type(grad.scalar_type());
-  if (lambda.dim() == 0) {
-    const bool readable = lambda.scalar_type() == at::kFloat || lambda.scalar_type() == at::kDouble;
-    return lambda.to(grad.device(), readable ? lambda.scalar_type() : dtype);
+  if (tensor.dim() == 0) {
+    const bool readable = tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+    return Lambda{lambda.value, tensor.to(grad.device(), readable ? tensor.scalar_type() : dtype)};
   }
-  if (!grad.is_contiguous() || !lambda_layout(grad.sizes(), lambda.sizes())) {
+  if (!grad.is_contiguous() || !lambda_layout(grad.sizes(), tensor.sizes())) {
     return std::nullopt;
   }
-  return lambda.to(dtype).contiguous();
+  return Lambda{lambda.value, tensor.to(dtype).contiguous()};
+}
+
+bool is_for_kernel(const at::Tensor& grad) {
+  return !at::GradMode::is_enabled() && has_kernel(grad) && !torch::autograd::isFwGradDefined(grad);
+}
+
+bool is_minus_one(const Lambda& lambda) {
+  return !lambda.tensor && lambda.value == -1;
 }
 
 }  // namespace
@@ -79,30 +94,45 @@ at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made) {
                                    .findSchemaOrThrow("grl_ext::_scale_negate_", "")
                                    .typed<void(at::Tensor&, double, const std::optional<at::Tensor>&)>();
 
-  if (at::GradMode::is_enabled() || !has_kernel(grad) || torch::autograd::isFwGradDefined(grad)) {
+  const auto given = is_for_kernel(grad) ? for_kernel(lambda, grad) : std::nullopt;
+  if (!given) {
     return scale_negate_composite(grad, lambda);
-  }
-  double value = lambda.value;
-  std::optional<at::Tensor> factor;
-  if (lambda.tensor && is_host_number(*lambda.tensor)) {
-    value *= host_number(*lambda.tensor);
-  } else if (lambda.tensor) {
-    factor = for_kernel(*lambda.tensor, grad);
-    if (!factor) {
-      return scale_negate_composite(grad, lambda);
-    }
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   if (is_unshared(grad)) {
-    if (!factor && value == -1) {
+    if (is_minus_one(*given)) {
       return grad;
     }
     if (made == Made::kByThisNode || grad.is_cpu()) {
-      in_place.call(grad, value, factor);
+      in_place.call(grad, given->value, given->tensor);
       return grad;
     }
   }
-  return out_of_place.call(grad.is_non_overlapping_and_dense() ? grad : grad.contiguous(), value, factor);
+  return out_of_place.call(grad.is_non_overlapping_and_dense() ? grad : grad.contiguous(), given->value, given->tensor);
+}
+
+void scale_negate_list(std::vector<at::Tensor>& grads, const Lambda& lambda) {
+  static const auto in_place = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("grl_ext::_scale_negate_list_", "")
+                                   .typed<void(at::TensorList, double, const std::optional<at::Tensor>&)>();
+
+  const bool readable = !lambda.tensor || is_plain(*lambda.tensor);
+  std::vector<at::Tensor> together;
+  for (auto& grad : grads) {
+    if (grad.defined() && readable && is_for_kernel(grad) && is_unshared(grad)) {
+      together.push_back(grad);
+    } else if (grad.defined()) {
+      grad = scale_negate(std::move(grad), lambda, Made::kByThisNode);
+    }
+  }
+  if (together.empty()) {
+    return;
+  }
+  const auto given = *for_kernel(lambda, together[0]);
+  if (!is_minus_one(given)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    in_place.call(together, given.value, given.tensor);
+  }
 }
 
 Lambda read_lambda(const at::Tensor& lambda) {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 namespace grl_ext {
 
@@ -34,6 +35,10 @@ enum class Made {
 
 // Takes `grad` over: pass it by std::move, so that its use count is true and it can be scaled in place.
 at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made = Made::kElsewhere);
+
+// The same by one number for all gradients that a node has made, of one dtype; some may be undefined. Those that can be scaled in
+// place are so in one call, which on CUDA is one launch.
+void scale_negate_list(std::vector<at::Tensor>& grads, const Lambda& lambda);
 
 // In ATen operators, as _reference.scale_negate has it: differentiable, traceable, for every device and layout.
 at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda);

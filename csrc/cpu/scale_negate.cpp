@@ -79,11 +79,18 @@ void scale_negate_(at::Tensor& grad, double value, const std::optional<at::Tenso
   scale(grad, grad, value, lambda);
 }
 
+void scale_negate_list_(at::TensorList grads, double value, const std::optional<at::Tensor>& lambda) {
+  for (const auto& grad : grads) {
+    scale(grad, grad, value, lambda);
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(grl_ext, CPU, m) {
   m.impl("_scale_negate", scale_negate);
   m.impl("_scale_negate_", scale_negate_);
+  m.impl("_scale_negate_list_", scale_negate_list_);
 }
 
 }  // namespace grl_ext

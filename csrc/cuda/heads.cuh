@@ -55,9 +55,10 @@ struct Head {
 struct DeviceNumbers {
   const float* floats;
   const double* doubles;
+  int stride;  // 0: one number for all
 
   __device__ bool exist() const { return floats || doubles; }
-  __device__ double operator[](int i) const { return doubles ? doubles[i] : double{floats[i]}; }
+  __device__ double operator[](int i) const { return doubles ? doubles[i * stride] : double{floats[i * stride]}; }
 };
 
 template <typename T>

@@ -91,14 +91,16 @@ inline std::vector<Tensor> contiguous(const OptionalTensors& tensors) {
 // One number for each head or adversary: the device's own where it has them, else the host's.
 class Numbers {
  public:
-  explicit Numbers(const Tensor& values) : values_(values.contiguous()) {
-    if (!values_.is_cuda()) {
-      values_ = values_.to(at::kDouble);
-    }
-  }
+  // One number expanded to all stays one on the device: laying it out would be a launch more.
+  explicit Numbers(const Tensor& values)
+      : values_(
+            !values.is_cuda()           ? values.contiguous().to(at::kDouble)
+                : values.stride(0) == 0 ? values
+                                        : values.contiguous()) {}
 
   DeviceNumbers on_device() const {
     DeviceNumbers numbers{};
+    numbers.stride = static_cast<int>(values_.stride(0));
     if (values_.is_cuda() && values_.scalar_type() == at::kFloat) {
       numbers.floats = values_.const_data_ptr<float>();
     } else if (values_.is_cuda()) {

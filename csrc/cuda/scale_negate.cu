@@ -1,4 +1,4 @@
-// _scale_negate on CUDA: chooses the kernel for the gradient's type and the form of lambda. Everything is enqueued on the current
+// _scale_negate on CUDA: chooses the kernel for the gradients' type and the form of lambda. Everything is enqueued on the current
 // stream and nothing waits, so that it can be captured in a CUDA graph.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <vector>
 
 #include "../lambda_layout.h"
 #include "scale_negate.cuh"
@@ -15,16 +16,40 @@
 namespace grl_ext {
 namespace {
 
+int multiprocessors(const at::Tensor& tensor) {
+  int count = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device()));
+  return count;
+}
+
+// f(T) for the kernels' name of the dtype; a complex element is a pair of reals.
+template <class F>
+void dispatch(at::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case at::kHalf:
+      return f(__half());
+    case at::kBFloat16:
+      return f(__nv_bfloat16());
+    case at::kDouble:
+    case at::kComplexDouble:
+      return f(double());
+    default:
+      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kComplexFloat, "no kernel for ", dtype);
+      return f(float());
+  }
+}
+
+int64_t reals(const at::Tensor& grad) {
+  return grad.numel() * (grad.is_complex() ? 2 : 1);
+}
+
 template <typename T>
 void scale_as(const at::Tensor& out, const at::Tensor& grad, double value, const std::optional<at::Tensor>& lambda) {
   using A = typename Arithmetic<T>::type;
-  const int64_t parts = grad.is_complex() ? 2 : 1;  // a complex element is a pair of reals under one lambda
-  const int64_t n = grad.numel() * parts;
+  const int64_t n = reals(grad);
   const auto enqueue = [&](auto form) {
-    int sm_count = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, grad.get_device()));
     C10_CUDA_CHECK(scale_negate(
-        static_cast<T*>(out.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()), n, form, sm_count,
+        static_cast<T*>(out.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()), n, form, multiprocessors(grad),
         c10::cuda::getCurrentCUDAStream()));
   };
 
@@ -40,7 +65,8 @@ void scale_as(const at::Tensor& out, const at::Tensor& grad, double value, const
       using Index = decltype(index);
       enqueue(
           LambdaBroadcast<A, Index>{
-              lambda->const_data_ptr<A>(), static_cast<Index>(layout.period), static_cast<Index>(layout.inner * parts)});
+              lambda->const_data_ptr<A>(), static_cast<Index>(layout.period),
+              static_cast<Index>(layout.inner * (grad.is_complex() ? 2 : 1))});
     };
     if (n <= std::numeric_limits<int32_t>::max()) {
       broadcast(uint32_t{});
@@ -52,19 +78,7 @@ void scale_as(const at::Tensor& out, const at::Tensor& grad, double value, const
 
 void scale(const at::Tensor& out, const at::Tensor& grad, double value, const std::optional<at::Tensor>& lambda) {
   const c10::cuda::CUDAGuard guard(grad.device());
-  switch (grad.scalar_type()) {
-    case at::kHalf:
-      return scale_as<__half>(out, grad, value, lambda);
-    case at::kBFloat16:
-      return scale_as<__nv_bfloat16>(out, grad, value, lambda);
-    case at::kDouble:
-    case at::kComplexDouble:
-      return scale_as<double>(out, grad, value, lambda);
-    default:
-      TORCH_CHECK_TYPE(
-          grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kComplexFloat, "no kernel for ", grad.scalar_type());
-      return scale_as<float>(out, grad, value, lambda);
-  }
+  dispatch(grad.scalar_type(), [&](auto zero) { scale_as<decltype(zero)>(out, grad, value, lambda); });
 }
 
 at::Tensor scale_negate_cuda(const at::Tensor& grad, double value, const std::optional<at::Tensor>& lambda) {
@@ -77,11 +91,44 @@ void scale_negate_cuda_(at::Tensor& grad, double value, const std::optional<at::
   scale(grad, grad, value, lambda);
 }
 
+void scale_negate_list_cuda_(at::TensorList grads, double value, const std::optional<at::Tensor>& lambda) {
+  if (grads.empty()) {
+    return;
+  }
+  const c10::cuda::CUDAGuard guard(grads[0].device());
+  dispatch(grads[0].scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = typename Arithmetic<T>::type;
+    std::vector<T*> data;
+    std::vector<int64_t> sizes;
+    for (const auto& grad : grads) {
+      TORCH_CHECK_TYPE(
+          grad.scalar_type() == grads[0].scalar_type(), "_scale_negate_list_: gradients of ", grads[0].scalar_type(), " and of ",
+          grad.scalar_type());
+      data.push_back(static_cast<T*>(grad.mutable_data_ptr()));
+      sizes.push_back(reals(grad));
+    }
+    const auto enqueue = [&](auto form) {
+      C10_CUDA_CHECK(scale_negate_list(
+          data.data(), sizes.data(), static_cast<int>(data.size()), form, multiprocessors(grads[0]),
+          c10::cuda::getCurrentCUDAStream()));
+    };
+    if (!lambda) {
+      enqueue(LambdaValue<A>{static_cast<A>(value)});
+    } else if (lambda->scalar_type() == at::kDouble) {
+      enqueue(LambdaOnDevice<A, double>{lambda->const_data_ptr<double>(), static_cast<A>(value)});
+    } else {
+      enqueue(LambdaOnDevice<A, float>{lambda->const_data_ptr<float>(), static_cast<A>(value)});
+    }
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(grl_ext, CUDA, m) {
   m.impl("_scale_negate", scale_negate_cuda);
   m.impl("_scale_negate_", scale_negate_cuda_);
+  m.impl("_scale_negate_list_", scale_negate_list_cuda_);
 }
 
 }  // namespace grl_ext

@@ -1,5 +1,5 @@
-// out = -lambda * grad on the GPU: the kernel, its three forms of lambda, and its launch on plain pointers. Knows no ATen, so
-// that tests/cuda_on_cpu runs this text as it is; scale_negate.cu brings the tensors.
+// out = -lambda * grad on the GPU: the kernels for one gradient and for several, the three forms of lambda, and the launches on plain
+// pointers. Knows no ATen, so that tests/cuda_on_cpu runs this text as it is; scale_negate.cu brings the tensors.
 #pragma once
 
 #include <algorithm>
@@ -81,9 +81,10 @@ constexpr int kVectorSize = kVectorBytes / sizeof(T);
 constexpr int kVectorsInFlight = 4;
 
 constexpr int kScaleNegateThreads = 256;
-// Eight blocks of 256 threads fill the 2048 thread slots of a multiprocessor; more blocks would only queue. To be tuned with
-// bench/compare.py --device cuda.
-constexpr int kScaleNegateBlocksPerSm = 8;
+// As many blocks as run at a time, so that none waits for another's end. The kernels take up to 64 registers a thread, by which four
+// blocks fit; their loads in flight, 64 KB a multiprocessor, are several times what hides the memory's latency. Eight would have 32
+// registers and spill. To be tuned with bench/compare.py --device cuda.
+constexpr int kScaleNegateBlocksPerSm = 4;
 
 // The elements of a vector, each under the next lambda of the run.
 template <typename T, typename Run>
@@ -98,23 +99,16 @@ __device__ uint4 scale_negate_vector(uint4 bits, Run run) {
   return bits;
 }
 
-// out[i] = -lambda_i * grad[i]; out may be grad.
-// Traffic: one read and one write per element (a broadcast lambda is small and comes from the cache).
-// Launch: one thread per 16 bytes up to full multiprocessors, then each thread strides over the rest. No shared memory: no element
-// meets another. The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all
-// of them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor). In place by
-// lambda = -1, which is what an unscaled loss's backward asks for, nothing is read or written.
+// out[i] = -lambda_i * grad[i], by `blocks` blocks of which the caller is one; out may be grad.
+// The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all of them when out
+// and grad do not reach their boundaries together (a gradient that begins inside another tensor).
 // __ldcg and __stcg are one instruction of 16 bytes each, past L1, where nothing is read twice. A plain assignment is not: nvcc
 // splits it into its elements where it sees them in registers. tests/test_cuda_code.py counts them in the compiled code.
 template <typename T, typename Lambda>
-__global__ void __launch_bounds__(kScaleNegateThreads) scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda form) {
-  const auto lambda = form.fetch();
-  if (out == grad && lambda.changes_nothing()) {
-    return;
-  }
+__device__ void scale_negate_elements(T* out, const T* grad, int64_t n, Lambda lambda, unsigned block, unsigned blocks) {
   constexpr int kSize = kVectorSize<T>;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t thread = static_cast<int64_t>(block) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(blocks) * blockDim.x;
 
   const auto past_boundary = [](const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVectorBytes); };
   const bool together = past_boundary(out) == past_boundary(grad);
@@ -147,17 +141,99 @@ __global__ void __launch_bounds__(kScaleNegateThreads) scale_negate_kernel(T* ou
   }
 }
 
+// Traffic: one read and one write per element (a broadcast lambda is small and comes from the cache).
+// Launch: one thread per 16 bytes up to full multiprocessors, then each thread strides over the rest. No shared memory: no element
+// meets another. In place by lambda = -1 nothing is read or written.
+template <typename T, typename Lambda>
+__global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
+    scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda form) {
+  const auto lambda = form.fetch();
+  if (out == grad && lambda.changes_nothing()) {
+    return;
+  }
+  scale_negate_elements(out, grad, n, lambda, blockIdx.x, gridDim.x);
+}
+
+// As many blocks as have 16 bytes for every thread, and no more than run at a time.
+template <typename T>
+int64_t scale_negate_blocks(int64_t n, int sm_count) {
+  constexpr int64_t kPerBlock = kScaleNegateThreads * kVectorSize<T>;
+  return std::min<int64_t>((n + kPerBlock - 1) / kPerBlock, int64_t{sm_count} * kScaleNegateBlocksPerSm);
+}
+
 // `n` counts reals: a complex element is two of them under one lambda, for which a broadcast lambda has twice the inner.
 template <typename T, typename Lambda>
 cudaError_t scale_negate(T* out, const T* grad, int64_t n, Lambda lambda, int sm_count, cudaStream_t stream) {
   if (n == 0) {
     return cudaSuccess;
   }
-  constexpr int64_t kPerBlock = kScaleNegateThreads * kVectorSize<T>;
-  const int64_t blocks = std::min<int64_t>((n + kPerBlock - 1) / kPerBlock, int64_t{sm_count} * kScaleNegateBlocksPerSm);
   return launch(
-      scale_negate_kernel<T, Lambda>, dim3(static_cast<unsigned>(blocks)), dim3(kScaleNegateThreads), 0, stream, out, grad, n,
-      lambda);
+      scale_negate_kernel<T, Lambda>, dim3(static_cast<unsigned>(scale_negate_blocks<T>(n, sm_count))), dim3(kScaleNegateThreads),
+      0, stream, out, grad, n, lambda);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Several gradients in place, under one lambda
+// ---------------------------------------------------------------------------------------------------------------------
+
+// As many as find room among a kernel's arguments with some to spare.
+constexpr int kGradientsPerLaunch = 128;
+
+template <typename T>
+struct GradientList {
+  int count;
+  unsigned first_block[kGradientsPerLaunch];  // which of the grid's blocks takes the gradient's first elements
+  T* grad[kGradientsPerLaunch];
+  int64_t n[kGradientsPerLaunch];
+};
+
+// Every gradient's elements times -lambda. A training step's gradients are one large and several small ones, which as launches of
+// their own would cost more time to start than to run.
+// Traffic and inner loops: as scale_negate_kernel. Each gradient begins at another block, so that a list of small ones is spread
+// over the grid.
+template <typename T, typename Lambda>
+__global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
+    scale_negate_list_kernel(const __grid_constant__ GradientList<T> list, Lambda form) {
+  const auto lambda = form.fetch();
+  if (lambda.changes_nothing()) {
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < list.count; ++i) {
+    const unsigned first = list.first_block[i];
+    const unsigned block = blockIdx.x >= first ? blockIdx.x - first : blockIdx.x + gridDim.x - first;
+    scale_negate_elements(list.grad[i], list.grad[i], list.n[i], lambda, block, gridDim.x);
+  }
+}
+
+// grads[i] has sizes[i] reals. One launch for each kGradientsPerLaunch of them.
+template <typename T, typename Lambda>
+cudaError_t scale_negate_list(T* const* grads, const int64_t* sizes, int count, Lambda lambda, int sm_count, cudaStream_t stream) {
+  for (int begin = 0; begin < count; begin += kGradientsPerLaunch) {
+    GradientList<T> list{};
+    list.count = std::min(count - begin, kGradientsPerLaunch);
+    int64_t blocks = 0;  // that all of them together would have work for
+    for (int i = 0; i < list.count; ++i) {
+      list.grad[i] = grads[begin + i];
+      list.n[i] = sizes[begin + i];
+      blocks += scale_negate_blocks<T>(list.n[i], sm_count);
+    }
+    const int64_t grid = std::min(blocks, int64_t{sm_count} * kScaleNegateBlocksPerSm);
+    if (grid == 0) {
+      continue;
+    }
+    int64_t before = 0;
+    for (int i = 0; i < list.count; ++i) {
+      list.first_block[i] = static_cast<unsigned>(before % grid);
+      before += scale_negate_blocks<T>(list.n[i], sm_count);
+    }
+    const cudaError_t status = launch(
+        scale_negate_list_kernel<T, Lambda>, dim3(static_cast<unsigned>(grid)), dim3(kScaleNegateThreads), 0, stream, list, lambda);
+    if (status != cudaSuccess) {
+      return status;
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace grl_ext

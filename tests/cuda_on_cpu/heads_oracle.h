@@ -170,7 +170,7 @@ struct Inputs {
   std::vector<std::vector<int64_t>> classes;
   std::vector<std::vector<A>> dense, sample_weight, class_weight;
   std::vector<float> lambda;  // of the adversaries, as the device holds it
-  std::vector<double> loss_weight;
+  std::vector<double> loss_weight;  // of the heads, or one for all
 
   explicit Inputs(const Case& c) : c(c), count(static_cast<int>(c.heads.size())), x(c.rows * c.features, c.offset) {
     Numbers numbers;
@@ -203,6 +203,9 @@ struct Inputs {
         lambda.push_back(static_cast<float>(head.lambda));
       }
       loss_weight.push_back(head.loss_weight);
+    }
+    if (std::equal(loss_weight.begin() + 1, loss_weight.end(), loss_weight.begin())) {
+      loss_weight.resize(1);
     }
     begin.push_back(columns);
   }
@@ -248,8 +251,8 @@ struct Inputs {
         heads = {};
         heads.first = h;
         if (c.on_device) {
-          heads.lambda.floats = lambda.data();
-          heads.loss_weight.doubles = loss_weight.data();
+          heads.lambda = {lambda.data(), nullptr, 1};
+          heads.loss_weight = {nullptr, loss_weight.data(), loss_weight.size() > 1 ? 1 : 0};
         }
       }
       Head<T>& head = all.back().head[all.back().count++];

@@ -1,7 +1,7 @@
 // The heads' kernels against plain loops in double precision (heads_oracle.h): every form, option and element type, many sizes,
 // outputs between guards, twice for the same bits. `heads_test TYPE` runs one element type; `races` few cases of each form, for
-// ThreadSanitizer, to which a thread is expensive; `plan` the launch shapes alone; `launches` what a device would say to them;
-// `bad_target` must end in the kernel's assertion.
+// ThreadSanitizer, to which a thread is expensive, and `races_of_TYPE` fewer; `plan` the launch shapes alone; `launches` what a device would say to them;
+// `small` how many there are at a small size; `bad_target` must end in the kernel's assertion.
 #include "heads_oracle.h"
 
 namespace {
@@ -279,9 +279,9 @@ struct Run : Inputs<T> {
   }
 };
 
-constexpr HeadsDevice kHopper = {3, 227 << 10};    // as many blocks as ThreadSanitizer can tell apart
-constexpr HeadsDevice kOneSm = {1, 227 << 10};   // few blocks: each sweeps over many tiles
-constexpr HeadsDevice kTight = {2, 29 << 10};    // slices: two passes for floats and doubles
+constexpr HeadsDevice kHopper = {3, 227 << 10};  // as many blocks as ThreadSanitizer can tell apart
+constexpr HeadsDevice kOneSm = {1, 227 << 10};  // few blocks: each sweeps over many tiles
+constexpr HeadsDevice kTight = {2, 29 << 10};  // slices: two passes for floats and doubles
 constexpr HeadsDevice kAmpere = {2, 99 << 10};
 
 HeadCase with(int size, TargetKind kind, bool sample_weight, bool class_weight, double smoothing, double lambda = NAN) {
@@ -424,9 +424,19 @@ void races() {
   Run<float>({20, 100, lists[5], kTight}).check_loss();  // two passes
   Run<__half>({20, 35, lists[2], kOneSm}).check_sweeps();
   Run<float>({9, 516, heads_of({31, 1}), kOneSm}).check_sweeps();  // 512 threads
-  Run<float>({9, 1764, lists[3], kAmpere}).check_loss();           // a single stage
+  Run<float>({9, 1764, lists[3], kAmpere}).check_loss();  // a single stage
   Run<float>({kMaxRowsCountedInPlace / 32 + 5, 1, heads_of(std::vector<int>(32, 1)), kTight}).check_loss();
   Run<float>({20, 1, {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)}, kOneSm})
+      .check_between_products();
+}
+
+// Each form once with the types whose code differs: doubles have half the threads and other shared memory, bf16 is widened by pairs.
+template <typename T>
+void races_of() {
+  const auto lists = option_heads();
+  Run<T>({20, 100, lists[5], kOneSm}).check_sweeps();
+  Run<T>({20, 100, lists[5], kTight}).check_sweeps();
+  Run<T>({20, 1, {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)}, kOneSm})
       .check_between_products();
 }
 
@@ -549,6 +559,35 @@ void launches() {
   }
 }
 
+// A step at a small size is two launches, the sweep and the sum of what its blocks left; the backward is one more
+// (scale_negate_test.cpp). Numbers on the device change nothing in that: the kernels read them where they are.
+template <typename T>
+void count_launches() {
+  for (const auto& sizes : {std::vector<int>{10, 2}, std::vector<int>{2, 2}}) {
+    for (const bool on_device : {false, true}) {
+      Case c{128, 256, heads_of(sizes), {132, 227 << 10}};
+      c.on_device = on_device;
+      Run<T> run(c);
+      typename Run<T>::Results got(run);
+      const HeadsLosses<typename Arithmetic<T>::type> losses{got.loss.data(), got.head_losses.data()};
+      cuda_emulation::only_judge = true;
+      const std::size_t before = cuda_emulation::launches;
+      const bool good = heads_loss(run.call(got), c.mean, losses, run.queue(), allocator()) == cudaSuccess;
+      if (const std::size_t launched = cuda_emulation::launches - before; !good || launched != 2) {
+        ++failures;
+        std::printf("wrong: %zu launches of %zu bytes an element for %s\n", launched, sizeof(T), describe(c).c_str());
+      }
+    }
+  }
+}
+
+void small_steps() {
+  count_launches<__half>();
+  count_launches<__nv_bfloat16>();
+  count_launches<float>();
+  count_launches<double>();
+}
+
 void bad_target() {
   Run<float> run({4, 8, heads_of({2, 3})});
   run.classes[1][2] = 3;
@@ -559,13 +598,16 @@ void bad_target() {
 
 int main(int, char** argv) {
   const std::string what = argv[1];
-  what == "half"           ? check_type<__half>()
-      : what == "bfloat16" ? check_type<__nv_bfloat16>()
-      : what == "float"    ? check_type<float>()
-      : what == "double"   ? check_type<double>()
-      : what == "races"    ? races()
-      : what == "plan"     ? plan()
-      : what == "launches" ? launches()
-                           : bad_target();
+  what == "half"                    ? check_type<__half>()
+      : what == "bfloat16"          ? check_type<__nv_bfloat16>()
+      : what == "float"             ? check_type<float>()
+      : what == "double"            ? check_type<double>()
+      : what == "races"             ? races()
+      : what == "races_of_double"   ? races_of<double>()
+      : what == "races_of_bfloat16" ? races_of<__nv_bfloat16>()
+      : what == "plan"              ? plan()
+      : what == "launches"          ? launches()
+      : what == "small"             ? small_steps()
+                                    : bad_target();
   return failures != 0;
 }

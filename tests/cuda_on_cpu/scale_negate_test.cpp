@@ -1,9 +1,12 @@
-// scale_negate.cuh over element types, forms of lambda, sizes and alignments, in place and not, against a loop in double precision.
+// scale_negate.cuh over element types, forms of lambda, sizes and alignments, in place and not, alone and in lists, against a loop in
+// double precision.
 #include "scale_negate.cuh"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <vector>
 
 namespace {
@@ -139,12 +142,61 @@ void check_type() {
   }
 }
 
+// Gradients of these sizes, in place under one lambda, in as few launches as there can be.
+template <typename T, typename Lambda>
+void check_list(const std::vector<int64_t>& sizes, int sm_count, Lambda form, double lambda) {
+  std::vector<Guarded<T>> gradients;
+  std::vector<T*> data;
+  for (std::size_t g = 0; g < sizes.size(); ++g) {
+    gradients.emplace_back(sizes[g], static_cast<int>(g % 5));
+  }
+  for (Guarded<T>& gradient : gradients) {
+    data.push_back(gradient.data());
+  }
+  const std::size_t before = cuda_emulation::launches;
+  bool good = scale_negate_list(data.data(), sizes.data(), static_cast<int>(sizes.size()), form, sm_count, nullptr) == cudaSuccess;
+  const std::size_t launched = cuda_emulation::launches - before;
+  const bool any = std::any_of(sizes.begin(), sizes.end(), [](int64_t n) { return n > 0; });
+  good &= launched == (any ? (sizes.size() + kGradientsPerLaunch - 1) / kGradientsPerLaunch : 0);
+  for (std::size_t g = 0; g < sizes.size(); ++g) {
+    good &= gradients[g].guards_hold();
+    for (int64_t i = 0; i < sizes[g]; ++i) {
+      good &= is_scaled(data[g][i], gradient<T>(i), lambda) && (lambda != -1 || gradients[g].is_untouched(i));
+    }
+  }
+  if (!good) {
+    ++failures;
+    std::printf("wrong: a list of %zu, %zu bytes an element, lambda %g, %zu launches\n", sizes.size(), sizeof(T), lambda, launched);
+  }
+}
+
+template <typename T>
+void check_lists() {
+  using A = typename Arithmetic<T>::type;
+  const std::vector<int64_t> step = {128 * 256, 10 * 256, 2 * 256, 10, 2};  // dx, dW and db of two heads
+  std::vector<int64_t> many;
+  for (int64_t g = 0; g < 2 * kGradientsPerLaunch + 1; ++g) {
+    many.push_back(g % 7 * 31);
+  }
+  const std::vector<std::vector<int64_t>> lists = {step, many, {}, {0, 0}, {1}};
+  for (const auto& sizes : lists) {
+    for (const double lambda : {0.3, 0.0, -1.0}) {
+      const auto single = static_cast<float>(lambda);
+      check_list<T>(sizes, 1, LambdaValue<A>{static_cast<A>(lambda)}, lambda);
+      check_list<T>(sizes, 4, LambdaOnDevice<A, double>{&lambda, A(1)}, lambda);
+      check_list<T>(sizes, 2, LambdaOnDevice<A, float>{&single, A(1)}, double{single});
+    }
+  }
+}
+
 }  // namespace
 
-int main() {
-  check_type<__half>();
-  check_type<__nv_bfloat16>();
-  check_type<float>();
-  check_type<double>();
+int main(int count, char** argv) {
+  const bool lists = count > 1 && std::string(argv[1]) == "lists";
+  const auto check = [&](auto zero) { lists ? check_lists<decltype(zero)>() : check_type<decltype(zero)>(); };
+  check(__half());
+  check(__nv_bfloat16());
+  check(float());
+  check(double());
   return failures != 0;
 }
