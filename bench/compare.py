@@ -23,11 +23,12 @@ import bandwidth
 import baselines
 import cases
 import heads
+import maps
 import measure
 import report
 from grl_ext import _backend
 
-DEFAULT_GROUPS = cases.GROUPS | heads.GROUPS | bandwidth.GROUPS
+DEFAULT_GROUPS = cases.GROUPS | heads.GROUPS | maps.GROUPS | bandwidth.GROUPS
 GROUPS = DEFAULT_GROUPS | heads.BY_NAME_ONLY
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
