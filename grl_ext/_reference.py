@@ -139,6 +139,13 @@ class _ReversalWithJvp(_Reversal):
         return scale_negate(tangent, lambda_)
 
 
+def in_a_graph() -> bool:
+    """Whether PyTorch makes a graph of the program, in which an operator keeps its backward."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return torch.compiler.is_compiling() or (torch._C._is_tracing() and not torch.onnx.is_in_onnx_export())
+
+
 def read_now(lambda_: Tensor) -> Tensor | float:
     """A 0-d CPU lambda as it is now, so that later changes cannot reach into a graph already built."""
     if type(lambda_) is Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling():

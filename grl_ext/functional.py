@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from grl_ext import _backend, _reference, _reference_heads
+from grl_ext import _backend, _operators, _reference, _reference_heads
 from grl_ext._reference import check_number, check_tensor, check_tensors
 from grl_ext._reference_heads import CROSS_ENTROPY, SQUARED_ERROR, HeadsOptions
 
@@ -19,6 +19,8 @@ __all__ = ["HeadsLoss", "gradient_reversal", "grl_linear", "heads_loss", "linear
 
 if not hasattr(torch.ops.grl_ext, "gradient_reversal"):
     _reference.register_operators()
+else:
+    _operators.register()
 
 
 # Subclasses (jagged, masked, distributed, quantised) know the operators of plain PyTorch, which the reference keeps to.
@@ -28,8 +30,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _path() -> str:
     if torch._C._are_functorch_transforms_active():
         return "reference"
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling():
         return "traced"
+    if torch._C._is_tracing():  # but ONNX knows no operator of ours, and no backward
+        return "reference" if torch.onnx.is_in_onnx_export() else "traced"
     return "reference" if _backend.C is None else "eager"
 
 
@@ -150,6 +154,8 @@ def _heads_path(x: Tensor, *others: Tensor | None) -> str:
     if not isinstance(x, Tensor) or x.device.type not in _backend.kernel_devices:
         return "reference"
     path = _linear_path()
+    if path == "traced" and not torch.compiler.is_compiling():
+        return "reference"  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.
     return "reference" if path == "eager" and not _PLAIN.issuperset(map(type, (x, *others))) else path
 
 
