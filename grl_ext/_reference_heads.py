@@ -19,6 +19,7 @@ from grl_ext._reference import (
     check_tensor,
     gradient_reversal,
     in_a_graph,
+    in_make_fx,
     without_autocast,
 )
 
@@ -190,7 +191,7 @@ def check_values(target: Tensor, sample_weight: Tensor | None, head: int, size: 
     plain = target.device.type == "cpu" and type(target) is Tensor
     if not plain or torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx, as in torch.func.linearize
+    if in_make_fx():  # as in torch.func.linearize
         return
     if sample_weight is not None and type(sample_weight) is Tensor:
         wrong = ~((sample_weight >= 0) & sample_weight.isfinite())

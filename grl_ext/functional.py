@@ -34,6 +34,8 @@ def _path() -> str:
         return "traced"
     if torch._C._is_tracing():  # but ONNX knows no operator of ours, and no backward
         return "reference" if torch.onnx.is_in_onnx_export() else "traced"
+    if torch.fx._symbolic_trace._is_fx_tracing_flag:  # make_fx records PyTorch's own operators, below autograd
+        return "reference"
     return "reference" if _backend.C is None else "eager"
 
 
@@ -154,8 +156,11 @@ def _heads_path(x: Tensor, *others: Tensor | None) -> str:
     if not isinstance(x, Tensor) or x.device.type not in _backend.kernel_devices:
         return "reference"
     path = _linear_path()
-    if path == "traced" and not torch.compiler.is_compiling():
-        return "reference"  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.
+    if path == "traced":
+        if not torch.compiler.is_compiling():
+            return "reference"  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.
+        if any(hasattr(type(tensor), "__tensor_flatten__") for tensor in (x, *others)):
+            return "reference"  # a subclass in a graph, such as DTensor, which has a strategy for each of PyTorch's own operators
     return "reference" if path == "eager" and not _PLAIN.issuperset(map(type, (x, *others))) else path
 
 
