@@ -13,6 +13,7 @@ AS_PLAIN = "as plain PyTorch"
 NOT_REVERSED, WRONG, ERROR = "not reversed", "wrong gradient", "error"  # of the usual layer; grl_ext has none of these
 
 
+PATHS = ("compiled", "fallback")
 HERE, IN_TWO_PROCESSES = "here", "in two processes"
 
 
@@ -22,7 +23,7 @@ class Refusal(NamedTuple):
     columns: Sequence[str]
     error: str
     sentence: str
-    paths: Sequence[str] = ("compiled", "fallback")
+    paths: Sequence[str] = PATHS
 
 
 class Row(NamedTuple):
@@ -35,7 +36,7 @@ class Row(NamedTuple):
     rtol: float | None
     atol: float | None
     where: str
-    heavy: bool  # needs packages that are not in the tests' environment, or much time: for `make matrix`
+    heavy: Sequence[str]  # on which paths only `make matrix` runs it: for packages that the tests' environment lacks, or for its time
 
 
 ROWS: dict[str, Row] = {}
@@ -50,7 +51,7 @@ def row(
     rtol: float | None = None,
     atol: float | None = None,
     where: str = HERE,
-    heavy: bool = False,
+    heavy: Sequence[str] = (),
 ):
     """Registers the decorated function: network -> values and gradients through the set-up."""
 

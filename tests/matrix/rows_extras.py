@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from matrix.networks import COLUMNS, Network, batch, eager
-from matrix.rows import row
+from matrix.rows import PATHS, row
 from torch import Tensor, nn
 
 ONNX, LIBRARIES, SWAPS = "ONNX (inference)", "Libraries", "Libraries that replace linear layers"
@@ -13,7 +13,7 @@ STEPS, RATE = 3, 0.1
 
 
 def extra(group: str, name: str, **options):
-    return row(group, name, heavy=True, **options)
+    return row(group, name, heavy=PATHS, **options)
 
 
 # --- ONNX ------------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from matrix.networks import COLUMNS, HEADS, Network, OurReversal, batch, eager, step
 from matrix.networks import network as make_network
-from matrix.rows import Refusal, row
+from matrix.rows import PATHS, Refusal, row
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.export.experimental import _export_forward_backward
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 COMPILE, EXPORT, OTHER = "`torch.compile`", "`torch.export`", "TorchScript and fx"
@@ -42,7 +43,7 @@ def by_inductor() -> dict[str, list[Tensor]]:
     return {made.column: [loss.detach(), x.grad, *(p.grad for p in made.parameters())] for loss, x, made in results}
 
 
-@row(COMPILE, "default (Inductor)")
+@row(COMPILE, "default (Inductor)", heavy=["fallback"])
 def _(network: Network) -> list[Tensor]:
     return by_inductor()[network.column]
 
@@ -195,7 +196,7 @@ def by_aot_inductor() -> dict[str, Tensor]:
     return dict(zip(COLUMNS, losses, strict=True))
 
 
-@row(EXPORT, "AOTInductor package (inference)", expected=lambda plain: eager(plain)[:1], heavy=True)
+@row(EXPORT, "AOTInductor package (inference)", expected=lambda plain: eager(plain)[:1], heavy=PATHS)
 def _(network: Network) -> list[Tensor]:
     return [by_aot_inductor()[network.column]]
 
@@ -227,3 +228,30 @@ def _(network: Network) -> list[Tensor]:
 def _(network: Network) -> list[Tensor]:
     traced = torch.fx.symbolic_trace(network)
     return step(traced, network.parameters())
+
+
+def forward_graph(network: Network, **options) -> list[Tensor]:
+    parameters = dict(network.named_parameters())
+    graph = make_fx(lambda p, x, labels: torch.func.functional_call(network, p, (x, labels)), **options)(parameters, *batch())
+    return step(lambda x, labels: graph(parameters, x, labels), network.parameters())
+
+
+@row(OTHER, "`make_fx` of the forward, the gradient of its graph")
+def _(network: Network) -> list[Tensor]:
+    return forward_graph(network)
+
+
+@row(OTHER, "the same with `pre_dispatch=True`")
+def _(network: Network) -> list[Tensor]:
+    return forward_graph(network, pre_dispatch=True)
+
+
+@row(OTHER, "`make_fx` of forward and backward")
+def _(network: Network) -> list[Tensor]:
+    def gradients(parameters: dict[str, Tensor], x: Tensor, labels: Tensor) -> list[Tensor]:
+        loss = torch.func.functional_call(network, parameters, (x, labels))
+        return [loss, *torch.autograd.grad(loss, [x, *parameters.values()])]
+
+    parameters, (x, labels) = dict(network.named_parameters()), batch()
+    x.requires_grad_()
+    return list(make_fx(gradients)(parameters, x, labels)(parameters, x, labels))

@@ -129,7 +129,7 @@ def _(given: Network) -> list[Tensor]:
     return averaged(sharded, sharded.parameters())
 
 
-def of_dtensors(network: Network, parameters, inputs) -> list[Tensor]:
+def of_dtensors(network: Network, parameters, inputs, compiled: bool = False) -> list[Tensor]:
     mesh = init_device_mesh("cpu", (2,))
 
     def place(name: str, module: nn.Module, mesh) -> None:
@@ -138,14 +138,21 @@ def of_dtensors(network: Network, parameters, inputs) -> list[Tensor]:
             module.register_parameter(own, nn.Parameter(distribute_tensor(parameter, mesh, placed)))
 
     distribute_module(network, mesh, place)
-    loss = network(*(distribute_tensor(t, mesh, inputs) for t in batch()))
-    loss.backward()
+    call = torch.compile(network, backend="aot_eager", fullgraph=True) if compiled else network
+    call(*(distribute_tensor(t, mesh, inputs) for t in batch())).backward()
     return [whole(p.grad) for p in network.parameters()]
 
 
 @two("DTensor: features sharded by rows, weights replicated")
 def _(network: Network) -> list[Tensor]:
     return of_dtensors(network, [Replicate()], [Shard(0)])
+
+
+@two("DTensor: features sharded by rows, compiled")
+def _(network: Network) -> list[Tensor]:
+    result = of_dtensors(network, [Replicate()], [Shard(0)], compiled=True)
+    torch._dynamo.reset()
+    return result
 
 
 @two("DTensor: everything replicated")

@@ -248,11 +248,11 @@ def hogwild(method: str) -> dict[str, list[Tensor]]:
         return torch.load(file)
 
 
-@row(TRAINING, "Hogwild: a forked process trains shared parameters", expected=sgd_step)
+@row(TRAINING, "Hogwild: a forked process trains shared parameters", expected=sgd_step, heavy=["fallback"])
 def _(network: Network) -> list[Tensor]:
     return hogwild("fork")[network.column]
 
 
-@row(TRAINING, "Hogwild: a spawned process trains shared parameters", expected=sgd_step)
+@row(TRAINING, "Hogwild: a spawned process trains shared parameters", expected=sgd_step, heavy=["fallback"])
 def _(network: Network) -> list[Tensor]:
     return hogwild("spawn")[network.column]

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -30,13 +29,11 @@ def path_here() -> str:
     return "fallback" if _backend.C is None else "compiled"
 
 
-def cells() -> Iterator[tuple[str, str]]:
+def cells() -> list[tuple[str, str]]:
     """Of this process. The usual layer does not depend on the path: it is tried on the compiled one."""
-    for name, row in ROWS.items():
-        if not row.heavy or os.environ.get("GRL_EXT_MATRIX") == "all":
-            for column in row.columns:
-                if column != USUAL or path_here() == "compiled":
-                    yield name, column
+    path, every = path_here(), os.environ.get("GRL_EXT_MATRIX") == "all"
+    names = [name for name, row in ROWS.items() if every or path not in row.heavy]
+    return [(name, column) for name in names for column in ROWS[name].columns if column != USUAL or path == "compiled"]
 
 
 def start_pure_python(folder: Path) -> tuple[subprocess.Popen, Path]:

@@ -26,7 +26,8 @@ layer. `tests/matrix` holds the tests and writes this page; `make test` fails wh
 - **the usual ten lines**: the layer that everybody pastes, in the same network. *Not reversed* means that the features help the
   adversary, without a warning. *Wrong gradient* is any other.
 
-Measured on torch {torch}. Rows with * need other packages, or more time than the rest: `make matrix` runs them.
+Measured on torch {torch}. Rows with ** need other packages, or more time than the rest: `make matrix` runs them. So it does with the
+pure-Python path of rows with *.
 """
 
 
@@ -60,7 +61,7 @@ class Notes:
 def groups() -> dict[str, list[str]]:
     """The rows' names by group, those that need nothing else first."""
     result: dict[str, list[str]] = {}
-    for name, row in sorted(ROWS.items(), key=lambda item: item[1].heavy):
+    for name, row in sorted(ROWS.items(), key=lambda item: len(item[1].heavy) == 2):
         result.setdefault(row.group, []).append(name)
     return result
 
@@ -71,7 +72,7 @@ def page(outcomes: Outcomes, torch_version: str) -> str:
         lines += [f"\n## {group}\n", "| | " + " | ".join((*OURS, USUAL)) + " |", "|---" * (len(OURS) + 2) + "|"]
         for name in names:
             cells = [notes.cell(outcomes.get(name, {}).get(column)) for column in (*OURS, USUAL)]
-            lines.append(f"| {name}{' *' if ROWS[name].heavy else ''} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name}{' ' + '*' * len(ROWS[name].heavy) if ROWS[name].heavy else ''} | " + " | ".join(cells) + " |")
     if notes.sentences:
         lines.append("\n## Notes\n")
         lines += [f"{i}. {sentence[0].upper()}{sentence[1:]}." for i, sentence in enumerate(notes.sentences, 1)]
