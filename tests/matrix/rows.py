@@ -9,7 +9,6 @@ from matrix.networks import OURS, USUAL, Network, eager, network, plain_like
 from torch import Tensor
 
 YES = "yes"
-AS_PLAIN = "as plain PyTorch"
 NOT_REVERSED, WRONG, ERROR = "not reversed", "wrong gradient", "error"  # of the usual layer; grl_ext has none of these
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from matrix.networks import OURS, USUAL
-from matrix.rows import AS_PLAIN, ROWS, YES
+from matrix.rows import ROWS, YES
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = Path(__file__).with_name("outcomes.json")
@@ -89,7 +89,7 @@ def short_form(outcomes: Outcomes) -> str:
 
 def _ours(names: list[str], outcomes: Outcomes) -> str:
     cells = [(name, outcome) for name in names for column in OURS for outcome in outcomes[name].get(column, {}).values()]
-    other = dict.fromkeys(name for name, outcome in cells if outcome not in (YES, AS_PLAIN))
+    other = dict.fromkeys(name for name, outcome in cells if outcome != YES)
     return "yes" if not other else "yes; refused for the heads: " + ", ".join(other)
 
 
