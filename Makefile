@@ -3,6 +3,7 @@
 # make examples    the experiments with their default settings, on data that ships with scikit-learn or is generated
 # make examples-real DATA=folder   those with published data on it; examples/README.md tells what the folder holds
 # make fuzz        COUNT=100000 random programs through grl_ext and through plain PyTorch
+# make matrix      every set-up times every operation again, those of other libraries too; writes docs/works-with.md
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
 # make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
@@ -41,7 +42,7 @@ TOOL = $(VENV)/bin/
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples examples-real fuzz asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
+.PHONY: env build test bench examples examples-real fuzz matrix asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -86,6 +87,17 @@ fuzz: build
 	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/fuzz.py --count $(COUNT)
 	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/fuzz.py --count $(COUNT) --path fallback
 
+# The libraries go into an environment of their own, which sees the one with torch. `make test` runs the rows that need none of them, and
+# compares them with what this wrote.
+.venv-matrix/.ready: tests/matrix/requirements.txt $(READY)
+	$(PY) -m venv .venv-matrix
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(ls -d .venv-matrix/lib/python*/site-packages)/tests_environment.pth
+	.venv-matrix/bin/python -m pip install --quiet -r $<
+	touch $@
+
+matrix: build .venv-matrix/.ready
+	GRL_EXT_MATRIX=all OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-matrix/bin/python tests/matrix/write.py
+
 # The sanitizers' build is a copy of its own. Python and torch are not built with them: libasan goes first by LD_PRELOAD, leaks are
 # theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
 ASAN_TESTS = test_gradient_reversal.py test_grl_linear.py test_in_place_backward.py test_errors.py test_gradients_of_gradients.py \
@@ -100,14 +112,15 @@ asan: env
 	  $(PY) -m pytest -q -p no:cacheprovider $(ASAN_TESTS)
 
 # Builds what GRL_EXT_BUILD says into the environment $(1) and tests it there. The tests run from their own folder, so that they see the
-# installed package and not the source tree. Those of the examples, the benchmark, the emulation and the build do not depend on the build.
+# installed package and not the source tree. Those of the examples, the benchmark, the emulation and the build do not depend on the build;
+# the matrix's tables are for one version of torch.
 # TESTS='test_compile.py test_opcheck.py' runs those only.
 TESTS ?=
 define test_installed
 	$(1)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	cd tests && $(abspath $(1))/bin/python -m grl_ext
 	cd tests && GRL_EXT_REQUIRE_COMPILED=1 $(abspath $(1))/bin/python -m pytest -q --ignore-glob='*example*' --ignore=test_bench.py \
-	  --ignore=test_gpu_day.py --ignore=test_cuda_on_cpu.py --ignore=test_install.py $(TESTS)
+	  --ignore=test_gpu_day.py --ignore=test_cuda_on_cpu.py --ignore=test_install.py --ignore=test_matrix.py $(TESTS)
 endef
 
 versions: version-oldest version-newest
@@ -141,4 +154,4 @@ format: env
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
 
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix

@@ -139,6 +139,27 @@ class _ReversalWithJvp(_Reversal):
         return scale_negate(tangent, lambda_)
 
 
+def in_a_graph() -> bool:
+    """Whether PyTorch makes a graph of the program, in which an operator keeps its backward."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return torch.compiler.is_compiling() or (torch._C._is_tracing() and not torch.onnx.is_in_onnx_export())
+
+
+def in_make_fx() -> bool:
+    """Whether make_fx records what runs: PyTorch's operators below autograd, so that a Function's own backward is lost."""
+    return not torch.compiler.is_compiling() and torch.fx._symbolic_trace._is_fx_tracing_flag
+
+
+def reversal_by_operators(x: Tensor, lambda_: Tensor | float) -> Tensor:
+    """The value of x, the derivative -lambda, for finite x: what any recording of operators keeps."""
+    if not x.is_floating_point() and not x.is_complex():
+        return x.view_as(x)
+    value = x.detach()
+    lambda_ = lambda_.detach().to(x.device, x.dtype) if isinstance(lambda_, Tensor) else lambda_
+    return value - lambda_ * (x - value)
+
+
 def read_now(lambda_: Tensor) -> Tensor | float:
     """A 0-d CPU lambda as it is now, so that later changes cannot reach into a graph already built."""
     if type(lambda_) is Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling():
@@ -153,11 +174,13 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
         check_lambda(x, lambda_)
         if not x.requires_grad and not functorch:
             lambda_ = lambda_.detach()  # the output must not require a gradient for lambda's sake
-        if lambda_.dim() == 0 and lambda_.device.type == "cpu" and not (lambda_.requires_grad or functorch):
+        if lambda_.dim() == 0 and lambda_.device.type == "cpu" and not (lambda_.requires_grad or functorch or in_make_fx()):
             lambda_ = read_now(lambda_)
     else:
         lambda_ = check_number("lambda_", lambda_)
 
+    if in_make_fx():
+        return reversal_by_operators(x, lambda_)
     if functorch and torch.compiler.is_compiling():
         # Dynamo loses the backward of a Function inside a transform. This has the same derivatives for finite x.
         return x - (1 + lambda_) * (x - x.detach())

@@ -18,6 +18,8 @@ from grl_ext._reference import (
     check_scalar,
     check_tensor,
     gradient_reversal,
+    in_a_graph,
+    in_make_fx,
     without_autocast,
 )
 
@@ -187,7 +189,9 @@ def check_options(x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], op
 def check_values(target: Tensor, sample_weight: Tensor | None, head: int, size: int, ignore_index: int) -> None:
     """Values are only looked at where that costs no synchronisation and they exist."""
     plain = target.device.type == "cpu" and type(target) is Tensor
-    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not plain or torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return
+    if in_make_fx():  # as in torch.func.linearize
         return
     if sample_weight is not None and type(sample_weight) is Tensor:
         wrong = ~((sample_weight >= 0) & sample_weight.isfinite())
@@ -219,7 +223,11 @@ def _as_given(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]
 
 def _seen_by(x: Tensor, lambda_: Tensor, index: int) -> Tensor:
     """The features as the head sees them: an adversary's gradient to them is reversed."""
-    return x if index < 0 else gradient_reversal(x, lambda_[index])
+    if index < 0:
+        return x
+    if in_a_graph():  # where a Python function's own backward would be lost
+        return torch.ops.grl_ext.gradient_reversal(x, lambda_[index])
+    return gradient_reversal(x, lambda_[index])
 
 
 def linear_heads(
@@ -314,9 +322,11 @@ def heads_loss(
 
 def loss_of_head(logits: Tensor, targets: Sequence[Tensor], options: HeadsOptions, h: int) -> Tensor:
     """Head h's loss from logits (..., size) and targets that were checked; `options` with all lists filled."""
+    target, sample_weight = targets[h], options.sample_weight[h]
+    if logits.is_nested:  # jagged sequences: their steps lie one behind the other
+        logits, target = logits.values(), target.values()
+        sample_weight = None if sample_weight is None else sample_weight.values()
     rows = as_rows(logits)
-    target = targets[h]
-    sample_weight = options.sample_weight[h]
     return head_loss(
         rows,
         target.reshape(rows.shape[:1] if target.dtype == torch.int64 else rows.shape),

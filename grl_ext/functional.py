@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from grl_ext import _backend, _reference, _reference_heads
+from grl_ext import _backend, _operators, _reference, _reference_heads
 from grl_ext._reference import check_number, check_tensor, check_tensors
 from grl_ext._reference_heads import CROSS_ENTROPY, SQUARED_ERROR, HeadsOptions
 
@@ -19,6 +19,8 @@ __all__ = ["HeadsLoss", "gradient_reversal", "grl_linear", "heads_loss", "linear
 
 if not hasattr(torch.ops.grl_ext, "gradient_reversal"):
     _reference.register_operators()
+else:
+    _operators.register()
 
 
 # Subclasses (jagged, masked, distributed, quantised) know the operators of plain PyTorch, which the reference keeps to.
@@ -28,8 +30,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _path() -> str:
     if torch._C._are_functorch_transforms_active():
         return "reference"
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling():
         return "traced"
+    if torch._C._is_tracing():  # but ONNX knows no operator of ours, and no backward
+        return "reference" if torch.onnx.is_in_onnx_export() else "traced"
+    if torch.fx._symbolic_trace._is_fx_tracing_flag:  # make_fx records PyTorch's own operators, below autograd
+        return "reference"
     return "reference" if _backend.C is None else "eager"
 
 
@@ -143,9 +149,14 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """The heads' kernels have a list of devices."""
-    return isinstance(x, Tensor) and x.device.type in _backend.kernel_devices
+def _in_graph(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a graph takes the heads' operators for these tensors."""
+    if not isinstance(x, Tensor) or x.device.type not in _backend.kernel_devices:
+        return False
+    if not torch.compiler.is_compiling():
+        return False  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.
+    # A subclass in a graph, such as DTensor, has a strategy for each of PyTorch's own operators.
+    return not any(hasattr(type(tensor), "__tensor_flatten__") for tensor in (x, *others))
 
 
 def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
@@ -216,7 +227,7 @@ def run_linear_heads(
         logits = _backend.C.linear_heads(x, weight, bias, lambda_, lambda_index)
         if logits is not None:
             return logits
-    elif path == "traced" and _has_kernels(x):
+    elif path == "traced" and _in_graph(x, *weight, *bias):
         return torch.ops.grl_ext.linear_heads(x, weight, bias, lambda_.to(x.device), lambda_index)
     return _reference_heads.linear_heads(x, weight, bias, lambda_, lambda_index)
 
@@ -380,7 +391,7 @@ def run_heads_loss(
         if result is not None:
             return HeadsLoss(*result)
     depth = [1] * len(weight) if depth is None else depth
-    if path == "traced" and _has_kernels(x):
+    if path == "traced" and _in_graph(x, *weight, *bias, *targets):
         sample_weight, class_weight, loss_weight, *others = options.filled(len(depth))
         return HeadsLoss(
             *torch.ops.grl_ext.heads_loss(

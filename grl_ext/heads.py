@@ -315,6 +315,10 @@ class AdversarialHeads(_LambdaModule):
         ignore_index: int | Mapping[str, int] = -100,
         reduction: str = "mean",
     ) -> dict[str, Tensor] | HeadsOutput:
+        if isinstance(features, torch.fx.Proxy):
+            given = {"sample_weight": sample_weight, "class_weight": class_weight, "loss_weight": loss_weight}
+            given |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+            return self._symbolic(features, targets, given)
         check_tensor("features", features)
         if targets is None:
             return self._logits(features, self._heads())
@@ -384,6 +388,14 @@ class AdversarialHeads(_LambdaModule):
     def _back(self, logits: Tensor, features: Tensor) -> Tensor:
         """Logits of a head that took `_last(features)`, with their dimension in the features' place."""
         return logits.movedim(-1, self.dim) if self._is_moved(features) and logits.dim() == features.dim() else logits
+
+    def _symbolic(self, features: torch.fx.Proxy, targets, options: dict[str, object]) -> torch.fx.Proxy:
+        """For `torch.fx.symbolic_trace`: one call of this module in the graph, as of PyTorch's own modules."""
+        try:
+            name = features.tracer.path_of_module(self)
+        except NameError:
+            raise TypeError("features must be a tensor: trace a module that holds the heads, which are one call in its graph") from None
+        return features.tracer.create_proxy("call_module", name, (features, targets), {} if targets is None else options)
 
     # -- loss -----------------------------------------------------------------------------------------------------
 

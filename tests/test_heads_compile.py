@@ -187,7 +187,7 @@ def test_numbers_on_the_cpu_may_be_traced_beside_features_elsewhere(path, monkey
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(functional, "_linear_path", lambda: "traced")
-    monkeypatch.setattr(functional, "_has_kernels", lambda x: True)
+    monkeypatch.setattr(functional, "_in_graph", lambda *_: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weight = torch.empty(4, 8, device="cuda"), [torch.empty(3, 8, device="cuda"), torch.empty(2, 8, device="cuda")]
         targets = [torch.zeros(4, dtype=torch.int64, device="cuda")] * 2

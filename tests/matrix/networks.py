@@ -1,0 +1,181 @@
+"""The matrix's columns: one small network for each operation, with an encoder, a predictor and an adversary, and the same in plain PyTorch.
+
+All have the same parameters in the same order, and return the sum of two cross entropies.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grl_ext import GRL, AdversarialHeads, GRLLinear, gradient_reversal
+
+LAMBDA = 0.3
+ROWS, INPUTS, FEATURES, DIGITS, DOMAINS = 6, 4, 5, 3, 2
+
+
+class Network(nn.Module):
+    """What the columns share; `logits` differs."""
+
+    __jit_unused_properties__ = ["linears"]
+
+    column: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(INPUTS, FEATURES)
+
+    def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_of(self.encoder(x).tanh(), labels)
+
+    def loss_of(self, features: Tensor, labels: Tensor) -> Tensor:
+        digit, domain = self.logits(features)
+        return F.cross_entropy(digit, labels) + F.cross_entropy(domain, labels.clamp(max=1))
+
+    @property
+    def linears(self) -> tuple[nn.Module, nn.Module]:
+        """The predictor and the adversary."""
+        return self.digit, self.domain
+
+
+class Layers(Network):
+    """A linear predictor, and a linear adversary behind `reversal`."""
+
+    def __init__(self, reversal: nn.Module) -> None:
+        super().__init__()
+        self.digit, self.reversal, self.domain = nn.Linear(FEATURES, DIGITS), reversal, nn.Linear(FEATURES, DOMAINS)
+
+    def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.digit(features), self.domain(self.reversal(features))
+
+
+class PlainReversal(nn.Module):
+    """The value of x and the derivative of -lambda x, by PyTorch's own operations only: what all other columns are compared with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = LAMBDA
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = -self.alpha * x
+        return scaled + (x - scaled).detach()
+
+
+class ReverseLayerF(torch.autograd.Function):
+    """The layer that everybody pastes."""
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.neg() * ctx.alpha, None
+
+
+class UsualReversal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = LAMBDA
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ReverseLayerF.apply(x, self.alpha)
+
+
+class OurReversal(nn.Module):
+    """The module and the function, each for a half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.number = GRL(LAMBDA), LAMBDA
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) + gradient_reversal(x, self.number)) / 2
+
+
+class Linear(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.digit, self.domain = nn.Linear(FEATURES, DIGITS), GRLLinear(FEATURES, DOMAINS, lambda_=LAMBDA)
+
+    def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.digit(features), self.domain(features)
+
+
+class Logits(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = AdversarialHeads(FEATURES, {"digit": DIGITS}, {"domain": DOMAINS}, lambda_=LAMBDA)
+
+    def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.heads(features)
+        return logits["digit"], logits["domain"]
+
+    @property
+    def linears(self) -> tuple[nn.Module, nn.Module]:
+        return self.heads.predictors["digit"], self.heads.adversaries["domain"]
+
+
+class Loss(Logits):
+    def loss_of(self, features: Tensor, labels: Tensor) -> Tensor:
+        return self.heads(features, {"digit": labels, "domain": labels.clamp(max=1)}).loss
+
+
+USUAL = "the usual ten lines"
+COLUMNS: dict[str, Callable[[], Network]] = {
+    "`gradient_reversal`, `GRL`": lambda: Layers(OurReversal()),
+    "`GRLLinear`": Linear,
+    "heads' logits": Logits,
+    "heads' loss": Loss,
+    USUAL: lambda: Layers(UsualReversal()),
+}
+HEADS = ("heads' logits", "heads' loss")
+OURS = tuple(COLUMNS)[:-1]
+
+
+def network(column: str, seed: int = 1) -> Network:
+    """The same parameters in every column and every process."""
+    made = COLUMNS[column]()
+    made.column = column
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    return made
+
+
+def plain_like(other: nn.Module) -> Network:
+    """Layer by layer in plain PyTorch, with the parameters' values of `other`."""
+    made = Layers(PlainReversal())
+    values = list(other.parameters())
+    made.to(values[0].dtype)
+    with torch.no_grad():
+        for parameter, value in zip(made.parameters(), values, strict=True):
+            parameter.copy_(value)
+    return made
+
+
+def batch(rows: int = ROWS, seed: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, INPUTS, generator=generator), torch.randint(DIGITS, (rows,), generator=generator)
+
+
+def step(call: Callable[[Tensor, Tensor], Tensor], parameters, x: Tensor | None = None, labels: Tensor | None = None) -> list[Tensor]:
+    """The loss of `call`, and its gradients for the inputs and the parameters, by a plain `backward()`."""
+    given, own_labels = batch()
+    x, labels = (given if x is None else x).detach().requires_grad_(), own_labels if labels is None else labels
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.grad = None
+    loss = call(x, labels)
+    loss.backward()
+    return [loss.detach(), x.grad, *(parameter.grad for parameter in parameters)]
+
+
+def eager(made: nn.Module) -> list[Tensor]:
+    return step(made, made.parameters())

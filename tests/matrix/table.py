@@ -1,0 +1,111 @@
+"""The matrix's outcomes as tables: `docs/works-with.md`, all of them, and the README's short form."""
+
+import json
+import re
+from pathlib import Path
+
+from matrix.networks import OURS, USUAL
+from matrix.rows import ROWS, YES
+
+ROOT = Path(__file__).parents[2]
+OUTCOMES = Path(__file__).with_name("outcomes.json")
+PAGE, README = ROOT / "docs" / "works-with.md", ROOT / "README.md"
+BEGIN, END = "<!-- written by tests/matrix/write.py -->", "<!-- end -->"
+
+Outcomes = dict[str, dict[str, dict[str, str]]]  # of row, column and path
+
+INTRODUCTION = """\
+# What it works with
+
+This page answers in which set-ups of PyTorch the gradient is right. Each cell is a test: a small network with an encoder, a predictor and
+an adversary is run through the set-up, and its values and all its gradients are compared with the same network in plain PyTorch, layer by
+layer. `tests/matrix` holds the tests and writes this page; `make test` fails where the two differ.
+
+- **yes**: right, on the compiled path and on the one in pure Python.
+- **refused**: an error, with what to do instead. Nothing is ever computed wrongly.
+- **the usual ten lines**: the layer that everybody pastes, in the same network. *Not reversed* means that the features help the
+  adversary, without a warning. *Wrong gradient* is any other.
+
+Measured on torch {torch}. Rows with ** need other packages, or more time than the rest: `make matrix` runs them. So it does with the
+pure-Python path of rows with *.
+"""
+
+
+def read() -> Outcomes:
+    return json.loads(OUTCOMES.read_text())["outcomes"] if OUTCOMES.exists() else {}
+
+
+class Notes:
+    """Sentences too long for a cell, by number."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def short(self, outcome: str) -> str:
+        kind, _, sentence = outcome.partition(": ")
+        if not sentence:
+            return outcome
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+        return f"{kind} [{self.sentences.index(sentence) + 1}]"
+
+    def cell(self, of_paths: dict[str, str] | None) -> str:
+        if not of_paths:
+            return "-"
+        short = {path: self.short(outcome) for path, outcome in of_paths.items()}
+        if len(set(short.values())) == 1:
+            return next(iter(short.values()))
+        return "; ".join(f"{'pure Python' if path == 'fallback' else path}: {outcome}" for path, outcome in short.items())
+
+
+def groups() -> dict[str, list[str]]:
+    """The rows' names by group, those that need nothing else first."""
+    result: dict[str, list[str]] = {}
+    for name, row in sorted(ROWS.items(), key=lambda item: len(item[1].heavy) == 2):
+        result.setdefault(row.group, []).append(name)
+    return result
+
+
+def page(outcomes: Outcomes, torch_version: str) -> str:
+    notes, lines = Notes(), [INTRODUCTION.format(torch=torch_version).rstrip()]
+    for group, names in groups().items():
+        lines += [f"\n## {group}\n", "| | " + " | ".join((*OURS, USUAL)) + " |", "|---" * (len(OURS) + 2) + "|"]
+        for name in names:
+            cells = [notes.cell(outcomes.get(name, {}).get(column)) for column in (*OURS, USUAL)]
+            lines.append(f"| {name}{' ' + '*' * len(ROWS[name].heavy) if ROWS[name].heavy else ''} | " + " | ".join(cells) + " |")
+    if notes.sentences:
+        lines.append("\n## Notes\n")
+        lines += [f"{i}. {sentence[0].upper()}{sentence[1:]}." for i, sentence in enumerate(notes.sentences, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def short_form(outcomes: Outcomes) -> str:
+    """One row for each group: what all cells of grl_ext give, and in which set-ups the usual layer fails."""
+    lines = ["| set-ups | grl_ext | the usual ten lines |", "|---|---|---|"]
+    for group, names in groups().items():
+        lines.append(f"| {group}: {len(names)} | {_ours(names, outcomes)} | {_usual(names, outcomes)} |")
+    return "\n".join(lines)
+
+
+def _ours(names: list[str], outcomes: Outcomes) -> str:
+    cells = [(name, outcome) for name in names for column in OURS for outcome in outcomes[name].get(column, {}).values()]
+    other = dict.fromkeys(name for name, outcome in cells if outcome != YES)
+    return "yes" if not other else "yes; refused for the heads: " + ", ".join(other)
+
+
+def _usual(names: list[str], outcomes: Outcomes) -> str:
+    failures: dict[str, list[str]] = {}
+    for name in names:
+        outcome = outcomes[name].get(USUAL, {}).get("compiled", YES)
+        if outcome != YES:
+            failures.setdefault(outcome, []).append(re.sub(r" \(.*?\)", "", name))
+    if not failures:
+        return "yes"
+    parts = [f"**{outcome}**: " + ("all" if len(names) == len(own) else ", ".join(own)) for outcome, own in failures.items()]
+    return "; ".join(parts)
+
+
+def readme_with(outcomes: Outcomes, text: str) -> str:
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{short_form(outcomes)}\n\n{END}{after}"
