@@ -84,8 +84,9 @@ examples-real: build
 
 COUNT ?= 10000
 fuzz: build
-	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/fuzz.py --count $(COUNT)
-	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/fuzz.py --count $(COUNT) --path fallback
+	for path in compiled fallback; do for kind in autograd heads; do \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(PY) tests/fuzz/fuzz.py --count $(COUNT) --path $$path --kind $$kind || exit 1; \
+	done; done
 
 # The libraries go into an environment of their own, which sees the one with torch. `make test` runs the rows that need none of them, and
 # compares them with what this wrote.

@@ -40,7 +40,7 @@ class HeadsOptions(NamedTuple):
     def filled(self, heads: int) -> "HeadsOptions":
         """The same without None in place of lists."""
 
-        def each(given: Sequence | None, default) -> Sequence:
+        def each(given, default):
             return [default] * heads if given is None else given
 
         return HeadsOptions(
@@ -356,7 +356,7 @@ def numbers(name: str, values: Sequence[Tensor | float] | Tensor, places: Sequen
     devices = [value.device for value in values if isinstance(value, Tensor)]
     if not devices:
         return torch.tensor(values, dtype=torch.float64)
-    device = next((device for device in devices if device.type != "cpu"), devices[0])
+    device = ([device for device in devices if device.type != "cpu"] or devices)[0]
     return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
 
 

@@ -161,7 +161,7 @@ def _in_graph(x: Tensor, *others: Tensor | None) -> bool:
 
 def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
     """The adversaries' numbers as one tensor, and each head's place in it; -1 for a predictor."""
-    if isinstance(lambda_, Tensor | str) or not isinstance(lambda_, Sequence):
+    if isinstance(lambda_, (Tensor, str)) or not isinstance(lambda_, Sequence):
         raise TypeError(f"lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got {type(lambda_).__name__}")
     if len(lambda_) != heads:
         raise ValueError(f"lambda_ must have an entry for each of the {heads} heads, got {len(lambda_)}")

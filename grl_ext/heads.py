@@ -235,7 +235,7 @@ class AdversarialHeads(_LambdaModule):
         self.predictors = modules("predictors", predictors)
         self.adversaries = modules("adversaries", adversaries)
         for name, module in self.adversaries.items():
-            if reversal := next((part for part in module.modules() if isinstance(part, GRL | GRLLinear)), None):
+            if reversal := next((part for part in module.modules() if isinstance(part, (GRL, GRLLinear))), None):
                 raise ValueError(
                     f"adversaries[{name!r}] contains a {type(reversal).__name__}, but AdversarialHeads reverses the adversaries' "
                     "gradients itself: leave the GRL out, or use a plain nn.Linear"
@@ -334,20 +334,19 @@ class AdversarialHeads(_LambdaModule):
                 target.movedim(self.dim, -1) if isinstance(target, Tensor) and target.dim() == features.dim() else target
                 for target in given
             ]
+        kind = [self._kinds[name] for name in names] if self._squared else None
         if sample_weight is class_weight is loss_weight is None and not label_smoothing and ignore_index == -100:
-            options = HeadsOptions(mean=functional.check_reduction(reduction))
+            options = HeadsOptions(kind=kind, mean=functional.check_reduction(reduction))
         else:
             options = HeadsOptions(
                 self._per_head("sample_weight", sample_weight, names, None),
                 self._per_head("class_weight", class_weight, names, None),
                 self._loss_weight(loss_weight, names) if loss_weight is not None else None,
-                None,
+                kind,
                 self._smoothing(label_smoothing, names) if label_smoothing else None,
                 None if ignore_index == -100 else self._ignored(ignore_index, names),
                 functional.check_reduction(reduction),
             )
-        if self._squared:
-            options = options._replace(kind=[self._kinds[name] for name in names])
         run = self._mixed_loss if [head for head in heads if head.path != "fused"] else self._fused_loss
         loss, head_losses, logits = run(features, heads, given, options)
         return HeadsOutput(loss, dict(zip(names, head_losses, strict=True)), dict(zip(names, logits, strict=True)))
@@ -417,7 +416,9 @@ class AdversarialHeads(_LambdaModule):
             )
         except _ERRORS as error:
             raise _named(error, heads) from None
-        return out if self.dim == -1 else out._replace(logits=[self._back(z, features) for z in out.logits])
+        if self.dim == -1:
+            return out
+        return functional.HeadsLoss(out.loss, out.head_losses, [self._back(z, features) for z in out.logits])
 
     def _mixed_loss(
         self, features: Tensor, heads: Sequence[_Head], targets: Sequence[Tensor], options: HeadsOptions
@@ -434,7 +435,7 @@ class AdversarialHeads(_LambdaModule):
             totals.append(total)
             for h, loss, own in zip(fused, *by_head, strict=True):
                 losses[h], logits[h] = loss, own
-        logits |= zip(others, self._logits(features, [heads[h] for h in others]).values(), strict=True)
+        logits.update(zip(others, self._logits(features, [heads[h] for h in others]).values(), strict=True))
         for h in others:
             # Logits of the features' rank have theirs in the same place.
             rows = self._last(logits[h]) if logits[h].dim() == features.dim() else logits[h]

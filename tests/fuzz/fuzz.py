@@ -12,6 +12,7 @@ import warnings
 from types import SimpleNamespace
 
 import autograd_programs
+import heads_programs
 import plain
 import torch
 from torch import Tensor
@@ -19,9 +20,14 @@ from torch import Tensor
 import grl_ext
 from grl_ext import _backend
 
-KINDS = {"autograd": autograd_programs}
+KINDS = {"autograd": autograd_programs, "heads": heads_programs}
 
-OURS = SimpleNamespace(gradient_reversal=grl_ext.gradient_reversal, grl_linear=grl_ext.grl_linear, GRL=grl_ext.GRL)
+OURS = SimpleNamespace(
+    gradient_reversal=grl_ext.gradient_reversal,
+    grl_linear=grl_ext.grl_linear,
+    GRL=grl_ext.GRL,
+    AdversarialHeads=grl_ext.AdversarialHeads,
+)
 
 
 def coarsest_eps(records: list[tuple[str, object]]) -> float:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from head_samples import naive_loss
 from torch import Tensor, nn
 
 
@@ -54,4 +55,35 @@ class GRL(nn.Module):
         return gradient_reversal(x, self.lambda_)
 
 
-OPERATIONS = SimpleNamespace(gradient_reversal=gradient_reversal, grl_linear=grl_linear, GRL=GRL)
+class AdversarialHeads(nn.Module):
+    """Module by module, each adversary behind a reversal of its own."""
+
+    def __init__(self, in_features: int, predictors: dict, adversaries: dict, *, lambda_: dict, losses: dict):
+        super().__init__()
+        self.predictors, self.adversaries = nn.ModuleDict(predictors), nn.ModuleDict(adversaries)
+        self.numbers, self.losses = dict(lambda_), losses
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "lambda_":
+            self.numbers.update(value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, features: Tensor, targets: dict | None = None, **options):
+        logits = {}
+        for name, module in [*self.predictors.items(), *self.adversaries.items()]:
+            if targets is None or name in targets:
+                logits[name] = module(gradient_reversal(features, self.numbers[name]) if name in self.numbers else features)
+        if targets is None:
+            return logits
+        by_name = {"sample_weight": None, "class_weight": None, "loss_weight": 1.0}
+        for option, otherwise in by_name.items():
+            if isinstance(given := options.get(option), dict):
+                options[option] = [given.get(name, otherwise) for name in logits]
+        losses = [self.losses.get(name, "cross_entropy") for name in logits]
+        heads = SimpleNamespace(targets=[targets[name] for name in logits], losses=losses)
+        loss, head_losses, _ = naive_loss(heads, logits=list(logits.values()), **options)
+        return SimpleNamespace(loss=loss, head_losses=dict(zip(logits, head_losses, strict=True)), logits=logits)
+
+
+OPERATIONS = SimpleNamespace(gradient_reversal=gradient_reversal, grl_linear=grl_linear, GRL=GRL, AdversarialHeads=AdversarialHeads)
