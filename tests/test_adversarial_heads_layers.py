@@ -249,6 +249,22 @@ def test_hooks_on_a_head_and_its_layers_fire_and_change_what_they_change(x, targ
     assert len(seen) == 1 and "(domain) fused" in repr(heads)
 
 
+def test_hooks_for_all_modules_see_every_layer(x, targets):
+    heads = make([5, 2])
+    layers = [module for module in heads.modules() if isinstance(module, nn.Linear)]
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        check(heads, x, targets)
+        seen.clear()
+        heads(x, targets)
+        assert all(any(module is layer for module in seen) for layer in layers)
+        assert "as given: there are hooks for all modules" in repr(heads)
+    finally:
+        handle.remove()
+    assert "as given" not in repr(heads)
+
+
 def test_a_forward_that_was_replaced_is_the_one_that_runs(x, targets):
     heads = make()
     layer = heads.adversaries["domain"]
