@@ -146,9 +146,13 @@ def in_a_graph() -> bool:
     return torch.compiler.is_compiling() or (torch._C._is_tracing() and not torch.onnx.is_in_onnx_export())
 
 
+# Whether torch.fx records what runs; under the second name in torch 2.8.
+fx_records = getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", torch.fx._symbolic_trace.is_fx_tracing)
+
+
 def in_make_fx() -> bool:
     """Whether make_fx records what runs: PyTorch's operators below autograd, so that a Function's own backward is lost."""
-    return not torch.compiler.is_compiling() and torch.fx._symbolic_trace._is_fx_tracing_flag
+    return not torch.compiler.is_compiling() and fx_records()
 
 
 def reversal_by_operators(x: Tensor, lambda_: Tensor | float) -> Tensor:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from grl_ext import _backend, _operators, _reference, _reference_heads
-from grl_ext._reference import check_number, check_tensor, check_tensors
+from grl_ext._reference import check_number, check_tensor, check_tensors, fx_records
 from grl_ext._reference_heads import CROSS_ENTROPY, SQUARED_ERROR, HeadsOptions
 
 __all__ = ["HeadsLoss", "gradient_reversal", "grl_linear", "heads_loss", "linear_heads"]
@@ -34,7 +34,7 @@ def _path() -> str:
         return "traced"
     if torch._C._is_tracing():  # but ONNX knows no operator of ours, and no backward
         return "reference" if torch.onnx.is_in_onnx_export() else "traced"
-    if torch.fx._symbolic_trace._is_fx_tracing_flag:  # make_fx records PyTorch's own operators, below autograd
+    if fx_records():  # make_fx records PyTorch's own operators, below autograd
         return "reference"
     return "reference" if _backend.C is None else "eager"
 
