@@ -156,7 +156,8 @@ def changed(make):
 
 
 def old_weight_norm(linear: nn.Module) -> None:
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.nn.utils.weight_norm(linear)
 
 

@@ -57,7 +57,8 @@ class Runner:
     def outcome(self, name: str, column: str) -> str:
         torch.manual_seed(0)
         torch._dynamo.reset()
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             if ROWS[name].where == IN_TWO_PROCESSES:
                 return self._in_two_processes(name, column)
             return outcome(ROWS[name], column, path_here())
@@ -81,7 +82,8 @@ class Runner:
 
 
 def in_both(rank: int, name: str, column: str, file: str) -> None:
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         found = outcome(ROWS[name], column, path_here())
     Path(file).with_suffix(f".{rank}").write_text(found)
 
