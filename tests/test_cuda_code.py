@@ -35,7 +35,7 @@ class Report(NamedTuple):
 @pytest.fixture(scope="module")
 def nvcc():
     """nvcc's path and options, as the build gives them."""
-    sys.path.insert(0, str(SOURCES.parents[1]))
+    sys.path.append(str(SOURCES.parents[1]))  # last, so that other tests' processes still import what is installed
     from torch.utils.cpp_extension import include_paths
 
     import build_backend

@@ -25,6 +25,7 @@ def _serve(rank: int, store: str, requests: Connection) -> None:
         _backend.C = compiled if path == "compiled" else None
         torch.manual_seed(0)
         try:
+            assert _backend.C is not None or path != "compiled", _backend.why_not
             function(rank, *arguments)
             requests.send(None)
         except BaseException:  # goes to the test as its failure
