@@ -157,7 +157,7 @@ def check_weights(x: Tensor, argument: str, weights: Tensor | None, head: int, s
 def check_options(x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], options: HeadsOptions, first: int = 0) -> None:
     """x (..., D) or whatever else has the targets' leading sizes; `sizes`, the columns of each head's logits. `first` numbers them."""
     heads = len(sizes)
-    for name, entries in {"targets": targets, **options._asdict()}.items():
+    for name, entries in zip(("targets", *HeadsOptions._fields), (targets, *options), strict=True):
         if name not in ("loss_weight", "mean") and len(entries) != heads:
             raise ValueError(f"{name} must have an entry for each of the {heads} heads, got {len(entries)}")
     leading = list(x.shape[:-1])

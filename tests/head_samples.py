@@ -185,7 +185,7 @@ def naive_row_losses(z: Tensor, target: Tensor, loss: str, class_weight: Tensor 
     one = target.reshape(-1).to(z) * (1 - label_smoothing) + label_smoothing / 2
     if class_weight is None:
         return F.binary_cross_entropy_with_logits(z[:, 0], one, reduction="none")
-    return class_weight[0] * (1 - one) * F.softplus(z[:, 0]) + class_weight[1] * one * F.softplus(-z[:, 0])
+    return -class_weight[0] * (1 - one) * F.logsigmoid(-z[:, 0]) - class_weight[1] * one * F.logsigmoid(z[:, 0])
 
 
 def naive_loss(
