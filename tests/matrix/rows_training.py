@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -244,7 +245,9 @@ def hogwild(method: str) -> dict[str, list[Tensor]]:
     script = Path(__file__).with_name("hogwild.py")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "parameters"
-        result = subprocess.run([sys.executable, str(script), method, str(file)], capture_output=True, text=True, timeout=300)
+        command = [sys.executable, str(script), method, str(file)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the package of this process
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         return torch.load(file)
 
