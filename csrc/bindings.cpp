@@ -108,6 +108,9 @@ bool is_exact(py::handle value) {
 }
 
 bool are_exact(py::handle sequence) {
+  if (sequence.is_none()) {
+    return true;
+  }
   for (const auto item : sequence) {
     if (!is_exact(item)) {
       return false;
@@ -140,7 +143,8 @@ py::object heads_loss_eager(
     py::handle x, py::handle weight, py::handle bias, py::handle depth, py::handle targets, const at::Tensor& lambda,
     const std::vector<int64_t>& lambda_index, py::handle sample_weight, py::handle class_weight, py::handle loss_weight,
     py::handle kind, py::handle label_smoothing, py::handle ignore_index, bool mean) {
-  if (!is_exact(x) || !are_exact(weight) || !are_exact(bias) || !are_exact(targets)) {
+  if (!is_exact(x) || !are_exact(weight) || !are_exact(bias) || !are_exact(targets) || !are_exact(sample_weight) ||
+      !are_exact(class_weight)) {
     return py::none();
   }
   const auto& features = to_tensor("x", x);

@@ -391,7 +391,8 @@ def run_heads_loss(
         if result is not None:
             return HeadsLoss(*result)
     depth = [1] * len(weight) if depth is None else depth
-    if path == "traced" and _in_graph(x, *weight, *bias, *targets):
+    weights = (*(options.sample_weight or ()), *(options.class_weight or ()))
+    if path == "traced" and _in_graph(x, *weight, *bias, *targets, *weights):
         sample_weight, class_weight, loss_weight, *others = options.filled(len(depth))
         return HeadsLoss(
             *torch.ops.grl_ext.heads_loss(

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from head_samples import SWITCH, WIDE, assert_near, check_loss, gradients, our_loss, sample_heads, sample_targets
 from samples import assert_same
 
+from grl_ext import heads_loss
+
 pytestmark = pytest.mark.usefixtures("path")
 
 SIZES = [(3, 1, 2), (SWITCH, 1, 2), ((4, 3), 1, (5, 2))]
@@ -362,3 +364,17 @@ def test_targets_of_one_kind_do_not_change_with_the_others(device):
 
 def test_sample_targets_have_the_shapes_that_are_promised(device):
     assert sample_targets("soft", (4,), 3, device).sum(1).allclose(torch.ones(4, device=device))
+
+
+def test_weights_of_a_subclass_count_as_plain_ones(path):
+    class Rows(torch.Tensor):
+        pass
+
+    x, weight = torch.randn(4, 3, requires_grad=True), [torch.randn(2, 3), torch.randn(2, 3)]
+    targets, rows, classes = [torch.tensor([0, 1, 0, 1])] * 2, torch.rand(4), torch.rand(2)
+    found = []
+    for kind in (torch.Tensor, Rows):
+        weights = {"sample_weight": rows.as_subclass(kind), "class_weight": [classes.as_subclass(kind), None]}
+        loss = heads_loss(x, weight, None, targets, lambda_=[None, 0.3], **weights).loss
+        found.append([torch.Tensor(t.detach()) for t in (loss, *torch.autograd.grad(loss, x))])
+    torch.testing.assert_close(*found)

@@ -92,6 +92,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     }
   }
 
+  // In the order in which traced() reads them.
   template <class Visit>
   void each_saved(Visit visit) {
     for (auto* list : {&layers_, &data_}) {

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from head_samples import reversal
 from torch import Tensor, nn
 
 from grl_ext import GRL, AdversarialHeads, GRLLinear, gradient_reversal
@@ -61,8 +62,7 @@ class PlainReversal(nn.Module):
         self.alpha = LAMBDA
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = -self.alpha * x
-        return scaled + (x - scaled).detach()
+        return reversal(x, self.alpha)
 
 
 class ReverseLayerF(torch.autograd.Function):
