@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../heads.h"
+#include "dispatch.h"
 #include "heads_launches.cuh"
 
 namespace grl_ext {
@@ -43,22 +44,6 @@ class Scratch {
   const at::TensorOptions options_;
   mutable Tensor memory_;
 };
-
-// f(T) for the kernels' name of the dtype.
-template <class F>
-auto dispatch(at::ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case at::kHalf:
-      return f(__half());
-    case at::kBFloat16:
-      return f(__nv_bfloat16());
-    case at::kDouble:
-      return f(double());
-    default:
-      TORCH_CHECK_TYPE(dtype == at::kFloat, "no kernel for ", dtype);
-      return f(float());
-  }
-}
 
 // Null for a tensor without elements: one that is not needed.
 template <typename T>

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../lambda_layout.h"
+#include "dispatch.h"
 #include "scale_negate.cuh"
 
 namespace grl_ext {
@@ -22,25 +23,25 @@ int multiprocessors(const at::Tensor& tensor) {
   return count;
 }
 
-// f(T) for the kernels' name of the dtype; a complex element is a pair of reals.
-template <class F>
-void dispatch(at::ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case at::kHalf:
-      return f(__half());
-    case at::kBFloat16:
-      return f(__nv_bfloat16());
-    case at::kDouble:
-    case at::kComplexDouble:
-      return f(double());
-    default:
-      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kComplexFloat, "no kernel for ", dtype);
-      return f(float());
-  }
+// A complex element is a pair of reals.
+at::ScalarType real_type(const at::Tensor& grad) {
+  return c10::toRealValueType(grad.scalar_type());
 }
 
 int64_t reals(const at::Tensor& grad) {
   return grad.numel() * (grad.is_complex() ? 2 : 1);
+}
+
+// enqueue(form) with the form in which the kernels read a number: `value`, times the one element of `lambda` if there is one.
+template <typename A, class F>
+void enqueue_number(double value, const std::optional<at::Tensor>& lambda, const F& enqueue) {
+  if (!lambda) {
+    enqueue(LambdaValue<A>{static_cast<A>(value)});
+  } else if (lambda->scalar_type() == at::kDouble) {
+    enqueue(LambdaOnDevice<A, double>{lambda->const_data_ptr<double>(), static_cast<A>(value)});
+  } else {
+    enqueue(LambdaOnDevice<A, float>{lambda->const_data_ptr<float>(), static_cast<A>(value)});
+  }
 }
 
 template <typename T>
@@ -53,12 +54,8 @@ void scale_as(const at::Tensor& out, const at::Tensor& grad, double value, const
         c10::cuda::getCurrentCUDAStream()));
   };
 
-  if (!lambda) {
-    enqueue(LambdaValue<A>{static_cast<A>(value)});
-  } else if (lambda->numel() == 1 && lambda->scalar_type() == at::kDouble) {
-    enqueue(LambdaOnDevice<A, double>{lambda->const_data_ptr<double>(), static_cast<A>(value)});
-  } else if (lambda->numel() == 1) {
-    enqueue(LambdaOnDevice<A, float>{lambda->const_data_ptr<float>(), static_cast<A>(value)});
+  if (!lambda || lambda->numel() == 1) {
+    enqueue_number<A>(value, lambda, enqueue);
   } else {
     const auto layout = *lambda_layout(grad.sizes(), lambda->sizes());
     const auto broadcast = [&](auto index) {
@@ -78,7 +75,7 @@ void scale_as(const at::Tensor& out, const at::Tensor& grad, double value, const
 
 void scale(const at::Tensor& out, const at::Tensor& grad, double value, const std::optional<at::Tensor>& lambda) {
   const c10::cuda::CUDAGuard guard(grad.device());
-  dispatch(grad.scalar_type(), [&](auto zero) { scale_as<decltype(zero)>(out, grad, value, lambda); });
+  dispatch(real_type(grad), [&](auto zero) { scale_as<decltype(zero)>(out, grad, value, lambda); });
 }
 
 at::Tensor scale_negate_cuda(const at::Tensor& grad, double value, const std::optional<at::Tensor>& lambda) {
@@ -96,7 +93,7 @@ void scale_negate_list_cuda_(at::TensorList grads, double value, const std::opti
     return;
   }
   const c10::cuda::CUDAGuard guard(grads[0].device());
-  dispatch(grads[0].scalar_type(), [&](auto zero) {
+  dispatch(real_type(grads[0]), [&](auto zero) {
     using T = decltype(zero);
     using A = typename Arithmetic<T>::type;
     std::vector<T*> data;
@@ -113,13 +110,7 @@ void scale_negate_list_cuda_(at::TensorList grads, double value, const std::opti
           data.data(), sizes.data(), static_cast<int>(data.size()), form, multiprocessors(grads[0]),
           c10::cuda::getCurrentCUDAStream()));
     };
-    if (!lambda) {
-      enqueue(LambdaValue<A>{static_cast<A>(value)});
-    } else if (lambda->scalar_type() == at::kDouble) {
-      enqueue(LambdaOnDevice<A, double>{lambda->const_data_ptr<double>(), static_cast<A>(value)});
-    } else {
-      enqueue(LambdaOnDevice<A, float>{lambda->const_data_ptr<float>(), static_cast<A>(value)});
-    }
+    enqueue_number<A>(value, lambda, enqueue);
   });
 }
 
