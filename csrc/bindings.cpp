@@ -65,6 +65,7 @@ at::Tensor grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py
 // What Python gives of the heads: sequences with an entry for each. None in place of an option's sequence means its default.
 std::vector<at::Tensor> to_tensors(const char* name, py::handle sequence) {
   std::vector<at::Tensor> tensors;
+  tensors.reserve(py::len_hint(sequence));
   for (const auto item : sequence) {
     if (!THPVariable_Check(item.ptr())) {
       reference("check_tensor")(std::string(name) + "[" + std::to_string(tensors.size()) + "]", item);
@@ -80,6 +81,7 @@ OptionalTensors to_optional_tensors(const char* name, py::handle sequence, size_
     tensors.resize(heads, std::nullopt);
     return tensors;
   }
+  tensors.reserve(heads);
   for (const auto item : sequence) {
     if (!item.is_none() && !THPVariable_Check(item.ptr())) {
       reference("check_tensor")(std::string(name) + "[" + std::to_string(tensors.size()) + "]", item);

@@ -102,14 +102,9 @@ inline void check_sample_weight(double weight, size_t head) {
       weight >= 0 && std::isfinite(weight), "sample_weight[", head, "] must be finite and not negative, got ", weight);
 }
 
-template <class Sizes>
-bool has_shape(const at::Tensor& tensor, const Sizes& sizes) {
-  return tensor.sym_sizes() == c10::SymIntArrayRef(sizes);
-}
-
 // `leading` are the features' sizes but the last.
 inline void check_target(
-    const at::Tensor& x, const at::Tensor& target, size_t head, std::vector<c10::SymInt> leading, const c10::SymInt& size,
+    const at::Tensor& x, const at::Tensor& target, size_t head, c10::SymIntArrayRef leading, const c10::SymInt& size,
     bool squared) {
   const auto name = of_head("targets", head);
   const bool labels = target.scalar_type() == at::kLong;
@@ -117,13 +112,18 @@ inline void check_target(
       at::isFloatingType(target.scalar_type()) || (labels && !squared), name, " must be ",
       squared ? "floating point (values)" : "torch.int64 (classes) or floating point (probabilities)", ", got ",
       dtype_name(target));
-  auto with_size = leading;
-  with_size.push_back(size);
-  const bool fits = labels ? has_shape(target, leading) || (size == 1 && has_shape(target, with_size))
-                           : has_shape(target, with_size) || (size == 1 && has_shape(target, leading));
-  TORCH_CHECK_VALUE(
-      fits, name, " must have shape ", c10::SymIntArrayRef(labels || size == 1 ? leading : with_size), ", got ",
-      target.sym_sizes());
+  const auto sizes = target.sym_sizes();
+  const bool with_size = !sizes.empty() && sizes.slice(0, sizes.size() - 1) == leading && sizes.back() == size;
+  const bool without = sizes == leading;
+  const bool fits = size == 1 ? with_size || without : labels ? without : with_size;
+  const auto expected = [&] {
+    auto shape = leading.vec();
+    if (!labels && size != 1) {
+      shape.push_back(size);
+    }
+    return shape;
+  };
+  TORCH_CHECK_VALUE(fits, name, " must have shape ", c10::SymIntArrayRef(expected()), ", got ", sizes);
   TORCH_CHECK_VALUE(target.device() == x.device(), name, " is on ", target.device(), " but x is on ", x.device());
   refuse_gradient(name, target);
 }
@@ -135,7 +135,7 @@ inline void check_weights(
   }
   const auto name = of_head(argument, head);
   TORCH_CHECK_TYPE(at::isFloatingType(weights->scalar_type()), name, " must be floating point, got ", dtype_name(*weights));
-  TORCH_CHECK_VALUE(has_shape(*weights, sizes), name, " must have shape ", sizes, ", got ", weights->sym_sizes());
+  TORCH_CHECK_VALUE(weights->sym_sizes() == sizes, name, " must have shape ", sizes, ", got ", weights->sym_sizes());
   TORCH_CHECK_VALUE(weights->device() == x.device(), name, " is on ", weights->device(), " but x is on ", x.device());
   refuse_gradient(name, *weights);
 }
@@ -152,8 +152,7 @@ inline void check_options(const at::Tensor& x, const std::vector<c10::SymInt>& s
   count("kind", options.kind.size());
   count("label_smoothing", options.label_smoothing.size());
   count("ignore_index", options.ignore_index.size());
-  auto leading = x.sym_sizes().vec();
-  leading.pop_back();
+  const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
   for (size_t h = 0; h < heads; ++h) {
     const bool squared = options.kind[h] == kSquaredError;
     TORCH_CHECK_VALUE(

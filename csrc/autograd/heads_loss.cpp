@@ -265,6 +265,7 @@ LossAndLogits heads_loss(
   check_lambda_of_heads(x, options.lambda, options.lambda_index, depth.size());
   refuse_gradient("lambda_", options.lambda);
   std::vector<c10::SymInt> sizes;
+  sizes.reserve(depth.size());
   size_t layer = 0;
   for (const auto layers_of_head : depth) {
     layer += static_cast<size_t>(layers_of_head);
@@ -282,6 +283,7 @@ LossAndLogits heads_loss(
   const bool now = recorded && inputs.x.scalar_type() != at::kHalf;
   const auto edges = recorded ? edges_of(inputs.x, inputs.layers) : torch::autograd::edge_list();
   std::vector<bool> needs{now && inputs.x.requires_grad()};
+  needs.reserve(Slots{weight.size()}.count());
   for (const auto& own : inputs.layers.weight) {
     needs.push_back(now && own.requires_grad());
   }
@@ -290,7 +292,7 @@ LossAndLogits heads_loss(
     needs.push_back(now && own && own->requires_grad());
   }
   HeadsOfLoss heads(std::move(inputs.layers), depth, std::move(options));
-  if (heads.count() > 1 && heads.linear_of(heads.all()).size() < heads.count()) {
+  if (heads.count() > 1 && !heads.all_linear()) {
     check_values(heads.options(), sizes);
   }
   HeadsOfLoss::Result result;

@@ -39,6 +39,7 @@ std::vector<Tensor> elements_of(const Tensor& tensor) {
     return tensor.unbind();
   }
   std::vector<Tensor> elements;
+  elements.reserve(tensor.numel());
   for (int64_t i = 0; i < tensor.numel(); ++i) {
     elements.push_back(at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
     elements.back().unsafeGetTensorImpl()->set_sizes_and_strides(c10::IntArrayRef{}, c10::IntArrayRef{}, i);
@@ -61,6 +62,7 @@ HeadsOfLoss::HeadsOfLoss(HeadLayers layers, at::IntArrayRef depth, HeadsOptions 
 
 std::vector<int64_t> HeadsOfLoss::depth() const {
   std::vector<int64_t> depth;
+  depth.reserve(count());
   for (size_t h = 0; h < count(); ++h) {
     depth.push_back(static_cast<int64_t>(first_[h + 1] - first_[h]));
   }
@@ -75,6 +77,7 @@ std::vector<size_t> HeadsOfLoss::all() const {
 
 std::vector<size_t> HeadsOfLoss::linear_of(const std::vector<size_t>& heads) const {
   std::vector<size_t> linear;
+  linear.reserve(heads.size());
   std::copy_if(heads.begin(), heads.end(), std::back_inserter(linear), [&](size_t h) { return is_linear(h); });
   return linear;
 }

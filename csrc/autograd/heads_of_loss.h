@@ -45,6 +45,8 @@ class HeadsOfLoss {
 
   bool is_linear(size_t h) const { return first_[h] + 1 == first_[h + 1]; }
 
+  bool all_linear() const { return first_.back() == count(); }
+
   std::vector<size_t> all() const;
 
   std::vector<size_t> linear_of(const std::vector<size_t>& heads) const;

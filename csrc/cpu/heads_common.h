@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "../heads.h"
@@ -163,6 +165,7 @@ class Needs {
 inline std::vector<double> head_scales(const Tensor& lambda, at::IntArrayRef lambda_index) {
   const auto values = lambda.scalar_type() == at::kDouble ? lambda.contiguous() : lambda.to(at::kDouble).contiguous();
   std::vector<double> scales;
+  scales.reserve(lambda_index.size());
   for (const auto index : lambda_index) {
     scales.push_back(index < 0 ? 1.0 : -values.const_data_ptr<double>()[index]);
   }
@@ -277,6 +280,7 @@ template <class T>
 class HeadRows {
  public:
   HeadRows(const HeadColumns& columns, at::TensorList matrices) : columns_(columns) {
+    rows_.reserve(columns.count());
     for (int64_t i = 0; i < columns.count(); ++i) {
       rows_.emplace_back(matrices[columns.head(i)], columns.size(i));
     }
@@ -300,58 +304,105 @@ class HeadRows {
   std::vector<Rows<T>> rows_;
 };
 
+// Blocks of rows after which a thread puts its sums aside and begins new ones: a sum of millions of rows, one after the other, would
+// lose four digits in float32.
+constexpr int64_t kBlocksPerSum = 256;
+
 // The gradients of weights and biases: each thread's sums, and their total.
 template <class T>
 class ParameterGradients {
  public:
   ParameterGradients(const HeadColumns& columns, int64_t threads, int64_t features, at::ScalarType dtype, const Needs& needs)
       : columns_(columns), features_(features), dtype_(dtype), needs_(needs),
-        weight_runs_(columns.runs([&](int64_t head) { return needs.weight(head); })), bias_(threads * columns.total()) {
-    for (int64_t t = 0; !weight_runs_.empty() && t < threads; ++t) {
-      weight_.emplace_back(columns.total() * features);
+        weight_runs_(columns.runs([&](int64_t head) { return needs.weight(head); })), threads_(threads) {
+    for (auto& thread : threads_) {
+      thread.sums = Sums(weight_runs_.empty() ? 0 : columns.total() * features, columns.total());
     }
   }
 
   // The columns whose weight is to have a gradient.
   const std::vector<Columns>& weight_columns() const { return weight_runs_; }
 
-  // The thread's sums for the weights; null if it needs none.
-  T* weight(int64_t thread) { return weight_.empty() ? nullptr : weight_[thread].data(); }
+  // The thread's sums for the weights, to which a block's are added; null if none are needed.
+  T* weight(int64_t thread) { return weight_runs_.empty() ? nullptr : threads_[thread].sums.weight.data(); }
 
-  void add_to_bias(int64_t thread, const T* grad_logits, int64_t rows) {
+  // Adds a block's sums for the biases. The block's last step.
+  void end_block(int64_t thread, const T* grad_logits, int64_t rows) {
+    auto& own = threads_[thread];
     for (int64_t c = 0; c < columns_.total(); ++c) {
       T sum = 0;
       for (int64_t r = 0; r < rows; ++r) {
         sum += grad_logits[c * kMaxBlockRows + r];
       }
-      bias_[thread * columns_.total() + c] += sum;
+      own.sums.bias[c] += sum;
+    }
+    if (++own.blocks == kBlocksPerSum) {
+      own.blocks = 0;
+      own.put_aside();
     }
   }
 
   // Sets those of the operator's results that are needed.
   void total(std::vector<Tensor>& dw, std::vector<Tensor>& db) {
+    for (auto& thread : threads_) {
+      if (thread.aside) {
+        thread.put_aside();
+        thread.sums = std::move(*thread.aside);
+      }
+    }
     for (int64_t i = 0; i < columns_.count(); ++i) {
       const auto head = columns_.head(i), begin = columns_.begin(i), size = columns_.size(i);
       if (needs_.weight(head)) {
-        dw[head] = sum_of_threads({size, features_}, begin * features_, [&](size_t t) { return weight(t); });
+        dw[head] = sum_of_threads({size, features_}, begin * features_, &Sums::weight);
       }
       if (needs_.bias(head)) {
-        db[head] = sum_of_threads({size}, begin, [&](size_t t) { return bias_.data() + t * columns_.total(); });
+        db[head] = sum_of_threads({size}, begin, &Sums::bias);
       }
     }
   }
 
  private:
-  template <class F>
-  Tensor sum_of_threads(at::IntArrayRef sizes, int64_t offset, const F& sums_of) const {
+  struct Sums {
+    std::vector<T> weight, bias;
+
+    Sums() = default;
+    Sums(int64_t weights, int64_t biases) : weight(weights), bias(biases) {}
+
+    void add(const Sums& other) {
+      for (size_t i = 0; i < weight.size(); ++i) {
+        weight[i] += other.weight[i];
+      }
+      for (size_t i = 0; i < bias.size(); ++i) {
+        bias[i] += other.bias[i];
+      }
+    }
+  };
+
+  struct Thread {
+    Sums sums;
+    std::optional<Sums> aside;
+    int64_t blocks = 0;
+
+    void put_aside() {
+      if (aside) {
+        aside->add(sums);
+        std::fill(sums.weight.begin(), sums.weight.end(), T(0));
+        std::fill(sums.bias.begin(), sums.bias.end(), T(0));
+      } else {
+        Sums zeros(static_cast<int64_t>(sums.weight.size()), static_cast<int64_t>(sums.bias.size()));
+        aside = std::exchange(sums, std::move(zeros));
+      }
+    }
+  };
+
+  Tensor sum_of_threads(at::IntArrayRef sizes, int64_t offset, std::vector<T> Sums::* part) const {
     const auto wide = wide_type(dtype_);
     auto result = empty(sizes, wide);
     T* to = result.template mutable_data_ptr<T>();
     const int64_t n = result.numel();
-    std::copy_n(sums_of(0) + offset, n, to);
-    const size_t threads = bias_.size() / columns_.total();
-    for (size_t t = 1; t < threads; ++t) {
-      const T* from = sums_of(t) + offset;
+    std::copy_n((threads_[0].sums.*part).data() + offset, n, to);
+    for (size_t t = 1; t < threads_.size(); ++t) {
+      const T* from = (threads_[t].sums.*part).data() + offset;
       for (int64_t i = 0; i < n; ++i) {
         to[i] += from[i];
       }
@@ -364,8 +415,7 @@ class ParameterGradients {
   const at::ScalarType dtype_;
   const Needs& needs_;
   const std::vector<Columns> weight_runs_;
-  std::vector<std::vector<T>> weight_;
-  std::vector<T> bias_;
+  std::vector<Thread> threads_;
 };
 
 // By matrix products: adds scale * g W to dx, of which `dx_begun` says whether it holds anything yet.

@@ -14,6 +14,7 @@ class Losses {
  public:
   Losses(at::TensorList weight, const HeadsOptions& options, const std::vector<double>& scales, int64_t threads)
       : scales_(scales), sums_(threads * weight.size()) {
+    heads_.reserve(weight.size());
     const auto loss_weights = options.loss_weight ? options.loss_weight->to(at::kDouble).contiguous() : Tensor();
     for (size_t h = 0; h < weight.size(); ++h) {
       const auto& target = options.targets[h];
@@ -184,7 +185,7 @@ void fused(
       if (needs.x()) {
         gradient.written(r, rows);
       }
-      of_parameters.add_to_bias(t, g.data(), rows);
+      of_parameters.end_block(t, g.data(), rows);
     }
   });
   of_parameters.total(result.dw, result.db);
@@ -242,6 +243,8 @@ Output heads_loss(
   const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
   const auto none = [&] { return empty({0}, x.scalar_type()); };  // one for each: results must not share memory
   Result result{std::vector<Tensor>(heads), needs.x() ? empty(x.sizes(), x.scalar_type()) : none(), {}, {}};
+  result.dw.reserve(heads);
+  result.db.reserve(heads);
   for (size_t h = 0; h < heads; ++h) {
     result.dw.push_back(needs.weight(h) ? Tensor() : none());
     result.db.push_back(needs.bias(h) ? Tensor() : none());
@@ -258,8 +261,9 @@ Output heads_loss(
     if (needs.x() && !dx_begun) {
       result.dx.zero_();
     }
-    const auto [loss, head_losses] = losses.total();
-    return {loss, head_losses, result.logits, result.dx, result.dw, result.db};
+    auto [loss, head_losses] = losses.total();
+    return {std::move(loss),      std::move(head_losses), std::move(result.logits),
+            std::move(result.dx), std::move(result.dw),   std::move(result.db)};
   });
 }
 

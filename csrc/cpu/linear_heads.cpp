@@ -97,7 +97,7 @@ void fused_gradients(
       if (needs.x()) {
         gradient.written(r, rows);
       }
-      of_parameters.add_to_bias(t, g.data(), rows);
+      of_parameters.end_block(t, g.data(), rows);
     }
   });
   of_parameters.total(gradients.dw, gradients.db);
