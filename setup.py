@@ -25,6 +25,8 @@ def extension(plan: build_backend.Plan) -> dict:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    # grl_ext/_backend.py loads the one for the torch that is running.
+    name = "grl_ext._C_torch{}_{}".format(*plan.torch.release)
     # Paths in error messages and assertions begin at the tree's root and at torch's package, on whatever machine they were compiled.
     site = os.path.dirname(torch.__path__[0])
     here = [f"-ffile-prefix-map={folder}/=" for folder in (os.getcwd(), site)]
@@ -37,7 +39,7 @@ def extension(plan: build_backend.Plan) -> dict:
         nvcc = build_backend.nvcc_version(plan.toolkit)
         build_backend.say(f"CPU and CUDA kernels ({archs}) for torch {plan.torch.version}, with nvcc {nvcc} in {plan.toolkit}")
         module = CUDAExtension(
-            "grl_ext._C",
+            name,
             sources + sorted(glob("csrc/cuda/*.cu")),
             extra_compile_args={
                 "cxx": [*flags, "-DGRL_EXT_WITH_CUDA", f'-DGRL_EXT_CUDA_ARCHS="{archs}"'],
@@ -47,7 +49,7 @@ def extension(plan: build_backend.Plan) -> dict:
         module.libraries = build_backend.name_cudart(module.libraries, module.library_dirs)
     else:
         build_backend.say(f"CPU kernels for torch {plan.torch.version}; no CUDA kernels: {plan.reason}")
-        module = CppExtension("grl_ext._C", sources, extra_compile_args=[*flags, '-DGRL_EXT_CUDA_ARCHS=""'])
+        module = CppExtension(name, sources, extra_compile_args=[*flags, '-DGRL_EXT_CUDA_ARCHS=""'])
     # Objects made for one torch are no good for another.
     build_base = f"build/torch-{plan.torch.version}" + ("-cuda" if plan.toolkit else "")
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}, "options": {"build": {"build_base": build_base}}}

@@ -54,7 +54,7 @@ def check_wheel(wheel: Path) -> None:
     expected = {f"grl_ext/{path.name}" for path in (ROOT / "grl_ext").glob("*.py")} | {"grl_ext/py.typed"}
     extension = files - expected
     assert expected <= files, f"{wheel.name} lacks {sorted(expected - files)}"
-    assert len(extension) == 1 and min(extension).startswith("grl_ext/_C."), f"{wheel.name} also holds {sorted(extension)}"
+    assert len(extension) == 1 and min(extension).startswith("grl_ext/_C_torch"), f"{wheel.name} also holds {sorted(extension)}"
 
 
 def check_sdist(sdist: Path) -> None:

@@ -15,12 +15,15 @@ inline std::string of_head(const char* name, size_t head) {
   return std::string(name) + "[" + std::to_string(head) + "]";
 }
 
+// Of the floating-point types those that everything here computes with: no 8-bit ones.
+inline bool is_floating(const at::Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
+}
+
 inline void check_features(const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least one dimension, got shape []");
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
-      "x must be float16, bfloat16, float32 or float64, got ", dtype_name(x));
+  TORCH_CHECK_TYPE(is_floating(x), "x must be float16, bfloat16, float32 or float64, got ", dtype_name(x));
 }
 
 // A linear layer that takes `features` columns.
@@ -81,6 +84,7 @@ inline void check_lambda_of_heads(const at::Tensor& x, const at::Tensor& lambda,
         index >= -1 && index < lambda.sym_size(0), "lambda_index must be -1 or an element of lambda_, of which there are ",
         lambda.sym_size(0), ", got ", index);
   }
+  TORCH_CHECK_VALUE(!lambda.requires_grad(), "lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()");
 }
 
 // What the loss has no derivative for must not be lost in silence.
@@ -109,7 +113,7 @@ inline void check_target(
   const auto name = of_head("targets", head);
   const bool labels = target.scalar_type() == at::kLong;
   TORCH_CHECK_TYPE(
-      at::isFloatingType(target.scalar_type()) || (labels && !squared), name, " must be ",
+      is_floating(target) || (labels && !squared), name, " must be ",
       squared ? "floating point (values)" : "torch.int64 (classes) or floating point (probabilities)", ", got ",
       dtype_name(target));
   const auto sizes = target.sym_sizes();
@@ -134,7 +138,7 @@ inline void check_weights(
     return;
   }
   const auto name = of_head(argument, head);
-  TORCH_CHECK_TYPE(at::isFloatingType(weights->scalar_type()), name, " must be floating point, got ", dtype_name(*weights));
+  TORCH_CHECK_TYPE(is_floating(*weights), name, " must be floating point, got ", dtype_name(*weights));
   TORCH_CHECK_VALUE(weights->sym_sizes() == sizes, name, " must have shape ", sizes, ", got ", weights->sym_sizes());
   TORCH_CHECK_VALUE(weights->device() == x.device(), name, " is on ", weights->device(), " but x is on ", x.device());
   refuse_gradient(name, *weights);
@@ -173,6 +177,7 @@ inline void check_options(const at::Tensor& x, const std::vector<c10::SymInt>& s
   }
   if (options.loss_weight) {
     const auto& weights = *options.loss_weight;
+    TORCH_CHECK_TYPE(!weights.is_complex(), "loss_weight must hold real numbers, got ", dtype_name(weights));
     TORCH_CHECK_VALUE(
         weights.dim() == 1 && weights.sym_size(0) == static_cast<int64_t>(heads), "loss_weight must have an entry for each of the ",
         heads, " heads, got shape ", weights.sym_sizes());

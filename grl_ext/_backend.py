@@ -1,8 +1,10 @@
 """Finds the compiled extension, or says why it is not used, and reports what runs where."""
 
-import importlib.util
+import importlib
+import pkgutil
 import re
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -18,17 +20,21 @@ def release(version: str) -> tuple[int, int]:
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The compiled module or None, and in the second case the reason."""
-    if importlib.util.find_spec("grl_ext._C") is None:
+    """The compiled module or None, and in the second case the reason.
+
+    Its name says which torch it was built for, because one that was built for another may not be loaded to be asked.
+    """
+    name = "_C_torch{}_{}".format(*release(torch.__version__))
+    present = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name.startswith("_C_torch"))
+    if not present:
         return None, "this installation has no compiled extension (GRL_EXT_BUILD=python, or a source tree that was not built)"
-    try:
-        from grl_ext import _C
-    except ImportError as error:
-        reason = f"the compiled extension does not load with torch {torch.__version__}: {error}"
+    if name in present:
+        try:
+            return importlib.import_module(f"grl_ext.{name}"), ""
+        except ImportError as error:
+            reason = f"the compiled extension does not load with torch {torch.__version__}: {error}"
     else:
-        built = _C.build_info()["torch"]
-        if release(built) == release(torch.__version__):
-            return _C, ""
+        built = " and ".join(other.removeprefix("_C_torch").replace("_", ".") for other in present)
         reason = f"the compiled extension was built for torch {built}, this is torch {torch.__version__}"
     warnings.warn(
         f"grl_ext runs without its kernels: {reason}. Rebuild it for this torch: pip install --force-reinstall --no-deps --no-cache-dir .",

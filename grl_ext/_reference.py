@@ -156,12 +156,17 @@ def in_make_fx() -> bool:
 
 
 def reversal_by_operators(x: Tensor, lambda_: Tensor | float) -> Tensor:
-    """The value of x, the derivative -lambda, for finite x: what any recording of operators keeps."""
+    """The value of x, the derivative -lambda: what any recording of operators keeps. The derivative is 0 where x is not finite."""
     if not x.is_floating_point() and not x.is_complex():
         return x.view_as(x)
     value = x.detach()
-    lambda_ = lambda_.detach().to(x.device, x.dtype) if isinstance(lambda_, Tensor) else lambda_
-    return value - lambda_ * (x - value)
+    counts = value.isfinite()
+    if isinstance(lambda_, Tensor):
+        lambda_ = lambda_.detach().to(x.device, x.dtype)
+        counts = counts & (lambda_ != 0)  # exact zeros, even from an infinite gradient
+    elif lambda_ == 0:
+        counts = torch.zeros_like(counts)
+    return torch.where(counts, value - lambda_ * (x - value), value)
 
 
 def read_now(lambda_: Tensor) -> Tensor | float:
@@ -183,11 +188,9 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
     else:
         lambda_ = check_number("lambda_", lambda_)
 
-    if in_make_fx():
+    if in_make_fx() or (functorch and torch.compiler.is_compiling()):
+        # make_fx loses the backward of a Function, and so does Dynamo inside a transform.
         return reversal_by_operators(x, lambda_)
-    if functorch and torch.compiler.is_compiling():
-        # Dynamo loses the backward of a Function inside a transform. This has the same derivatives for finite x.
-        return x - (1 + lambda_) * (x - x.detach())
     if functorch:
         return _ReversalWithJvp.apply(x, lambda_)
     # A Function that returns a view may not scale its tangent: forward mode is done by hand.

@@ -113,7 +113,8 @@ def check_lambda_of_heads(x: Tensor, lambda_: Tensor, lambda_index: Sequence[int
     for index in lambda_index:
         if not -1 <= index < lambda_.shape[0]:
             raise ValueError(f"lambda_index must be -1 or an element of lambda_, of which there are {lambda_.shape[0]}, got {index}")
-    refuse_gradient("lambda_", lambda_)
+    if lambda_.requires_grad:
+        raise ValueError("lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()")
 
 
 def refuse_gradient(name: str, tensor: Tensor) -> None:
@@ -179,6 +180,8 @@ def check_options(x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], op
         check_values(targets[i], options.sample_weight[i], h, size, options.ignore_index[i])
     weights = options.loss_weight
     if weights is not None:
+        if weights.is_complex():
+            raise TypeError(f"loss_weight must hold real numbers, got {weights.dtype}")
         if weights.shape != (heads,):
             raise ValueError(f"loss_weight must have an entry for each of the {heads} heads, got shape {list(weights.shape)}")
         if weights.device != x.device and weights.device.type != "cpu":
@@ -370,4 +373,6 @@ def check_ignored(values: Sequence[int]) -> Sequence[int]:
     for h, value in enumerate(values):
         if not isinstance(value, Integral):
             raise TypeError(f"ignore_index[{h}] must be an integer, got {type(value).__name__}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"ignore_index[{h}] must fit into int64, got {value}")
     return values

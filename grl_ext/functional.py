@@ -45,8 +45,11 @@ def _linear_path() -> str:
 
 
 def _as_tensor(lambda_: Tensor | float) -> Tensor:
-    """What a script can say: its operator refuses what is not finite, in its backward at the latest."""
-    return lambda_ if isinstance(lambda_, Tensor) else torch.tensor(lambda_, dtype=torch.float64)
+    """In a script, which knows no isfinite() of a number."""
+    if isinstance(lambda_, Tensor):
+        return lambda_
+    assert abs(lambda_) <= 1.7976931348623157e308, "lambda_ must be finite"
+    return torch.tensor(lambda_, dtype=torch.float64)
 
 
 def _traced_lambda(lambda_: Tensor | float) -> Tensor:
@@ -329,7 +332,10 @@ def heads_loss(
         raise ValueError(f"bias must have an entry for each of the {heads} heads, got {len(bias)}")
     vectors = []
     for h, given in enumerate(bias):
-        vectors += [None] * depth[h] if given is None else _layers_of_head("bias", h, given)
+        own = [None] * depth[h] if given is None else _layers_of_head("bias", h, given)
+        if len(own) != depth[h]:
+            raise ValueError(f"bias[{h}] must have an entry for each of the head's {depth[h]} layers, got {len(own)}")
+        vectors += own
     tensors = (x, *matrices, *vectors, *targets)
     if has_torch_function(tensors):
         return handle_torch_function(

@@ -191,8 +191,8 @@ class AdversarialHeads(_LambdaModule):
         reduction: ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError, TypeError: no head at all, a size below 1, a name used twice, an unknown name, a reversal inside a given
-            adversary, or the input checks of :func:`grl_ext.heads_loss`.
+        ValueError, TypeError: no head at all, a size below 1, a name used twice or that ``nn.ModuleDict`` refuses ("type", "keys",
+            one with a dot), an unknown name, a reversal inside a given adversary, or the input checks of :func:`grl_ext.heads_loss`.
 
     Example:
         >>> heads = grl_ext.AdversarialHeads(8, predictors={"digit": 10}, adversaries={"domain": [16, 1]}, lambda_=0.3)
@@ -228,6 +228,10 @@ class AdversarialHeads(_LambdaModule):
         self.dim = dim
 
         def modules(kind: str, given: Mapping[str, Head]) -> nn.ModuleDict:
+            empty = nn.ModuleDict()
+            for name in given:
+                if not isinstance(name, str) or not name or "." in name or hasattr(empty, name):
+                    raise ValueError(f"{kind} cannot have a head named {name!r}: nn.ModuleDict takes no such name for a module")
             made = {name: _module_of(f"{kind}[{name!r}]", head, in_features, bias, device, dtype) for name, head in given.items()}
             return nn.ModuleDict(made)
 
@@ -322,6 +326,8 @@ class AdversarialHeads(_LambdaModule):
         check_tensor("features", features)
         if targets is None:
             return self._logits(features, self._heads())
+        if type(targets) is not dict and not isinstance(targets, Mapping):
+            raise TypeError(f"targets must be a mapping from head names to tensors, got {type(targets).__name__}")
         heads = self._heads(targets)
         if len(heads) < len(targets):
             self._check_names("targets", targets)

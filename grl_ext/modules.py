@@ -59,10 +59,12 @@ class _LambdaModule(nn.Module):
         return "meta" if self.lambda_.is_meta else self.lambda_.tolist()
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "lambda_" and "lambda_" in self.__dict__.get("_buffers", ()):
-            self._set_lambda(value)
-        else:
+        if name != "lambda_" or "lambda_" not in self.__dict__.get("_buffers", ()):
             super().__setattr__(name, value)
+        elif self.__dict__.get("_is_replica"):
+            self._buffers["lambda_"] = value  # nn.DataParallel gives each replica a copy on its own device
+        else:
+            self._set_lambda(value)
 
     def _set_lambda(self, value: Tensor | float) -> None:
         if not isinstance(value, Tensor):

@@ -114,8 +114,8 @@ class LambdaScheduler:
         last_factor: what the constructors' lambda has been multiplied by.
 
     Raises:
-        ValueError: no such layer is found, a layer was made with ``lambda_=0`` (nothing could multiply it), ``total_steps`` is below
-            1, or the schedule gives NaN or an infinite number.
+        ValueError: no such layer is found, a layer was made with ``lambda_=0`` (nothing could multiply it), heads with it for all
+            adversaries, ``total_steps`` is below 1, or the schedule gives NaN or an infinite number.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), grl_ext.GRL(lambda_=0.2), torch.nn.Linear(8, 2))
@@ -135,9 +135,10 @@ class LambdaScheduler:
             found = ", ".join(type(root).__name__ for root in roots) or "an empty list"
             raise ValueError(f"layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in {found}")
         for layer in self.layers:
-            if layer.initial_lambda == 0:
+            numbers = layer.initial_lambda if isinstance(layer.initial_lambda, tuple) else (layer.initial_lambda,)
+            if numbers and not any(numbers):  # of several adversaries some may be off
                 raise ValueError(
-                    f"a {type(layer).__name__} was made with lambda_=0, which no schedule can multiply: give it the lambda that a "
+                    f"the {type(layer).__name__} was made with lambda_=0, which no schedule can multiply: give it the lambda that a "
                     "factor of 1 stands for"
                 )
         self.schedule = schedule

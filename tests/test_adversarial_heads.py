@@ -486,6 +486,9 @@ def test_device_and_dtype_are_those_asked_for(device):
         ({"a": "3"}, None, "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got '3'"),
         ({"a": nn.Linear(6, 2)}, None, "predictors['a'] takes 6 features, but in_features is 7"),
         (None, {"a": nn.Sequential(nn.Linear(6, 2))}, "adversaries['a'] takes 6 features, but in_features is 7"),
+        ({"type": 2}, None, "predictors cannot have a head named 'type': nn.ModuleDict takes no such name for a module"),
+        (None, {"a.b": 2}, "adversaries cannot have a head named 'a.b': nn.ModuleDict takes no such name for a module"),
+        ({3: 2}, None, "predictors cannot have a head named 3: nn.ModuleDict takes no such name for a module"),
     ],
     ids=str,
 )
@@ -543,6 +546,13 @@ def test_unknown_names_and_no_names_in_the_targets_are_refused():
         with pytest.raises(ValueError) as caught:
             heads(x, given)
         assert str(caught.value) == text
+
+
+def test_targets_without_names_are_refused():
+    heads, (x, targets) = make(), batch()
+    with pytest.raises(TypeError) as caught:
+        heads(x, targets["domain"])
+    assert str(caught.value) == "targets must be a mapping from head names to tensors, got Tensor"
 
 
 GIVEN = {

@@ -4,6 +4,8 @@ A compilation restarts inside PyTorch now and then, so that calls of a backend d
 that was asked for, which `error_on_recompile` turns into an error.
 """
 
+import math
+
 import pytest
 import torch
 from samples import assert_same, expected_gradient
@@ -106,13 +108,33 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("lambda_", [0.75, torch.tensor(0.75)], ids=["float", "0-d"])
+# float64 and one for each sample: the features' dtype stays all the same.
+FORMS = {"float": 0.75, "0-d": torch.tensor(0.75), "per feature": torch.full((5,), 0.75, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_transform_of_torch_func_compiles(device, transform, lambda_):
+def test_a_transform_of_torch_func_compiles(device, transform, form, dtype):
     apply, expected = TRANSFORMS[transform]
+    lambda_ = FORMS[form] if form != "per feature" else FORMS[form].to(device)
     compiled = torch.compile(apply(lambda x: gradient_reversal(x, lambda_).square().sum()), fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 5, device=device)
+    x = torch.randn(4, 5, device=device, dtype=dtype)
     torch.testing.assert_close(compiled(x), expected(x))
+
+
+@pytest.mark.parametrize("lambda_", [0.0, torch.tensor(0.0), torch.zeros(5)], ids=["float", "0-d", "per feature"])
+def test_lambda_0_gives_zeros_in_a_compiled_transform_whatever_comes_in(device, lambda_):
+    lambda_ = lambda_.to(device) if isinstance(lambda_, torch.Tensor) and lambda_.dim() else lambda_
+    weight = torch.tensor([math.inf, -math.inf, math.nan, 1.0, 2.0], device=device)
+    compiled = torch.compile(grad(lambda x: (gradient_reversal(x, lambda_) * weight).sum()), fullgraph=True, backend="aot_eager")
+    assert_same(compiled(torch.randn(4, 5, device=device)), torch.zeros(4, 5, device=device))
+
+
+def test_features_that_are_not_finite_keep_their_value_in_a_compiled_transform(device):
+    x = torch.tensor([1.0, math.inf, -math.inf, math.nan], device=device)
+    compiled = torch.compile(vmap(lambda x: gradient_reversal(x, 0.5)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), x, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("lambda_", [0.75, torch.tensor(0.75), torch.full((4, 1), 0.75)], ids=["float", "0-d", "per sample"])

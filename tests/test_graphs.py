@@ -1,6 +1,7 @@
 """The layer and `grl_linear` in every kind of graph that PyTorch makes of a program: the gradient stays reversed in each."""
 
 import io
+import math
 from collections.abc import Callable
 
 import pytest
@@ -185,6 +186,12 @@ def test_a_scripted_layer_takes_a_coefficient(coeff):
     x = torch.ones(2, 3, requires_grad=True)
     torch.jit.script(GRL(LAMBDA))(x, coeff).sum().backward()
     assert_same(x.grad, torch.full_like(x, -0.5))
+
+
+@pytest.mark.parametrize("coeff", [math.nan, math.inf, -math.inf])
+def test_a_scripted_layer_refuses_a_coefficient_that_is_not_finite(coeff):
+    with pytest.raises(torch.jit.Error, match="lambda_ must be finite"):
+        torch.jit.script(GRL(LAMBDA))(torch.ones(2, 3, requires_grad=True), coeff)
 
 
 def test_the_lambda_of_a_script_and_of_a_trace_can_be_set():

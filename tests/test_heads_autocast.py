@@ -123,6 +123,18 @@ def test_what_a_later_pass_computes_does_not_depend_on_where_it_runs(device, dty
         torch.testing.assert_close(a, b, rtol=0, atol=20 * torch.finfo(dtype).eps * max(1, b.abs().max().item()))
 
 
+def test_the_linear_layers_backward_does_not_depend_on_where_it_runs(path, device, dtype):
+    if path == "fallback":
+        pytest.skip("F.linear's own backward rounds to autocast's dtype there")
+    x, weight = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((6, 8), (4, 8)))
+    y = grl_linear(x, weight, lambda_=0.5)
+    outside = torch.autograd.grad(y.square().sum(), [x, weight], retain_graph=True)
+    with torch.autocast(device.type, dtype):
+        inside = torch.autograd.grad(y.square().sum(), [x, weight])
+    for a, b in zip(inside, outside, strict=True):
+        assert_same(a, b)
+
+
 @on_networks
 def test_a_gradient_penalty_works_under_autocast(device, dtype, network):
     inputs, *both = networks(network, device)

@@ -486,7 +486,7 @@ def test_lambda_keeps_its_gradient_to_itself_or_is_refused(path, device):
     lambda_ = torch.tensor(0.5, device=device, requires_grad=True)
     sample = sample_heads(device)._replace(lambda_=[None, lambda_])
     for f in (our_logits, our_loss):
-        with pytest.raises(ValueError, match="^lambda_ requires a gradient, which the heads' loss does not give: pass lambda_.detach()"):
+        with pytest.raises(ValueError, match="^lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()"):
             f(sample)
         f(sample._replace(lambda_=[None, lambda_.detach()]))
 

@@ -148,6 +148,11 @@ LOSS = {
         TypeError,
         f"targets[1] {CLASSES}, got torch.complex64",
     ),
+    "targets: float8": (
+        {"targets": second(torch.ones(5, 2).to(torch.float8_e5m2))},
+        TypeError,
+        f"targets[1] {CLASSES}, got torch.float8_e5m2",
+    ),
     "targets: rows": ({"targets": second(LABELS[:4])}, ValueError, "targets[1] must have shape [5], got [4]"),
     "targets: classes with a dimension": ({"targets": second(LABELS[:, None])}, ValueError, "targets[1] must have shape [5], got [5, 1]"),
     "targets: probabilities without a dimension": (
@@ -194,6 +199,11 @@ LOSS = {
     "sample_weight: none at all": ({"sample_weight": []}, ValueError, "sample_weight must have an entry for each of the 2 heads, got 0"),
     "sample_weight: integers": ({"sample_weight": [None, LABELS]}, TypeError, "sample_weight[1] must be floating point, got torch.int64"),
     "sample_weight: bool": ({"sample_weight": LABELS.bool()}, TypeError, "sample_weight[0] must be floating point, got torch.bool"),
+    "sample_weight: float8": (
+        {"sample_weight": [None, torch.ones(5).to(torch.float8_e5m2)]},
+        TypeError,
+        "sample_weight[1] must be floating point, got torch.float8_e5m2",
+    ),
     "sample_weight: shape": ({"sample_weight": [None, torch.ones(5, 1)]}, ValueError, "sample_weight[1] must have shape [5], got [5, 1]"),
     "sample_weight: other device": (
         {"sample_weight": [None, torch.ones(5, device=META)]},
@@ -231,6 +241,11 @@ LOSS = {
         "loss_weight must have an entry for each of the 2 heads, got shape [2, 1]",
     ),
     "loss_weight: other device": ({"loss_weight": torch.ones(2, device=META)}, ValueError, "loss_weight is on meta but x is on {device}"),
+    "loss_weight: complex": (
+        {"loss_weight": torch.ones(2, dtype=torch.complex64)},
+        TypeError,
+        "loss_weight must hold real numbers, got torch.complex64",
+    ),
     "loss_weight: NaN": ({"loss_weight": [1.0, NAN]}, ValueError, "loss_weight[1] must be finite, got nan"),
     "loss_weight: str": ({"loss_weight": [1.0, "2"]}, TypeError, "loss_weight[1] must be a real number or a real tensor, got str"),
     "label_smoothing: above": ({"label_smoothing": 1.5}, ValueError, "label_smoothing[0] must be in [0, 1], got 1.5"),
@@ -246,6 +261,7 @@ LOSS = {
         ValueError,
         "label_smoothing must have an entry for each of the 2 heads, got 1",
     ),
+    "ignore_index: too large": ({"ignore_index": [1, 2**63]}, ValueError, f"ignore_index[1] must fit into int64, got {2**63}"),
     "ignore_index: float": ({"ignore_index": [1, 0.5]}, TypeError, "ignore_index[1] must be an integer, got float"),
     "ignore_index: too few": ({"ignore_index": [1]}, ValueError, "ignore_index must have an entry for each of the 2 heads, got 1"),
     "reduction": ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
@@ -267,7 +283,12 @@ LAYERS = {
     "a bias too few": (
         {"bias": lambda b: [b[0][:1], b[1]]},
         ValueError,
-        "bias must have an entry for each of the 3 matrices in weight, got 2",
+        "bias[0] must have an entry for each of the head's 2 layers, got 1",
+    ),
+    "another head's bias": (
+        {"bias": lambda b: [[*b[0], b[1]], []]},
+        ValueError,
+        "bias[0] must have an entry for each of the head's 2 layers, got 3",
     ),
     "a bias of another size": ({"bias": lambda b: [[b[0][0], torch.ones(4)], b[1]]}, ValueError, "bias[1] must have shape [3], got [4]"),
     "biases for one head": ({"bias": lambda b: b[:1]}, ValueError, "bias must have an entry for each of the 2 heads, got 1"),
@@ -332,6 +353,8 @@ def schema_arguments(given, function):
         return given if all(isinstance(v, torch.Tensor) for v in given.values()) else None
     heads, lambdas = len(given["weight"]), given["lambda_"]
     depth = [1 if isinstance(w, torch.Tensor) else len(w) for w in given["weight"] if not isinstance(w, float)]
+    if any(isinstance(own, list) and len(own) != layers for own, layers in zip(given["bias"], depth, strict=False)):
+        return None  # a flat list does not tell
     flat = {
         n: [t for own in given[n] for t in ([own] if own is None or isinstance(own, torch.Tensor | float) else own)]
         for n in ("weight", "bias")
@@ -365,7 +388,7 @@ def schema_arguments(given, function):
         return None
     smoothing = smoothing if isinstance(smoothing, list) else [smoothing] * heads
     ignored = ignored if isinstance(ignored, list) else [ignored] * heads
-    if any(not isinstance(v, float) or v != v for v in smoothing) or any(not isinstance(v, int) for v in ignored):
+    if any(not isinstance(v, float) or v != v for v in smoothing) or any(not isinstance(v, int) or v >= 2**63 for v in ignored):
         return None
     kind = [int(loss == "mse") for loss in losses]
     return {
@@ -403,6 +426,7 @@ def test_the_operators_refuse_what_only_they_are_given(compiled, device):
         ({"lambda_index": [-2, 0]}, ValueError, "lambda_index must be -1 or an element of lambda_, of which there are 1, got -2"),
         ({"kind": [0, 2]}, ValueError, "kind must be 0 (cross entropy) or 1 (squared error), got 2"),
         ({"kind": [0]}, ValueError, "kind must have an entry for each of the 2 heads, got 1"),
+        ({"bias": [None]}, ValueError, "bias must have an entry for each of the 2 matrices in weight, got 1"),
         ({"depth": [1]}, ValueError, "depth must be positive and sum to the 2 matrices in weight, got [1]"),
         ({"depth": [1, 2]}, ValueError, "depth must be positive and sum to the 2 matrices in weight, got [1, 2]"),
         ({"depth": [2, 0]}, ValueError, "weight[1] must have shape [K, 3] with K at least 1, got [2, 7]"),

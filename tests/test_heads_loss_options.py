@@ -315,6 +315,13 @@ def test_loss_weights_weigh_the_heads(device, form, head_sizes):
     check_loss(sample, loss_weight=FORMS[form]([0.5, 0.0, 2.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.bool], ids=str)
+@on_sizes
+def test_loss_weights_may_be_a_tensor_of_any_real_dtype(device, dtype, head_sizes):
+    weights = torch.tensor([1, 0, 1], dtype=dtype, device=device)
+    check_loss(sample_of(device, head_sizes), loss_weight=weights)
+
+
 def test_one_loss_weight_is_for_all_heads(device):
     sample = sample_of(device, (3, 2))
     for value in (0.5, 0, 2):

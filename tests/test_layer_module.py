@@ -11,7 +11,7 @@ from samples import assert_same
 from torch import nn
 from torch.func import functional_call
 
-from grl_ext import GRL, GRLLinear
+from grl_ext import GRL, AdversarialHeads, GRLLinear
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -305,6 +305,18 @@ def test_skip_init_keeps_lambda():
 def test_the_default_device_is_where_lambda_is_made(device):
     with torch.device(device):
         assert GRL().lambda_.device.type == device.type
+
+
+@pytest.mark.parametrize(
+    "make", [GRL, lambda: GRLLinear(3, 2), lambda: AdversarialHeads(3, adversaries={"d": 2})], ids=["GRL", "GRLLinear", "heads"]
+)
+def test_a_replica_of_data_parallel_takes_the_copy_on_its_device(make):
+    # What nn.parallel.replicate() does for each GPU.
+    layer = make()
+    replica, there = layer._replicate_for_data_parallel(), torch.full_like(layer.lambda_, 0.25)
+    replica.lambda_ = there
+    assert replica.lambda_ is there
+    assert layer.lambda_ is not there and layer.lambda_.tolist() == torch.ones_like(there).tolist()
 
 
 # --- the constructor's value -----------------------------------------------------------------------------------------------

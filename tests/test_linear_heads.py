@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import assert_same, case
 
-from grl_ext import linear_heads
+from grl_ext import grl_linear, linear_heads
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -204,3 +204,17 @@ def test_features_are_not_held_for_frozen_weights(path, device):
     logits = linear_heads(features, [w.detach() for w in weight], bias, lambda_=sample.lambda_)
     features.relu_()
     sum(z.sum() for z in logits).backward()
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
+def test_hooks_set_before_a_change_in_place_are_called(path, device, leading):
+    # They would be lost if the result were a view of rows.
+    x = torch.randn(*leading, 4, device=device, requires_grad=True)
+    weight, other = torch.randn(3, 4, device=device), torch.randn(2, 4, device=device)
+    for y in (grl_linear(x, weight, lambda_=0.5), *linear_heads(x, [weight, other], lambda_=[None, 0.5])):
+        seen = []
+        y.register_hook(seen.append)
+        y.add_(1)
+        y.sum().backward(retain_graph=True)
+        assert not y._is_view()
+        assert_same(seen[0], torch.ones_like(y))

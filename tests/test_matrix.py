@@ -22,7 +22,12 @@ pytestmark = pytest.mark.skipif(
 def pure_python(tmp_path_factory):
     """The same cells in a process without the extension, beside those here."""
     process, file = start_pure_python(tmp_path_factory.mktemp("pure"))
-    yield lambda: process.wait(1200) == 0 and json.loads(file.read_text())
+
+    def outcomes():
+        assert process.wait(1200) == 0, file.with_suffix(".stderr").read_text()[-2000:]
+        return json.loads(file.read_text())
+
+    yield outcomes
     process.kill()
 
 

@@ -268,13 +268,25 @@ def test_lambda_in_the_layer_leaves_the_adversarys_own_gradient_alone_and_on_the
         (nn.Linear(2, 2), 5, "layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in Linear"),
         ([], 5, "layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in an empty list"),
         (GRL(), 0, "total_steps must be at least 1, got 0"),
-        (GRL(0.0), 5, "a GRL was made with lambda_=0, which no schedule can multiply: give it the lambda that a factor of 1 stands for"),
+        (GRL(0.0), 5, "the GRL was made with lambda_=0, which no schedule can multiply: give it the lambda that a factor of 1 stands for"),
+        (
+            AdversarialHeads(2, adversaries={"a": 1, "b": 1}, lambda_=0.0),
+            5,
+            "the AdversarialHeads was made with lambda_=0, which no schedule can multiply: give it the lambda that a factor of 1 stands for",
+        ),
     ],
 )
 def test_bad_arguments_are_named(layers, total_steps, message):
     with pytest.raises(ValueError) as caught:
         LambdaScheduler(layers, schedules.dann(), total_steps)
     assert str(caught.value) == message
+
+
+def test_some_adversaries_may_be_off_and_heads_may_have_none():
+    heads = AdversarialHeads(2, adversaries={"a": 1, "b": 1}, lambda_={"a": 0.0, "b": 0.5})
+    scheduler = LambdaScheduler(nn.ModuleList([heads, AdversarialHeads(2, predictors={"y": 1})]), schedules.constant(0.5), 5)
+    scheduler.step()
+    assert heads.lambda_.tolist() == [0.0, 0.25]
 
 
 def test_a_schedule_that_gives_no_number_is_refused():

@@ -37,6 +37,8 @@ variable_list gradients(
   if (!grad.defined()) {
     return result;
   }
+  // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (needs[0]) {
     result[0] = reversed_product(grad, weight, lambda);
   }

@@ -263,7 +263,6 @@ LossAndLogits heads_loss(
   auto inputs = prepare(x, weight, bias);
   check_layers(inputs.features, inputs.layers.weight, inputs.layers.bias, depth);
   check_lambda_of_heads(x, options.lambda, options.lambda_index, depth.size());
-  refuse_gradient("lambda_", options.lambda);
   std::vector<c10::SymInt> sizes;
   sizes.reserve(depth.size());
   size_t layer = 0;
@@ -274,7 +273,9 @@ LossAndLogits heads_loss(
   check_options(inputs.features, sizes, options);
   options.lambda = numbers_now(options.lambda);
   if (options.loss_weight) {
-    options.loss_weight = numbers_now(*options.loss_weight);
+    const auto& given = *options.loss_weight;
+    const bool is_read = given.scalar_type() == at::kFloat || given.scalar_type() == at::kDouble;  // by the kernels, as it is
+    options.loss_weight = numbers_now(is_read ? given : given.to(at::kDouble));
   }
 
   inputs.x = as_rows(inputs.features);
@@ -311,7 +312,9 @@ LossAndLogits heads_loss(
     node->save_logits(result.logits);
   }
   for (auto& logits : result.logits) {
-    logits = with_leading_sizes(logits, inputs.features);
+    if (inputs.features.dim() != 2) {  // a view: the node has saved the rows, and is to notice where they are modified
+      logits = logits.view_symint(leading_sizes(logits, inputs.features));
+    }
   }
   return {result.loss, result.head_losses, result.logits};
 }

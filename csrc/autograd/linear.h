@@ -38,14 +38,16 @@ inline at::Tensor as_rows(const at::Tensor& x) {
   return x.reshape_symint({rows, x.sym_size(-1)});
 }
 
-// (N, K) -> (..., K), the leading sizes those of `like`
-inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
-  if (like.dim() == 2) {
-    return rows;
-  }
+// Of rows (N, K): (..., K), the leading sizes those of `like`.
+inline std::vector<c10::SymInt> leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
   auto sizes = like.sym_sizes().vec();
   sizes.back() = rows.sym_size(-1);
-  return rows.view_symint(sizes);
+  return sizes;
+}
+
+// Rows that nobody else holds, in that shape. As of F.linear no view: hooks of a view are lost when it is modified in place.
+inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
+  return like.dim() == 2 ? rows : at::_unsafe_view_symint(rows, leading_sizes(rows, like));
 }
 
 // The nodes of linear operators have no forward-mode derivative: an error beats a tangent lost in silence. The Python functions

@@ -181,7 +181,6 @@ std::vector<Tensor> linear_heads(
   auto inputs = prepare(x, weight, bias);
   check_layers(inputs.features, inputs.layers.weight, inputs.layers.bias, std::vector<int64_t>(weight.size(), 1));
   check_lambda_of_heads(x, lambda, lambda_index, weight.size());
-  refuse_gradient("lambda_", lambda);
   inputs.x = as_rows(inputs.features);
   std::vector<Tensor> logits;
   {

@@ -222,8 +222,9 @@ template <class T>
 class Rows {
  public:
   Rows(const Tensor& tensor, int64_t width)
-      : data_(static_cast<char*>(tensor.data_ptr())), row_bytes_(width * tensor.element_size()), width_(width),
-        convert_(convert_kernels(tensor.scalar_type())), copy_(convert_ ? kMaxBlockRows * width : 0) {}
+      // Also where rows are written: those tensors are the operator's own. For others a pointer to write with could mean a copy.
+      : data_(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))), row_bytes_(width * tensor.element_size()),
+        width_(width), convert_(convert_kernels(tensor.scalar_type())), copy_(convert_ ? kMaxBlockRows * width : 0) {}
 
   const T* read(int64_t row, int64_t rows) {
     if constexpr (std::is_same_v<T, float>) {

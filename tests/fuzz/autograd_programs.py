@@ -38,6 +38,7 @@ class Program:
         self.lambdas: list[Tensor] = []
         self.layers: list[nn.Module] = []
         self.linear_outputs: list[Tensor] = []
+        self.recomputation = threading.Lock()  # of a checkpoint, which two threads may want at once
         self.leaves = [self.leaf() for _ in range(self.random.randint(1, 3))]
         self.live = list(self.leaves)
 
@@ -162,6 +163,10 @@ class Program:
         made: dict[str, object] = {}
 
         def segment(t):
+            with self.recomputation:
+                return compute(t)
+
+        def compute(t):
             # Recomputation runs the very same calls; only what was drawn the first time is kept.
             after = self.random.getstate(), self.numbers.get_state(), self.leaves, self.lambdas, self.layers
             self.random.setstate(state[0])
@@ -198,6 +203,14 @@ class Program:
             if form == 0:
                 self.held.append(grad)  # must never be overwritten
 
+        def keep_all(grads: tuple[Tensor | None, ...]) -> None:
+            for grad in grads:
+                if grad is not None:
+                    keep(grad)
+
+        # PyTorch makes the grad_fn of a view whose base was modified when it is asked for. In register_hook() it does so at a moment that
+        # makes plain PyTorch crash: y = x.view(-1); x.mul_(2); y.register_hook(...).
+        _ = x.grad_fn
         if form <= 1:
             x.register_hook(keep)
         elif form == 2:
@@ -207,9 +220,9 @@ class Program:
         elif x.grad_fn is None or any(x is y for y in self.linear_outputs):
             pass  # the node of a fused operation is its own affair
         elif form == 4:
-            x.grad_fn.register_prehook(lambda grads: [keep(g) for g in grads if g is not None] and None)
-        else:
-            x.grad_fn.register_hook(lambda ins, outs: [keep(g) for g in ins if g is not None] and None)
+            x.grad_fn.register_prehook(keep_all)
+        elif x.grad_fn.next_functions[0][0] is not None:  # else PyTorch's own nodes compute nothing, a Python Function all the same
+            x.grad_fn.register_hook(lambda ins, outs: keep_all(ins))
 
     def modify(self, x: Tensor) -> None:
         others = [t for t in self.live if t.shape == x.shape and t.dtype == x.dtype and t is not x]

@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -19,9 +17,9 @@ if __name__ == "__main__":
 from matrix import rows_autograd, rows_extras, rows_graphs, rows_processes, rows_training  # noqa: E402, F401
 from matrix.networks import USUAL  # noqa: E402
 from matrix.rows import IN_TWO_PROCESSES, ROWS, outcome  # noqa: E402
+from pure_python import copy_package  # noqa: E402
 from two_processes import TwoProcesses  # noqa: E402
 
-import grl_ext  # noqa: E402
 from grl_ext import _backend  # noqa: E402
 
 
@@ -38,12 +36,11 @@ def cells() -> list[tuple[str, str]]:
 
 def start_pure_python(folder: Path) -> tuple[subprocess.Popen, Path]:
     """This script in a process that has no compiled extension at all, and the file that it writes."""
-    extensions = (f"_C{suffix}" for suffix in EXTENSION_SUFFIXES)
-    shutil.copytree(Path(grl_ext.__file__).parent, folder / "grl_ext", ignore=shutil.ignore_patterns("__pycache__", *extensions))
-    environment = {name: value for name, value in os.environ.items() if name != "GRL_EXT_REQUIRE_COMPILED"}
     file = folder / "outcomes.json"
     command = [sys.executable, str(Path(__file__)), str(file)]
-    return subprocess.Popen(command, env={**environment, "PYTHONPATH": str(folder)}, cwd=folder, stderr=subprocess.DEVNULL), file
+    environment = copy_package(folder)
+    with file.with_suffix(".stderr").open("w") as stderr:
+        return subprocess.Popen(command, env=environment, cwd=folder, stderr=stderr), file
 
 
 class Runner:
