@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 CASE = "heads/16384x2048_31+2"
-ROWS = ("naive", "heads(features, targets)", "limit: one copy")
+ROWS = ("pasted", "heads(features, targets)", "yardstick: one copy")
 STEPS = 8
 
 

@@ -22,14 +22,16 @@ from tqdm import tqdm
 import bandwidth
 import baselines
 import cases
+import founding
 import heads
+import linear
 import maps
 import measure
 import report
 from grl_ext import _backend
 
-DEFAULT_GROUPS = cases.GROUPS | heads.GROUPS | maps.GROUPS | bandwidth.GROUPS
-GROUPS = DEFAULT_GROUPS | heads.BY_NAME_ONLY
+DEFAULT_GROUPS = cases.GROUPS | founding.GROUPS | heads.GROUPS | linear.GROUPS | maps.GROUPS | bandwidth.GROUPS
+GROUPS = DEFAULT_GROUPS | linear.BY_NAME_ONLY
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
