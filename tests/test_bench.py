@@ -151,6 +151,18 @@ def test_a_wrong_result_is_named_and_the_other_cases_are_written(monkeypatch, ca
     assert [case["name"] for case in json.loads(json_path.read_text())["cases"]] == ["bandwidth/1M"]
 
 
+def test_the_benchmark_waits_for_an_idle_machine_but_not_for_ever(monkeypatch, capsys):
+    clock, cores = FakeClock(), compare.os.cpu_count()
+    monkeypatch.setattr(compare.time, "monotonic", clock)
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: clock.step(seconds)())
+    for idle_after, waited in ((0, 0), (20, 20), (1000, 60)):
+        clock.now = 0.0
+        monkeypatch.setattr(compare, "load", lambda idle_after=idle_after: 0.0 if clock.now >= idle_after else 2.0 * cores)
+        compare.wait_until_idle(60)
+        assert clock.now == waited
+        assert ("waiting for at most 60 s" in capsys.readouterr().out) == (waited > 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", ["heads", "grl_linear", "bandwidth"])
 def test_rows_that_take_turns_over_buffers_all_give_the_right_result(monkeypatch, group, dtype):
