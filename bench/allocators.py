@@ -64,7 +64,7 @@ def main() -> None:
 
     import compare
 
-    print(f"{compare.processor()} | torch {torch.__version__} | commit {compare.commit()}")
+    print(compare.headline(compare.environment(compare.cases.Settings("cpu", torch.float32, quick=False))))
     print(f"{CASE}, one thread: processor time and page faults of a step")
     for name, variables in settings().items():
         # One thread: the time that threads spend waiting for each other is not the allocator's.
