@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 CASE = "heads/16384x2048_31+2"
-ROWS = ("naive", "heads(features, targets)", "limit: one copy")
+ROWS = ("pasted", "heads(features, targets)", "yardstick: one copy")
 STEPS = 8
 
 
@@ -64,7 +64,7 @@ def main() -> None:
 
     import compare
 
-    print(f"{compare.processor()} | torch {torch.__version__} | commit {compare.commit()}")
+    print(compare.headline(compare.environment(compare.cases.Settings("cpu", torch.float32, quick=False))))
     print(f"{CASE}, one thread: processor time and page faults of a step")
     for name, variables in settings().items():
         # One thread: the time that threads spend waiting for each other is not the allocator's.

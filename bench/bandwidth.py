@@ -31,7 +31,7 @@ def _build(numel: int, settings: Settings) -> Work:
         return lambda: step(next(turn))
 
     rows = [
-        Row("naive: neg, then mul", "naive", in_turns(lambda grad: grad.neg() * COEFF)),
+        Row("pasted: neg, then mul", "reference", in_turns(lambda grad: grad.neg() * COEFF)),
         Row("tuned: one mul", "peer", in_turns(lambda grad: grad * -COEFF)),
         Row("out of place, lambda on the host", "ours", in_turns(lambda grad: scale(grad, *host))),
         Row("out of place, lambda on the device", "ours", in_turns(lambda grad: scale(grad, *device))),
@@ -39,7 +39,7 @@ def _build(numel: int, settings: Settings) -> Work:
         # buffers become, zeros at last, takes as long to move.
         Row("in place, lambda on the host", "ours", in_turns(lambda grad: scale_(grad, *host))),
         Row("in place, lambda on the device", "ours", in_turns(lambda grad: scale_(grad, *device))),
-        Row("limit", "limit", in_turns(out.copy_)),
+        Row("yardstick", "yardstick", in_turns(out.copy_)),
     ]
 
     def check() -> None:
@@ -51,7 +51,7 @@ def _build(numel: int, settings: Settings) -> Work:
             check_gradients("in place", [written], expected, 0)
             check_gradients("out of place", [scale(grad, value, lambda_)], expected, 0)
 
-    return Work(rows, check, "limit: one copy, which reads and writes as much")
+    return Work(rows, check, "yardstick: one copy, which reads and writes as much")
 
 
 def bandwidth(settings: Settings) -> Sequence[Case]:

@@ -5,8 +5,6 @@ To add a group: write a function that takes `Settings` and returns its `Case`s, 
 section; a case that wants eager and compiled rows compared with each other gives them the same one.
 """
 
-import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import baselines
-import founding
 from baselines import Kind
 from measure import Step
 
@@ -49,7 +46,7 @@ class Work:
 
     rows: list[Row]
     check: Callable[[], None]  # raises WrongResult
-    limit: str  # what the limit's row does, and why less cannot be had
+    yardstick: str  # what the yardstick's row does
 
 
 @dataclass(frozen=True)
@@ -75,16 +72,16 @@ def check_gradients(name: str, found: Sequence[Tensor], expected: Sequence[Tenso
             )
 
 
-def _sections(settings: Settings, compiled: Sequence[str]) -> list[tuple[str, list[baselines.Layer]]]:
+def sections(settings: Settings, compiled: Sequence[str]) -> list[tuple[str, list[baselines.Layer]]]:
     """The eager rows, and the compiled rows that are named, where torch.compile can be had."""
     layers, _ = baselines.layers()
-    sections = [("eager", layers)]
+    found = [("eager", layers)]
     if compiled and not settings.quick and baselines.compile_problem(settings.device) is None:
-        sections.append(("compiled", [layer for layer in layers if layer.name in compiled]))
-    return sections
+        found.append(("compiled", [layer for layer in layers if layer.name in compiled]))
+    return found
 
 
-def _compiled(function: Callable, section: str) -> Callable:
+def compiled_in(function: Callable, section: str) -> Callable:
     # Static shapes: on the CPU the compiler decides from the size whether a loop is worth several threads.
     return torch.compile(function, fullgraph=True, dynamic=False) if section == "compiled" else function
 
@@ -111,10 +108,10 @@ class Chain(nn.Module):
         return self.layer(x * 1.25) * 1.75
 
 
-def _build_chain(numel: int, with_limit: bool, settings: Settings) -> Work:
-    # What torch.compile makes of the published layers is what it makes of the naive one: their graphs are the same. And between
+def _build_chain(numel: int, with_yardstick: bool, settings: Settings) -> Work:
+    # What torch.compile makes of the published layers is what it makes of the pasted one: their graphs are the same. And between
     # the ends of the range nothing changes but the size, so that the minutes of compiling are spent on timing the ends only.
-    compiled = ("identity", "naive", "tuned", "grl_ext") if with_limit and numel in (SIZES["64"], SIZES["16M"]) else ()
+    compiled = ("identity", "pasted", "tuned", "grl_ext") if with_yardstick and numel in (SIZES["64"], SIZES["16M"]) else ()
     kwargs = {"device": settings.device, "dtype": settings.dtype}
     generator = torch.Generator().manual_seed(0)
     # Sizes that do not fit the caches take turns over several tensors, so that no row finds its input left there by the last.
@@ -132,8 +129,8 @@ def _build_chain(numel: int, with_limit: bool, settings: Settings) -> Work:
         return step
 
     rows = [
-        Row(layer.name, layer.kind, chain_step(_compiled(Chain(layer.make(COEFF).to(settings.device)), section)), section)
-        for section, found in _sections(settings, compiled)
+        Row(layer.name, layer.kind, chain_step(compiled_in(Chain(layer.make(COEFF).to(settings.device)), section)), section)
+        for section, found in sections(settings, compiled)
         for layer in found
     ]
 
@@ -144,12 +141,12 @@ def _build_chain(numel: int, with_limit: bool, settings: Settings) -> Work:
             # Two multiplications and the layer's own, each rounded by at most half an eps, on either side.
             check_gradients(f"{row.section} {row.name}", [row.step()], [expected], 3 * torch.finfo(settings.dtype).eps)
 
-    if not with_limit:
-        return Work(rows, check, "limit: none, the identity needs 0 by definition")
+    if not with_yardstick:
+        return Work(rows, check, "yardstick: none, the identity needs 0 by definition")
     buffers = cycle([x.detach().clone() for x in inputs])
     # By -1 the values neither grow nor fade while the row repeats; the cost is that of any factor.
-    limit = Row("limit", "limit", lambda: next(buffers).mul_(-1.0))
-    return Work([*rows, limit], check, "limit: one in-place mul_ of that size: an eager backward must read the gradient and write it")
+    yardstick = Row("yardstick", "yardstick", lambda: next(buffers).mul_(-1.0))
+    return Work([*rows, yardstick], check, "yardstick: one in-place mul_ of that size, which reads the gradient and writes it")
 
 
 def tax(settings: Settings) -> list[Case]:
@@ -179,79 +176,4 @@ def memory(settings: Settings) -> list[Case]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# founding: a whole training step, only the layer exchanged
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _build_founding(batch: int, settings: Settings) -> Work:
-    images, digits = founding.scaled_digits()
-    images, labels = founding.digit_pairs(images, digits, batch, torch.Generator().manual_seed(0))
-    images, labels = images.to(settings.device, settings.dtype), labels.to(settings.device)
-    torch.manual_seed(0)
-    start = founding.MnistNN2(baselines.Identity()).to(settings.device, settings.dtype)
-
-    def loss(network: founding.MnistNN2) -> Tensor:
-        return sum(founding.losses(network, images, labels))
-
-    rows, networks = [], {}
-    # The step takes longest to compile, and with tuned it gives the same code as with naive.
-    for section, found in _sections(settings, ("naive", "grl_ext")):
-        for layer in found:
-            network = copy.deepcopy(start)
-            network.reversal = layer.make(COEFF).to(settings.device)
-            optimizer = torch.optim.SGD(network.parameters(), lr=0.001)
-            loss_of = _compiled(partial(loss, network), section)
-
-            def step(optimizer=optimizer, loss_of=loss_of) -> None:
-                optimizer.zero_grad()
-                loss_of().backward()
-                optimizer.step()
-
-            row = Row(layer.name, layer.kind, step, section)
-            rows.append(row)
-            networks[row] = network, loss_of
-
-    def check() -> None:
-        # TF32, the default of CUDA's convolutions, would drown the comparison: off here, on in the steps that are timed.
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            expected = gradients_without_layer()
-            for row, (network, loss_of) in networks.items():
-                if row.kind != "identity":
-                    found = torch.autograd.grad(loss_of(), [*extractor_of(network), *heads_of(network)])
-                    check_gradients(f"{row.section} {row.name}", found, expected, tolerance)
-
-    def gradients_without_layer() -> list[Tensor]:
-        """What reversal means: the extractor descends prediction - COEFF * adversary, the heads their own losses."""
-        prediction, adversary = founding.losses(start, images, labels)
-        extractor = torch.autograd.grad(prediction - COEFF * adversary, extractor_of(start), retain_graph=True)
-        return [*extractor, *torch.autograd.grad(prediction + adversary, heads_of(start))]
-
-    def extractor_of(network: founding.MnistNN2) -> list[Tensor]:
-        return list(network.extractor.parameters())
-
-    def heads_of(network: founding.MnistNN2) -> list[Tensor]:
-        return [*network.out.parameters(), *network.advout.parameters()]
-
-    # The longest sum is a convolution's weight gradient over batch x 28 x 28 terms, added up in float32 (or float64) in an order
-    # that may differ: its rounding grows like a random walk. Half types round once more after each of the eight layers.
-    accumulator = torch.float64 if settings.dtype == torch.float64 else torch.float32
-    tolerance = math.sqrt(batch * 28 * 28) * torch.finfo(accumulator).eps
-    if settings.dtype in (torch.float16, torch.bfloat16):
-        tolerance += 8 * torch.finfo(settings.dtype).eps
-    return Work(rows, check, "limit: the identity's row, the same step with no reversal at all")
-
-
-def founding_step(settings: Settings) -> list[Case]:
-    batch = 100 if settings.quick else 1000
-    return [
-        Case(
-            "founding",
-            f"a whole training step of the founding experiment's network, {batch} pairs of real digits, only the layer exchanged",
-            partial(_build_founding, batch, settings),
-            seconds=2.0 if settings.quick else 14.0,
-        )
-    ]
-
-
-GROUPS: dict[str, Callable[[Settings], list[Case]]] = {"tax": tax, "memory": memory, "founding": founding_step}
+GROUPS: dict[str, Callable[[Settings], list[Case]]] = {"tax": tax, "memory": memory}

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,15 +23,19 @@ from tqdm import tqdm
 import bandwidth
 import baselines
 import cases
+import founding
 import heads
+import linear
 import maps
 import measure
 import report
 from grl_ext import _backend
 
-DEFAULT_GROUPS = cases.GROUPS | heads.GROUPS | maps.GROUPS | bandwidth.GROUPS
-GROUPS = DEFAULT_GROUPS | heads.BY_NAME_ONLY
+DEFAULT_GROUPS = cases.GROUPS | founding.GROUPS | heads.GROUPS | linear.GROUPS | maps.GROUPS | bandwidth.GROUPS
+GROUPS = DEFAULT_GROUPS | linear.BY_NAME_ONLY
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+BUSY = 0.5  # of the cores, by the load of the last minute
+LONGEST_WAIT = 180  # seconds: what a build left of the load has gone by then
 
 
 def backend() -> dict:
@@ -65,6 +70,24 @@ def installed(package: str) -> str | None:
         return None
 
 
+def load() -> float | None:
+    """How many processes wanted a core, on average over the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def is_busy() -> bool:
+    return (load() or 0) > BUSY * (os.cpu_count() or 1)
+
+
+def wait_until_idle(seconds: float = LONGEST_WAIT) -> None:
+    """Returns when the machine is no longer busy, or after so many seconds."""
+    end = time.monotonic() + seconds
+    if is_busy():
+        print(f"the machine is busy (load {load()} on {os.cpu_count()} cores): waiting for at most {seconds:.0f} s", flush=True)
+    while is_busy() and time.monotonic() < end:
+        time.sleep(1)
+
+
 def environment(settings: cases.Settings) -> dict:
     cuda = settings.device == "cuda"
     return {
@@ -75,7 +98,7 @@ def environment(settings: cases.Settings) -> dict:
         "dtype": str(settings.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": load(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
@@ -95,6 +118,7 @@ def headline(facts: dict) -> str:
         f"CPU threads {facts['threads']}",
         f"torch {facts['torch']}",
         f"commit {facts['commit'] or 'unknown'}",
+        facts["date"],
         f"grl_ext {compiled}" + (f" ({details})" if details else ""),
     ]
     return " | ".join(parts)
@@ -149,9 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in selected))
         return 0
+    if settings.device == "cpu" and not settings.quick:  # `make bench` builds before
+        wait_until_idle()
     facts = environment(settings)
     print(headline(facts))
-    if facts["load"] is not None and facts["load"] > 0.5 * facts["cores"]:
+    if is_busy():
         # Not a matter of width only: each parallel loop then waits a whole time slice for the thread that was descheduled.
         print(f"the machine is busy (load {facts['load']} on {facts['cores']} cores): repeat when it is not, or with --threads 1")
     for reason in baselines.layers()[1]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import compare
 import grl_ext
 from measure import peak_memory
 
@@ -51,7 +52,8 @@ def main() -> None:
     options.add_argument("--domains", type=int, default=2)
     args = options.parse_args()
     found = peaks(**vars(args))
-    print(f"{args.rows} rows, {args.features} features, {args.classes} classes, {args.domains} domains, torch {torch.__version__}")
+    print(compare.headline(compare.environment(compare.cases.Settings("cpu", torch.float32, quick=False))))
+    print(f"{args.rows} rows, {args.features} features, {args.classes} classes, {args.domains} domains")
     for name, count in found.items():
         print(f"{name.replace('_', ' ')}: {count / 1e6:.2f} MB")
 

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import compare
 import measure
 
 LAMBDA = 0.3
@@ -30,7 +31,8 @@ def one_product(x: Tensor, weights: list[Tensor], biases: list[Tensor], grads: l
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, medians in us of interleaved rounds")
+    print(compare.headline(compare.environment(compare.cases.Settings("cpu", torch.float32, quick=False))))
+    print("medians in us of interleaved rounds")
     for rows, features, outputs in SHAPES:
         torch.manual_seed(0)
         x = torch.randn(rows, features)

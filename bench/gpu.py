@@ -203,14 +203,14 @@ def fused(rows: Rows) -> float:
     return named(rows, heads.FUSED, lambda row: row["name"] == heads.FUSED)[1]
 
 
-def naive(rows: Rows) -> float:
-    return named(rows, "naive", lambda row: row["kind"] == "naive")[1]
+def pasted(rows: Rows) -> float:
+    return named(rows, "pasted", lambda row: row["kind"] == "reference")[1]
 
 
 def every_form_within(copies: float) -> Callable[[Rows], tuple[bool, str]]:
     def holds(rows: Rows) -> tuple[bool, str]:
         name, slowest = named(rows, "of ours", lambda row: row["kind"] == "ours", max)
-        copy = named(rows, "limit", lambda row: row["kind"] == "limit")[1]
+        copy = named(rows, "yardstick", lambda row: row["kind"] == "yardstick")[1]
         return slowest <= copies * copy, f"{100 * copy / slowest:.1f} % of the copy's bandwidth, {name}"
 
     return holds
@@ -218,17 +218,18 @@ def every_form_within(copies: float) -> Callable[[Rows], tuple[bool, str]]:
 
 def within(copies: float) -> Callable[[Rows], tuple[bool, str]]:
     def holds(rows: Rows) -> tuple[bool, str]:
-        ratio = fused(rows) / named(rows, "limit: one copy", lambda row: row["name"] == "limit: one copy")[1]
+        copy = named(rows, heads.COPY, lambda row: row["name"] == heads.COPY)[1]
+        ratio = fused(rows) / copy
         return ratio <= copies, f"{ratio:.2f} copies"
 
     return holds
 
 
-def times_naive(factor: float) -> Callable[[Rows], tuple[bool, str]]:
+def times_pasted(factor: float) -> Callable[[Rows], tuple[bool, str]]:
     def holds(rows: Rows) -> tuple[bool, str]:
-        ratio = naive(rows) / fused(rows)
+        ratio = pasted(rows) / fused(rows)
         graphs = [row for name, row in rows.items() if name == f"{heads.FUSED} in a CUDA graph"]
-        also = "".join(f", {naive(rows) / row['total']['median']:.1f} in a CUDA graph" for row in graphs)
+        also = "".join(f", {pasted(rows) / row['total']['median']:.1f} in a CUDA graph" for row in graphs)
         return ratio >= factor, f"{ratio:.1f} times{also}"
 
     return holds
@@ -258,9 +259,9 @@ GOALS = (
     *(Goal("scale-and-negate at 95 % of a copy's bandwidth in every form", r"bandwidth/", d, every_form_within(1 / 0.95)) for d in DTYPES),
     Goal("heads and loss within 1.3 copies, up to 12 columns", LARGE["float32"] + r"(2|10)\+2$", "float32", within(1.3)),
     Goal("heads and loss within 1.5 copies, up to 32 columns", LARGE["bfloat16"] + r"(2|10|30)\+2$", "bfloat16", within(1.5)),
-    *(Goal("heads and loss at 5 times naive or better, 256 MB of features", LARGE[d], d, times_naive(5)) for d in DTYPES),
-    *(Goal("heads and loss at 2 times the best compiled row or better, 256 MB", LARGE[d], d, times_compiled(2)) for d in DTYPES),
-    *(Goal("heads and loss at 5 times naive or better in wall-clock, 128x256", r"heads/128x256_", d, times_naive(5)) for d in DTYPES),
+    *(Goal("heads and loss 5 times as fast as layer by layer, 256 MB of features", LARGE[d], d, times_pasted(5)) for d in DTYPES),
+    *(Goal("heads and loss 2 times as fast as the best compiled row, 256 MB", LARGE[d], d, times_compiled(2)) for d in DTYPES),
+    *(Goal("heads and loss 5 times as fast as layer by layer, wall-clock, 128x256", r"heads/128x256_", d, times_pasted(5)) for d in DTYPES),
     *(Goal("heads and loss in 4 launches or fewer, 128x256", r"heads_launches/", d, at_most(4)) for d in DTYPES),
     *(Goal("GRLLinear within 1 % of nn.Linear", r"grl_linear/", d, over_linear) for d in DTYPES),
 )

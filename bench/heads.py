@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import bandwidth
 import baselines
-import founding
 import grl_ext
-from cases import COEFF, Case, Row, Settings, Work, WrongResult, _compiled, check_gradients
+from cases import COEFF, Case, Row, Settings, Work, WrongResult, check_gradients, compiled_in
 
 FUSED = "heads(features, targets)"
 CHUNKED = "F.linear_cross_entropy, chunked"
+COPY = "yardstick: one copy"
+PRODUCT = "yardstick: one product"
 
 Sizes = tuple[int, ...]  # of a head's layers; the last is its classes
 
@@ -70,14 +71,6 @@ HIDDEN = [
 ]
 
 
-def _module(features: int, sizes: Sizes) -> nn.Module:
-    layers: list[nn.Module] = []
-    for size in sizes:
-        layers += [nn.Linear(features, size), nn.ReLU()]
-        features = size
-    return layers[0] if len(sizes) == 1 else nn.Sequential(*layers[:-1])
-
-
 class Problem:
     """Features, targets and two heads."""
 
@@ -96,7 +89,8 @@ class Problem:
         self.sample_weight = torch.rand(n, generator=generator).to(settings.device) if shape.weighted else None
         self.class_weight = torch.rand(shape.predictor[-1], generator=generator).to(settings.device) if shape.weighted else None
         torch.manual_seed(0)
-        self.modules = [_module(d, sizes).to(**kwargs) for sizes in (shape.predictor, shape.adversary)]
+        made = grl_ext.AdversarialHeads(d, {"predictor": shape.predictor}, {"adversary": shape.adversary}).to(**kwargs)
+        self.modules = [made.predictors["predictor"], made.adversaries["adversary"]]
         # Sums over n rows or d features, in float32 at least, in any order; half types round what each layer gives once more.
         accumulator = torch.float64 if settings.dtype == torch.float64 else torch.float32
         self.tolerance = 4 * math.sqrt(max(n, d)) * torch.finfo(accumulator).eps
@@ -233,14 +227,17 @@ def _if_it_runs(name: str, make: Callable[[], Callable[[], Sequence[Tensor]]]) -
     try:
         step = make()
         step()
-    except Exception as error:  # noqa: BLE001: a compiler fails in many ways
+    except Exception as error:  # a compiler fails in many ways
         print(f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         return []
     return [Row(name, "peer", step)]
 
 
-def _limits(problem: Problem) -> list[Row]:
-    """One copy of the features, and the products' operations in one large product; on the CPU the larger of the two."""
+def _yardsticks(problem: Problem) -> list[Row]:
+    """One copy of the features, and the heads' operations in one large product; on the CPU the slower of the two.
+
+    They are no bound: fused kernels may beat one large product, and one copy.
+    """
     features = problem.features.detach()
     side = 1024
     columns = max(1, round(problem.shape.operations / (2 * side * side)))
@@ -256,13 +253,10 @@ def _limits(problem: Problem) -> list[Row]:
 
     if features.is_cuda:
         out, turn = torch.empty_like(features), cycle([x.detach() for x in problem.turns])
-        return [
-            Row("limit: one copy", "limit", lambda: out.copy_(next(turn))),
-            Row("limit: arithmetic", "limit", lambda: square @ matrix),
-        ]
-    bounds = {"limit: one copy": features.clone, "limit: arithmetic": lambda: square @ matrix}
-    name = max(bounds, key=lambda bound: seconds(bounds[bound]))
-    return [Row(name, "limit", bounds[name])]
+        return [Row(COPY, "yardstick", lambda: out.copy_(next(turn))), Row(PRODUCT, "yardstick", lambda: square @ matrix)]
+    steps = {COPY: features.clone, PRODUCT: lambda: square @ matrix}
+    name = max(steps, key=lambda name: seconds(steps[name]))
+    return [Row(name, "yardstick", steps[name])]
 
 
 def check_whole_gradients(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -276,16 +270,16 @@ def check_whole_gradients(name: str, found: Sequence[Tensor], expected: Sequence
 
 def _rows(problem: Problem, measured: str, settings: Settings) -> list[Row]:
     shape, buffers = problem.shape, problem.turns
-    naive = partial(_layered, problem, baselines.Naive(COEFF))
+    pasted = partial(_layered, problem, baselines.Pasted(COEFF))
     rows = [
-        Row("naive", "naive", _in_turns(naive(), buffers)),
+        Row("pasted", "reference", _in_turns(pasted(), buffers)),
         Row("tuned", "peer", _in_turns(_layered(problem, baselines.Tuned(COEFF)), buffers)),
     ]
     if measured == "time" and not settings.quick and baselines.compile_problem(settings.device) is None:
-        loss, parameters = naive()
-        rows += _if_it_runs("compiled naive", lambda: _in_turns((_compiled(loss, "compiled"), parameters), buffers))
+        loss, parameters = pasted()
+        rows += _if_it_runs("compiled pasted", lambda: _in_turns((compiled_in(loss, "compiled"), parameters), buffers))
         if settings.device == "cuda":
-            rows += _if_it_runs("compiled naive, reduce-overhead", lambda: _reduce_overhead(naive(), buffers))
+            rows += _if_it_runs("compiled pasted, reduce-overhead", lambda: _reduce_overhead(pasted(), buffers))
     plain = len(shape.predictor) == len(shape.adversary) == 1 and not shape.weighted and not problem.regression
     if plain and hasattr(F, "linear_cross_entropy"):  # torch 2.13
         chunked = {"options": nn.LinearCrossEntropyOptions()}
@@ -313,13 +307,15 @@ def _build(shape: Shape, measured: str, settings: Settings) -> Work:
                 check_whole_gradients(row.name, row.step(), expected)
 
     if measured == "memory":
-        return Work(rows, check, "limit: the features' gradient alone, " + f"{problem.features.nbytes / 1e6:.1f} MB")
+        return Work(rows, check, "yardstick: the features' gradient alone, " + f"{problem.features.nbytes / 1e6:.1f} MB")
     if measured == "launches":
-        return Work(rows, check, "limit: none; one of them is PyTorch's own, which makes the gradient of the loss")
-    limits = _limits(problem)
+        return Work(rows, check, "yardstick: none; one of them is PyTorch's own, which makes the gradient of the loss")
+    yardsticks = _yardsticks(problem)
     if shape.weighted:
-        limits.insert(0, Row("the same without weights", "limit", _in_turns(_fused_loss(problem, with_weights=False), problem.turns)))
-    return Work([*rows, *limits], check, "limit: the larger of one copy of the features and the products' operations in one large product")
+        step = _in_turns(_fused_loss(problem, with_weights=False), problem.turns)
+        yardsticks.insert(0, Row("the same without weights", "yardstick", step))
+    about = "the slower of one copy of the features and the heads' operations in one large product; no bound"
+    return Work([*rows, *yardsticks], check, f"yardstick: {about}")
 
 
 def _case(group: str, shape: Shape, what: str, settings: Settings) -> Case:
@@ -380,149 +376,6 @@ def heads_launches(settings: Settings) -> list[Case]:
     ]
 
 
-def _build_linear(size: int, rows: int, settings: Settings) -> Work:
-    kwargs = {"device": settings.device, "dtype": settings.dtype}
-    torch.manual_seed(0)
-    first = torch.randn(rows, size).to(**kwargs)
-    buffers = [first.clone().requires_grad_() for _ in range(turns(first))]
-    grad = torch.randn(rows, size).to(**kwargs)
-    plain = nn.Linear(size, size).to(**kwargs)
-    fused = grl_ext.GRLLinear(size, size, lambda_=COEFF).to(**kwargs)
-    fused.load_state_dict(plain.state_dict())
-
-    def step_of(module: Callable[[Tensor], Tensor]) -> Callable[[], Sequence[Tensor]]:
-        parameters = list(fused.parameters() if module is fused else plain.parameters())
-        turn = cycle(buffers)
-
-        def step() -> Sequence[Tensor]:
-            x = next(turn)
-            return torch.autograd.grad(module(x), [x, *parameters], grad)
-
-        return step
-
-    measured = [
-        Row("naive + nn.Linear", "naive", step_of(nn.Sequential(baselines.Naive(COEFF), plain))),
-        Row("nn.Linear alone", "peer", step_of(plain)),
-        Row("GRLLinear", "ours", step_of(fused)),
-    ]
-
-    def check() -> None:
-        dx, *weights = measured[1].step()
-        for row in (measured[0], measured[2]):
-            eps = torch.finfo(settings.dtype).eps  # the factor is a power of two: exact but for the order of the sums
-            check_gradients(row.name, row.step(), [-COEFF * dx, *weights], 4 * math.sqrt(size) * eps)
-
-    return Work(measured, check, "limit: nn.Linear alone, which reverses nothing")
-
-
-def grl_linear(settings: Settings) -> list[Case]:
-    rows, size = (256, 256) if settings.quick else (4096, 1024)
-    return [
-        Case(
-            f"grl_linear/{rows}x{size}",
-            f"linear layer behind a reversal, {rows}x{size} -> {size}, forward + backward",
-            partial(_build_linear, size, rows, settings),
-            seconds=1.0 if settings.quick else 8.0,
-        )
-    ]
-
-
-def _build_founding(batch: int, settings: Settings) -> Work:
-    images, digits = founding.scaled_digits()
-    images, labels = founding.digit_pairs(images, digits, batch, torch.Generator().manual_seed(0))
-    images, labels = images.to(settings.device, settings.dtype), labels.to(settings.device)
-    torch.manual_seed(0)
-    start = founding.MnistNN2(baselines.Naive(COEFF)).to(settings.device, settings.dtype)
-    kinds = {"naive": baselines.Naive(COEFF), "grl_ext.GRL": grl_ext.GRL(COEFF).to(settings.device)}
-
-    def step_of(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
-        optimizer = torch.optim.SGD(parameters, lr=0.001)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-
-        return step
-
-    rows, first_losses = [], {}
-    for name, layer in kinds.items():
-        network = copy.deepcopy(start)
-        network.reversal = layer
-        loss = partial(lambda network: sum(founding.losses(network, images, labels)), network)
-        first_losses[name] = loss
-        rows.append(Row(name, "naive" if name == "naive" else "ours", step_of(loss, list(network.parameters()))))
-
-    network = copy.deepcopy(start)
-    fused = grl_ext.AdversarialHeads(network.out.in_features, {"out": network.out}, {"advout": network.advout}, lambda_=COEFF)
-    targets = {"out": labels, "advout": 1 - labels}
-    first_losses["AdversarialHeads"] = lambda: fused(network.extractor(images), targets).loss
-    parameters = [*network.extractor.parameters(), *fused.parameters()]
-    rows.append(Row("AdversarialHeads", "ours", step_of(first_losses["AdversarialHeads"], parameters)))
-
-    def check() -> None:
-        """Ten steps leave all networks at the same loss."""
-        for row in rows:
-            for _ in range(10):
-                row.step()
-        found = {name: loss().item() for name, loss in first_losses.items()}
-        tolerance = 1e-4 if settings.dtype in (torch.float32, torch.float64) else 5e-2
-        if max(found.values()) - min(found.values()) > tolerance * abs(found["naive"]):
-            raise WrongResult(f"after ten steps the losses differ: {found}")
-
-    return Work(rows, check, "limit: none; the convolutions are most of the step")
-
-
-def founding_heads(settings: Settings) -> list[Case]:
-    batch = 100 if settings.quick else 1000
-    return [
-        Case(
-            "founding_heads",
-            f"a whole training step of the founding experiment's network, {batch} pairs of real digits, with fused heads",
-            partial(_build_founding, batch, settings),
-            seconds=2.0 if settings.quick else 8.0,
-        )
-    ]
-
-
-def _build_switch(columns: int, settings: Settings) -> Work:
-    n, d = 4096, 1024
-    torch.manual_seed(0)
-    sizes = [columns - 2, 2]
-    x, weight = torch.randn(n, d), [torch.randn(size, d) / math.sqrt(d) for size in sizes]
-    lambda_, index = torch.tensor([COEFF], dtype=torch.float64), [-1, 0]
-    dz = [torch.randn(n, size) / n for size in sizes]
-
-    def by_products() -> tuple[Tensor, ...]:
-        for matrix in weight:
-            F.linear(x, matrix)
-        dx = dz[0].mm(weight[0])
-        return dx.addmm_(dz[1], weight[1], alpha=-COEFF), *(g.T.mm(x) for g in dz)
-
-    def ours() -> tuple[Tensor, ...]:
-        torch.ops.grl_ext._heads_logits(x, weight, [None, None])
-        dx, dw, _ = torch.ops.grl_ext._heads_gradients(dz, x, weight, lambda_, index, [True, True, True, False, False])
-        return dx, *dw
-
-    def check() -> None:
-        check_gradients("_heads_gradients", ours(), by_products(), 4 * math.sqrt(n) * torch.finfo(torch.float32).eps)
-
-    return Work(
-        [Row("matrix products", "naive", by_products), Row("_heads kernels", "ours", ours)], check, "limit: none, two forms of the same"
-    )
-
-
-def switch(settings: Settings) -> list[Case]:
-    """Where the CPU kernels stop paying: csrc/cpu/heads_limits.h. Past its bound both rows are matrix products."""
-    columns = (12,) if settings.quick else (4, 12, 24, 33, 48, 64, 96, 128)
-    return [
-        Case(f"switch/{k}", f"4096x1024 features, {k} columns: logits and gradients", partial(_build_switch, k, settings), seconds=2.0)
-        for k in columns
-        if settings.device == "cpu"
-    ]
-
-
-# `switch` serves whoever sets the bound and is run by name only.
 GROUPS = {
     "heads": heads,
     "heads_weighted": heads_weighted,
@@ -530,7 +383,4 @@ GROUPS = {
     "heads_hidden": heads_hidden,
     "heads_memory": heads_memory,
     "heads_launches": heads_launches,
-    "grl_linear": grl_linear,
-    "founding_heads": founding_heads,
 }
-BY_NAME_ONLY = {"switch": switch}

@@ -23,7 +23,7 @@ def _build(n: int, c: int, side: int, settings: Settings) -> Work:
     targets = {name: target.to(settings.device) for name, target in targets.items()}
     label, domain = nn.Linear(c, CLASSES).to(**kwargs), nn.Linear(c, DOMAINS).to(**kwargs)
     parameters = [*label.parameters(), *domain.parameters()]
-    layer = baselines.Naive(COEFF)
+    layer = baselines.Pasted(COEFF)
     heads = grl_ext.AdversarialHeads(c, {"label": label}, {"domain": domain}, lambda_=COEFF, dim=1)
     over_rows = grl_ext.AdversarialHeads(c, {"label": label}, {"domain": domain}, lambda_=COEFF)
 
@@ -39,12 +39,12 @@ def _build(n: int, c: int, side: int, settings: Settings) -> Work:
     channels_last = maps.clone(memory_format=torch.channels_last)
     rows = channels_last.permute(0, 2, 3, 1)
     measured = [
-        Row("naive, NCHW", "naive", step_of(maps, layered)),
-        Row("naive, channels_last", "peer", step_of(channels_last, layered)),
+        Row("pasted, NCHW", "reference", step_of(maps, layered)),
+        Row("pasted, channels_last", "peer", step_of(channels_last, layered)),
         Row("heads(dim=1), NCHW", "ours", step_of(maps, lambda x: heads(x, targets).loss)),
         Row("heads(dim=1), channels_last", "ours", step_of(channels_last, lambda x: heads(x, targets).loss)),
     ]
-    limit = Row("limit: heads over rows", "limit", step_of(rows, lambda x: over_rows(x, targets).loss))
+    yardstick = Row("yardstick: heads over rows", "yardstick", step_of(rows, lambda x: over_rows(x, targets).loss))
 
     def check() -> None:
         expected = measured[0].step()
@@ -52,7 +52,7 @@ def _build(n: int, c: int, side: int, settings: Settings) -> Work:
         for row in measured[1:]:
             check_gradients(row.name, row.step(), [t.double() for t in expected], 16 * math.sqrt(n * side * side) * eps)
 
-    return Work([*measured, limit], check, "limit: the same heads over rows (N, C)")
+    return Work([*measured, yardstick], check, "yardstick: the same heads over rows (N, C)")
 
 
 def heads_maps(settings: Settings) -> list[Case]:

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 PEERS = "#9aa5b8"
-COLOURS = {"ours": "#d1495b", "limit": "#2b2d42"}
-NAMES = {"limit": "limit: one mul_"}
+COLOURS = {"ours": "#d1495b", "yardstick": "#2b2d42"}
+NAMES = {"yardstick": "yardstick: one mul_"}
 
 
 def draw(document: dict, path: Path) -> None:

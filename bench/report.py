@@ -18,7 +18,7 @@ class RowResult:
     section: str
     total: Spread  # seconds or bytes of the whole step
     cost: Spread | None  # what the comparison is about: the total, or what it has over the identity's
-    to_naive: Spread | None
+    to_reference: Spread | None
     to_best_peer: Spread | None
 
 
@@ -28,20 +28,23 @@ class CaseResult:
     title: str
     unit: str  # "s", "B" or "launches"
     cost: str  # what `cost` is, in words
-    limit: str
-    best_peer: dict[str, str]  # by section
+    yardstick: str
+    reference: dict[str, str]  # by section: the row's name
+    best_peer: dict[str, str]  # by section: the fastest row that is not ours, the reference among them
     slower: list[str]  # which rows ours loses to, beyond the noise
     rows: list[RowResult]
 
 
 def summarise(case: Case, work: Work, samples: Samples) -> CaseResult:
-    rows, best_peer, slower = [], {}, []
+    rows, references, best_peer, slower = [], {}, {}, []
     for section in dict.fromkeys(row.section for row in work.rows):
         members = [row for row in work.rows if row.section == section]
         cost = _costs(case, members, samples)
-        rivals = [row for row in cost if row.kind in ("naive", "peer")]
-        naive = next((row for row in rivals if row.kind == "naive"), None)
+        rivals = [row for row in cost if row.kind in ("reference", "peer")]
+        reference = next((row for row in rivals if row.kind == "reference"), None)
         best = min(rivals, key=lambda row: Spread.of(cost[row]).median, default=None)
+        if reference:
+            references[section] = reference.name
         if best:
             best_peer[section] = best.name
         for row in members:
@@ -52,7 +55,7 @@ def summarise(case: Case, work: Work, samples: Samples) -> CaseResult:
                     section,
                     Spread.of(samples[row]),
                     Spread.of(cost[row]) if row in cost else None,
-                    paired_ratio(cost[row], cost[naive]) if row in cost and naive else None,
+                    paired_ratio(cost[row], cost[reference]) if row in cost and reference else None,
                     paired_ratio(cost[row], cost[best]) if row in cost and best else None,
                 )
             )
@@ -63,18 +66,17 @@ def summarise(case: Case, work: Work, samples: Samples) -> CaseResult:
             if ours.kind == "ours" and is_above(cost[ours], cost[rival], NOTICEABLE * Spread.of(samples[rival]).median)
         ]
     unit = {"time": "s", "memory": "B", "launches": "launches"}[case.measures]
-    return CaseResult(
-        case.name, case.title, unit, "over identity" if case.subtract_identity else "step", work.limit, best_peer, slower, rows
-    )
+    compared = "over identity" if case.subtract_identity else "step"
+    return CaseResult(case.name, case.title, unit, compared, work.yardstick, references, best_peer, slower, rows)
 
 
 def _costs(case: Case, members: list[Row], samples: Samples) -> Samples:
-    """What is compared, by row. The limit is never a difference: it is the cost itself."""
+    """What is compared, by row. A yardstick is never a difference: it is the cost itself."""
     identity = next((row for row in members if row.kind == "identity"), None)
     if not case.subtract_identity or identity is None:
         return {row: samples[row] for row in members}
     return {
-        row: samples[row] if row.kind == "limit" else paired_difference(samples[row], samples[identity])
+        row: samples[row] if row.kind == "yardstick" else paired_difference(samples[row], samples[identity])
         for row in members
         if row is not identity
     }
@@ -119,17 +121,17 @@ def table(result: CaseResult) -> str:
     width = max(len(row.name) for row in result.rows)
     lines = [f"{result.name}: {result.title}"]
     header = f"  {'':<{width}}{f'step, {unit}':>24}" + (f"{f'{result.cost}, {unit}':>28}" if taxed else "")
-    lines.append(header + f"{'/ naive':>24}{'/ best peer':>24}")
+    lines.append(header + f"{'/ reference':>24}{'/ best peer':>24}")
     for section, best in result.best_peer.items():
-        lines.append(f"{section} (best peer: {best})")
+        lines.append(f"{section} (reference: {result.reference.get(section, 'none')}; best peer: {best})")
         for row in (row for row in result.rows if row.section == section):
             mark = ">" if row.kind == "ours" else " "
-            total = _cell(None if taxed and row.kind == "limit" else row.total, size, 24)
+            total = _cell(None if taxed and row.kind == "yardstick" else row.total, size, 24)
             line = f"{mark} {row.name:<{width}}{total}" + (_cell(row.cost, size, 28) if taxed else "")
-            lines.append(line + _cell(row.to_naive, 1.0, 24) + _cell(row.to_best_peer, 1.0, 24))
+            lines.append(line + _cell(row.to_reference, 1.0, 24) + _cell(row.to_best_peer, 1.0, 24))
     rounds = max(row.total.n for row in result.rows)
     lines.append(f"  {f'median [quartiles] of {rounds} rounds, paired within a round' if rounds > 1 else 'counted exactly'}")
-    lines.append(f"  {result.limit}")
+    lines.append(f"  {result.yardstick}")
     verdict = f"above {', '.join(result.slower)}" if result.slower else "above no other row beyond the noise"
     lines.append(f"  grl_ext is {verdict}")
     return "\n".join(lines)

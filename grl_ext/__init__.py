@@ -1,4 +1,4 @@
-"""Gradient reversal that costs nothing: a fused layer and fused adversarial heads for PyTorch."""
+"""Gradient reversal for PyTorch: a fused layer and fused adversarial heads, in C++ and CUDA."""
 
 __version__ = "0.2.0"
 

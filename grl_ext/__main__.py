@@ -11,7 +11,7 @@ def main() -> None:
     info = _backend.C.build_info() if _backend.C else None
     untested = ""
     if _backend.release(torch.__version__) > _backend.NEWEST_TESTED_TORCH:
-        untested = f" (untested: the newest that was is {'.'.join(map(str, _backend.NEWEST_TESTED_TORCH))})"
+        untested = f" (not tested; the newest tested torch is {'.'.join(map(str, _backend.NEWEST_TESTED_TORCH))})"
     print(f"grl_ext {__version__} on torch {torch.__version__}{untested}, Python {platform.python_version()}, {platform.machine()}")
     if info is None:
         print(f"compiled: no ({_backend.why_not})")

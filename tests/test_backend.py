@@ -100,7 +100,7 @@ def test_the_report_says_where_nobody_has_tested(monkeypatch, capsys, version, s
     monkeypatch.setattr(torch, "__version__", version)
     __main__.main()
     first = capsys.readouterr().out.splitlines()[0]
-    untested = " (untested: the newest that was is 2.14)" if said else ""
+    untested = " (not tested; the newest tested torch is 2.14)" if said else ""
     assert first.startswith(f"grl_ext {grl_ext.__version__} on torch {version}{untested}, Python ")
 
 

@@ -51,7 +51,7 @@ SETTINGS = cases.Settings("cpu", torch.float32, quick=True)
 
 
 def rows_of(**seconds: float) -> list[cases.Row]:
-    kinds = {"identity": "identity", "naive": "naive", "ours": "ours", "limit": "limit"}
+    kinds = {"identity": "identity", "pasted": "reference", "ours": "ours", "yardstick": "yardstick"}
     return [cases.Row(name, kinds.get(name, "peer"), lambda: None) for name in seconds]
 
 
@@ -70,23 +70,23 @@ def test_samples_are_seconds_per_call_whatever_the_repeats():
 
 
 def test_ratios_are_taken_within_a_round_so_that_drift_cancels():
-    seconds = {"identity": 10e-3, "naive": 30e-3, "tuned": 18e-3, "ours": 11e-3, "limit": 2e-3}
+    seconds = {"identity": 10e-3, "pasted": 30e-3, "tuned": 18e-3, "ours": 11e-3, "yardstick": 2e-3}
     rows = rows_of(**seconds)
     samples = interleaved(FakeClock(), rows, seconds)
     assert max(samples[rows[0]]) > 1.5 * min(samples[rows[0]])  # the drift is there
     case = cases.Case("fake", "", lambda: None, subtract_identity=True)
     result = report.summarise(case, cases.Work(rows, lambda: None, ""), samples)
     by_name = {row.name: row for row in result.rows}
-    assert result.best_peer == {"eager": "tuned"}
+    assert (result.reference, result.best_peer) == ({"eager": "pasted"}, {"eager": "tuned"})
     assert by_name["identity"].cost is None
-    for name, tax in {"naive": 20, "tuned": 8, "ours": 1, "limit": 2}.items():
-        for found, expected in ((by_name[name].to_naive, tax / 20), (by_name[name].to_best_peer, tax / 8)):
+    for name, tax in {"pasted": 20, "tuned": 8, "ours": 1, "yardstick": 2}.items():
+        for found, expected in ((by_name[name].to_reference, tax / 20), (by_name[name].to_best_peer, tax / 8)):
             assert (found.q1, found.median, found.q3) == pytest.approx((expected,) * 3, rel=1e-6)
     assert result.slower == []
 
 
 def test_a_slower_row_of_ours_is_named():
-    seconds = {"naive": 30e-3, "tuned": 18e-3, "ours": 20e-3}
+    seconds = {"pasted": 30e-3, "tuned": 18e-3, "ours": 20e-3}
     rows = rows_of(**seconds)
     case = cases.Case("fake", "", lambda: None)
     result = report.summarise(case, cases.Work(rows, lambda: None, ""), interleaved(FakeClock(), rows, seconds))
@@ -95,13 +95,13 @@ def test_a_slower_row_of_ours_is_named():
 
 
 def test_sections_are_compared_within_themselves():
-    rows = [cases.Row("naive", "naive", lambda: None), cases.Row("naive", "naive", lambda: None, "compiled")]
+    rows = [cases.Row("pasted", "reference", lambda: None), cases.Row("pasted", "reference", lambda: None, "compiled")]
     ours = [cases.Row("ours", "ours", lambda: None), cases.Row("ours", "ours", lambda: None, "compiled")]
     samples = {rows[0]: [4.0] * 3, rows[1]: [2.0] * 3, ours[0]: [1.0] * 3, ours[1]: [1.0] * 3}
     case = cases.Case("fake", "", lambda: None)
     result = report.summarise(case, cases.Work(list(samples), lambda: None, ""), samples)
-    found = {(row.section, row.name): row.to_naive.median for row in result.rows}
-    assert found == {("eager", "naive"): 1, ("eager", "ours"): 0.25, ("compiled", "naive"): 1, ("compiled", "ours"): 0.5}
+    found = {(row.section, row.name): row.to_reference.median for row in result.rows}
+    assert found == {("eager", "pasted"): 1, ("eager", "ours"): 0.25, ("compiled", "pasted"): 1, ("compiled", "ours"): 0.5}
 
 
 def test_no_ratio_to_what_cannot_be_told_from_zero():
@@ -128,7 +128,7 @@ def test_peak_memory_counts_what_is_held_at_a_time():
 
 
 @pytest.mark.parametrize("group", ["tax/64", "founding"])
-@pytest.mark.parametrize("wrong", [lambda coeff: baselines.Naive(-coeff), lambda coeff: baselines.Tuned(2 * coeff)])
+@pytest.mark.parametrize("wrong", [lambda coeff: baselines.Pasted(-coeff), lambda coeff: baselines.Tuned(2 * coeff)])
 def test_check_catches_a_wrong_layer(monkeypatch, group, wrong):
     if group == "founding":
         pytest.importorskip("sklearn")
@@ -151,6 +151,18 @@ def test_a_wrong_result_is_named_and_the_other_cases_are_written(monkeypatch, ca
     assert [case["name"] for case in json.loads(json_path.read_text())["cases"]] == ["bandwidth/1M"]
 
 
+def test_the_benchmark_waits_for_an_idle_machine_but_not_for_ever(monkeypatch, capsys):
+    clock, cores = FakeClock(), compare.os.cpu_count()
+    monkeypatch.setattr(compare.time, "monotonic", clock)
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: clock.step(seconds)())
+    for idle_after, waited in ((0, 0), (20, 20), (1000, 60)):
+        clock.now = 0.0
+        monkeypatch.setattr(compare, "load", lambda idle_after=idle_after: 0.0 if clock.now >= idle_after else 2.0 * cores)
+        compare.wait_until_idle(60)
+        assert clock.now == waited
+        assert ("waiting for at most 60 s" in capsys.readouterr().out) == (waited > 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", ["heads", "grl_linear", "bandwidth"])
 def test_rows_that_take_turns_over_buffers_all_give_the_right_result(monkeypatch, group, dtype):
@@ -162,7 +174,7 @@ def test_rows_that_take_turns_over_buffers_all_give_the_right_result(monkeypatch
     names = [row.name for row in work.rows]
     assert len(set(names)) == len(names)
     if group == "heads":
-        assert {"naive", "tuned", "heads(features)", heads.FUSED} <= set(names)
+        assert {"pasted", "tuned", "heads(features)", heads.FUSED} <= set(names)
         assert heads.CHUNKED in names or not hasattr(torch.nn.functional, "linear_cross_entropy")
 
 
@@ -170,8 +182,8 @@ def test_a_row_that_cannot_run_is_left_out_with_the_reason(capsys):
     def make():
         raise RuntimeError("no such compiler")
 
-    assert heads._if_it_runs("compiled naive", make) == []
-    assert "compiled naive is left out: RuntimeError: no such compiler" in capsys.readouterr().out
+    assert heads._if_it_runs("compiled pasted", make) == []
+    assert "compiled pasted is left out: RuntimeError: no such compiler" in capsys.readouterr().out
 
 
 def test_cuda_has_every_case_of_the_goals():
@@ -215,7 +227,7 @@ def test_command_writes_table_json_and_picture(tmp_path):
     assert [case["name"] for case in document["cases"]] == ["tax/64", "memory/1M"]
     for case in document["cases"]:
         rows = {row["name"]: row for row in case["rows"]}
-        assert {"identity", "naive", "tuned", "grl_ext"} <= rows.keys()
+        assert {"identity", "pasted", "tuned", "grl_ext"} <= rows.keys()
         for row in rows.values():
             spread = row["total"]
             assert spread["p5"] <= spread["q1"] <= spread["median"] <= spread["q3"] <= spread["p95"]
@@ -223,7 +235,7 @@ def test_command_writes_table_json_and_picture(tmp_path):
         for name in rows:
             assert name in found.stdout
     # One float32 buffer; a number that an operation wraps in a tensor weighs some bytes more.
-    assert rows["naive"]["cost"]["median"] == pytest.approx(2**20 * 4, rel=1e-3)
+    assert rows["pasted"]["cost"]["median"] == pytest.approx(2**20 * 4, rel=1e-3)
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -234,7 +246,7 @@ def test_pairs_hold_what_their_label_says():
     assert pairs.shape == (50, 1, 28, 28) and 0 < labels.sum() < 50
     assert torch.equal(pairs[:, 0, 0, 0], torch.where(labels == 1, 101.0, 2.0))
     features, prediction, adversarial = founding.MnistNN2(baselines.Identity())(pairs[:2])
-    assert features.shape == (2, founding.FEATURES) and prediction.shape == adversarial.shape == (2, 2)
+    assert features.shape == (2, 1764) and prediction.shape == adversarial.shape == (2, 2)
     assert math.isfinite(sum(founding.losses(founding.MnistNN2(baselines.Identity()), pairs, labels)).item())
 
 

@@ -89,7 +89,7 @@ def test_links_within_the_project_lead_somewhere(page):
         return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
     headings = {}
-    for target in [page, *PAGES]:
+    for target in [README, ROOT / "examples" / "README.md", *PAGES]:
         titles = re.findall(r"^#+ (.*)$", without_code(target), re.MULTILINE)
         headings[target.resolve()] = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", without_code(page)):

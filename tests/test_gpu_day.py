@@ -67,7 +67,7 @@ def measured(name: str, **medians: float) -> dict:
     rows = []
     for row, median in medians.items():
         kind, _, rest = row.partition("_")
-        names = {"fused": heads.FUSED, "graph": f"{heads.FUSED} in a CUDA graph", "copy": "limit: one copy"}
+        names = {"fused": heads.FUSED, "graph": f"{heads.FUSED} in a CUDA graph", "copy": heads.COPY}
         rows.append({"name": names.get(rest, rest or kind), "kind": kind, "total": {"median": median}})
     return {"name": name, "rows": rows}
 
@@ -78,14 +78,14 @@ def verdicts(folder: Path) -> set[tuple[str, str, str]]:
 
 
 def test_goals_are_read_from_the_rows_they_are_about(tmp_path):
-    large = {"naive": 9.0, "peer_tuned": 8.0, "peer_compiled": 3.0, "peer_compiled2": 2.4, "ours_logits": 4.0, "ours_fused": 1.25}
+    large = {"reference": 9.0, "peer_tuned": 8.0, "peer_compiled": 3.0, "peer_compiled2": 2.4, "ours_logits": 4.0, "ours_fused": 1.25}
     cases = [
-        measured("bandwidth/64M", naive=5.0, ours_in=1.02, ours_out=1.25, limit=1.0),
-        measured("heads/65536x1024_10+2", **large, limit_copy=1.0, limit_arithmetic=0.1),
-        measured("heads/65536x1024_31+2", naive=9.0, ours_fused=2.0, limit_copy=1.0),
-        measured("heads/128x256_10+2", naive=9.0, ours_fused=2.0, ours_graph=1.0),
-        measured("heads_launches/128x256_10+2", naive=40, ours_logits=20, ours_fused=4),
-        measured("grl_linear/4096x1024", naive=3.0, peer=1.0, ours=1.005),
+        measured("bandwidth/64M", reference=5.0, ours_in=1.02, ours_out=1.25, yardstick=1.0),
+        measured("heads/65536x1024_10+2", **large, yardstick_copy=1.0, yardstick_product=0.1),
+        measured("heads/65536x1024_31+2", reference=9.0, ours_fused=2.0, yardstick_copy=1.0),
+        measured("heads/128x256_10+2", reference=9.0, ours_fused=2.0, ours_graph=1.0),
+        measured("heads_launches/128x256_10+2", reference=40, ours_logits=20, ours_fused=4),
+        measured("grl_linear/4096x1024", reference=3.0, peer=1.0, ours=1.005),
     ]
     (tmp_path / "some.json").write_text(json.dumps({"environment": {"dtype": "float32"}, "cases": cases}))
     found = verdicts(tmp_path)

@@ -18,6 +18,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+import grl_ext  # noqa: E402
+
 COLOURS = {
     "blue": "#0072b2",
     "orange": "#d55e00",
@@ -74,7 +76,8 @@ def finish(args: argparse.Namespace, results: dict, figure: Figure, finding: str
         "seconds": round(time.time() - args.started, 1),
         "versions": {
             "python": platform.python_version(),
-            **{package: _version(package) for package in ("grl_ext", "torch", "numpy", "scikit-learn")},
+            "grl_ext": grl_ext.__version__,
+            **{package: _version(package) for package in ("torch", "numpy", "scikit-learn")},
         },
         "machine": {"system": sys.platform, "processor": platform.machine(), "threads": torch.get_num_threads()},
     }

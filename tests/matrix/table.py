@@ -22,7 +22,9 @@ an adversary is run through the set-up, and its values and all its gradients are
 layer. `tests/matrix` holds the tests and writes this page; `make test` fails where the two differ.
 
 - **yes**: right, on the compiled path and on the one in pure Python.
-- **refused**: an error, with what to do instead. Nothing is ever computed wrongly.
+- **refused**: an error, with what to do instead. No cell of grl_ext is a wrong gradient. What no cell tries, and is not right, is said
+  under [the layer](layer.md) (infinite features in `make_fx`, and under `torch.func` inside `torch.compile`) and under
+  [several processes](heads.md#several-processes) (FSDP1's `buffer_dtype`).
 - **the usual ten lines**: the layer that everybody pastes, in the same network. *Not reversed* means that the features help the
   adversary, without a warning. *Wrong gradient* is any other.
 
