@@ -38,6 +38,8 @@ class Program:
         self.lambdas: list[Tensor] = []
         self.layers: list[nn.Module] = []
         self.linear_outputs: list[Tensor] = []
+        self.hooked_outputs: list[Tensor] = []  # of linear_outputs
+        self.may_use_threads = True
         self.recomputation = threading.Lock()  # of a checkpoint, which two threads may want at once
         self.leaves = [self.leaf() for _ in range(self.random.randint(1, 3))]
         self.live = list(self.leaves)
@@ -182,7 +184,9 @@ class Program:
                     self.numbers.set_state(after[1])
                 self.leaves, self.lambdas, self.layers = after[2:]
 
-        return checkpoint(segment, x, use_reentrant=self.random.random() < 0.2)
+        reentrant = self.random.random() < 0.2
+        self.may_use_threads &= not reentrant  # its backward inside a backward adds to .grad, from each thread
+        return checkpoint(segment, x, use_reentrant=reentrant)
 
     def pure_chain(self, x: Tensor) -> Tensor:
         """Without parameters of its own, which a recomputation would make anew."""
@@ -211,12 +215,15 @@ class Program:
         # PyTorch makes the grad_fn of a view whose base was modified when it is asked for. In register_hook() it does so at a moment that
         # makes plain PyTorch crash: y = x.view(-1); x.mul_(2); y.register_hook(...).
         _ = x.grad_fn
+        if any(x is y for y in self.linear_outputs):
+            self.hooked_outputs.append(x)
         if form <= 1:
             x.register_hook(keep)
         elif form == 2:
             x.register_hook(lambda grad: grad * 0.5)
         elif form == 3:
             x.retain_grad()
+            self.may_use_threads = False  # two of them would add to x.grad at once
         elif x.grad_fn is None or any(x is y for y in self.linear_outputs):
             pass  # the node of a fused operation is its own affair
         elif form == 4:
@@ -225,6 +232,9 @@ class Program:
             x.grad_fn.register_hook(lambda ins, outs: keep_all(ins))
 
     def modify(self, x: Tensor) -> None:
+        memory = x.untyped_storage().data_ptr()
+        if any(memory == y.untyped_storage().data_ptr() for y in self.hooked_outputs):
+            return  # F.linear's result is a view where it has a bias and more than two dimensions, and loses its hooks
         others = [t for t in self.live if t.shape == x.shape and t.dtype == x.dtype and t is not x]
         forms: list[Callable[[], object]] = [lambda: x.mul_(2), lambda: x.add_(1), lambda: x.zero_(), lambda: x.neg_()]
         if x.dim() and x.shape[0]:
@@ -287,6 +297,8 @@ class Program:
 
     def differentiate(self, index: int, last: bool) -> None:
         form = self.random.choice(["backward", "backward", "twice", "grad", "given", "second order", "threads"])
+        if form == "threads" and not self.may_use_threads:
+            form = "grad"
         inputs = self.random.sample(self.leaves, self.random.randint(1, len(self.leaves)))
         inputs = [t for t in inputs if t.requires_grad] or self.leaves[:1]
         retain = not last
