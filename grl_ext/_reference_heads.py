@@ -15,8 +15,8 @@ from grl_ext._reference import (
     as_rows,
     autocast,
     check_number,
+    check_operand,
     check_scalar,
-    check_tensor,
     gradient_reversal,
     in_a_graph,
     in_make_fx,
@@ -144,7 +144,7 @@ def check_weights(x: Tensor, argument: str, weights: Tensor | None, head: int, s
     if weights is None:
         return
     name = f"{argument}[{head}]"
-    check_tensor(name, weights)
+    check_operand(name, weights)
     if weights.dtype not in FLOATING:
         raise TypeError(f"{name} must be floating point, got {weights.dtype}")
     if list(weights.shape) != sizes:
@@ -212,11 +212,11 @@ def check_values(target: Tensor, sample_weight: Tensor | None, head: int, size: 
 
 def _as_given(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]):
     """x, weight and bias under autocast."""
-    check_tensor("x", x)
+    check_operand("x", x)
     for name, tensors in (("weight", weight), ("bias", bias)):
         for i, tensor in enumerate(tensors):
             if tensor is not None:
-                check_tensor(f"{name}[{i}]", tensor)
+                check_operand(f"{name}[{i}]", tensor)
     x, *parameters = autocast(x, *weight, *bias)
     return x, parameters[: len(weight)], parameters[len(weight) :]
 
@@ -300,7 +300,7 @@ def heads_loss(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     x, weight, bias = _as_given(x, weight, bias)
     for i, target in enumerate(targets):
-        check_tensor(f"targets[{i}]", target)
+        check_operand(f"targets[{i}]", target)
     heads = len(depth)
     options = options.filled(heads)
     check_layers(x, weight, bias, depth)

@@ -136,7 +136,7 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
         if has_torch_function((x, weight, bias)):
             return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
         path = _linear_path()
-        if path == "eager" and type(x) in _PLAIN and type(weight) in _PLAIN:
+        if path == "eager" and type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
             return _backend.C.grl_linear(x, weight, bias, lambda_)
         if path == "traced":
             check_tensors(x, weight, bias)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from grl_ext import functional
-from grl_ext._reference import check_tensor
+from grl_ext._reference import check_operand, check_tensor
 from grl_ext._reference_heads import (
     HeadsOptions,
     check_ignored,
@@ -440,7 +440,7 @@ class AdversarialHeads(_LambdaModule):
             # Logits of the features' rank have theirs in the same place.
             rows = self._last(logits[h]) if logits[h].dim() == features.dim() else logits[h]
             try:
-                check_tensor(f"targets[{h}]", targets[h])
+                check_operand(f"targets[{h}]", targets[h])
                 check_options(rows, [rows.shape[-1]], [targets[h]], _some(options, [h]), first=h)
             except _ERRORS as error:
                 raise _named(error, heads) from None
