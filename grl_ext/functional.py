@@ -1,6 +1,7 @@
 """The operations. Each picks its path and leaves the work to it: C++ in eager mode, the registered operator in graphs
 (`torch.compile`, `torch.export`, `torch.jit`), plain PyTorch (`_reference`) under `torch.func` and where nothing is compiled."""
 
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
@@ -159,6 +160,13 @@ def _in_graph(x: Tensor, *others: Tensor | None) -> bool:
     return not any(hasattr(type(tensor), "__tensor_flatten__") for tensor in (x, *others))
 
 
+def _is_distributed(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # which is slow to import, and is where there is a DTensor
+    if module is None or not isinstance(x, module.DTensor):
+        return False
+    return not (torch._C._are_functorch_transforms_active() or fx_records() or forward_ad._current_level >= 0)
+
+
 def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
     """The adversaries' numbers as one tensor, and each head's place in it; -1 for a predictor."""
     if isinstance(lambda_, (Tensor, str)) or not isinstance(lambda_, Sequence):
@@ -229,6 +237,12 @@ def run_linear_heads(
             return logits
     elif path == "traced" and _in_graph(x, *weight, *bias):
         return torch.ops.grl_ext.linear_heads(x, weight, bias, lambda_.to(x.device), lambda_index)
+    if path != "traced" and _is_distributed(x):
+        from grl_ext import _sharded
+
+        logits = _sharded.linear_heads(x, weight, bias, lambda_, lambda_index)
+        if logits is not None:
+            return logits
     return _reference_heads.linear_heads(x, weight, bias, lambda_, lambda_index)
 
 
@@ -391,6 +405,12 @@ def run_heads_loss(
         if result is not None:
             return HeadsLoss(*result)
     depth = [1] * len(weight) if depth is None else depth
+    if path != "traced" and _is_distributed(x):
+        from grl_ext import _sharded
+
+        result = _sharded.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, options)
+        if result is not None:
+            return result
     weights = (*(options.sample_weight or ()), *(options.class_weight or ()))
     if path == "traced" and _in_graph(x, *weight, *bias, *targets, *weights):
         sample_weight, class_weight, loss_weight, *others = options.filled(len(depth))
