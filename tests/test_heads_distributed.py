@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matrix.networks import ReverseLayerF
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.device_mesh import init_device_mesh
@@ -113,20 +114,9 @@ def part(rank: int, of):
     return of.chunk(2)[rank]
 
 
-class Reversal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, lambda_):
-        ctx.lambda_ = lambda_
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return -ctx.lambda_ * grad, None
-
-
 def stock_logits(heads: AdversarialHeads, features: Tensor) -> dict[str, Tensor]:
     seen = {name: module(features) for name, module in heads.predictors.items()}
-    return seen | {name: module(Reversal.apply(features, LAMBDAS[name])) for name, module in heads.adversaries.items()}
+    return seen | {name: module(ReverseLayerF.apply(features, LAMBDAS[name])) for name, module in heads.adversaries.items()}
 
 
 def stock_losses(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
