@@ -25,8 +25,13 @@ from grl_ext._reference_heads import (
 Placements = tuple[Placement, ...]
 
 
+def _added_up(placements: Placements) -> Placements:
+    """The layout after what processes hold in parts has been added up; also that of its gradient."""
+    return tuple(Replicate() if placement.is_partial() else placement for placement in placements)
+
+
 class _ToLocal(torch.autograd.Function):
-    """This process's part; its gradient's layout is given. Unlike PyTorch's own pair, both can be differentiated again and again."""
+    """This process's part; its gradient's layout is given. Unlike PyTorch's own pair, both can be differentiated again."""
 
     @staticmethod
     def forward(ctx, tensor: DTensor, placements: Placements) -> Tensor:
@@ -37,22 +42,24 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None) -> tuple[DTensor | None, None]:
-        return None if grad is None else _FromLocal.apply(grad, ctx.mesh, ctx.placements, ctx.shape, ctx.stride), None
+        return None if grad is None else _FromLocal.apply(grad, ctx.mesh, ctx.placements, ctx.shape, ctx.stride, False), None
 
 
 class _FromLocal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local: Tensor, mesh, placements: Placements, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
-        ctx.placements = placements
-        ctx.set_materialize_grads(False)
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    """The whole of which this process has a part; `add` adds up what `placements` call partial."""
 
     @staticmethod
-    def backward(ctx, grad: DTensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def forward(ctx, local: Tensor, mesh, placements: Placements, shape: torch.Size, stride: tuple[int, ...], add: bool) -> DTensor:
+        ctx.placements = placements
+        ctx.set_materialize_grads(False)
+        whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return whole.redistribute(placements=_added_up(placements)) if add else whole
+
+    @staticmethod
+    def backward(ctx, grad: DTensor | None):
         if grad is not None:
-            each = [Replicate() if placement.is_partial() else placement for placement in ctx.placements]
-            grad = _ToLocal.apply(grad.redistribute(placements=each), ctx.placements)
-        return grad, None, None, None, None
+            grad = _ToLocal.apply(grad.redistribute(placements=_added_up(ctx.placements)), ctx.placements)
+        return grad, None, None, None, None, None
 
 
 def _is_replicated(tensor: DTensor) -> bool:
@@ -94,11 +101,14 @@ class _Rows:
 
     def logits(self, local: Sequence[Tensor]) -> list[DTensor]:
         shapes = [torch.Size((*self.leading, z.shape[-1])) for z in local]
-        return [_FromLocal.apply(z, self.mesh, self.placements, shape, _contiguous(shape)) for z, shape in zip(local, shapes, strict=True)]
+        return [
+            _FromLocal.apply(z, self.mesh, self.placements, shape, _contiguous(shape), False)
+            for z, shape in zip(local, shapes, strict=True)
+        ]
 
-    def total(self, local: Tensor) -> DTensor:
-        """Of numbers that each process has added up over its rows."""
-        return _FromLocal.apply(local, self.mesh, self.sums, local.shape, local.stride())
+    def total(self, local: Tensor, add: bool) -> DTensor:
+        """Of a number that each process has added up over its rows; without `add` it is left to whoever reads it."""
+        return _FromLocal.apply(local, self.mesh, self.sums, local.shape, local.stride(), add)
 
 
 def linear_heads(
@@ -150,9 +160,7 @@ def heads_loss(
         own = own._replace(loss_weight=loss_weight)
     out = functional.run_heads_loss(rows.x, rows.weight, rows.bias, depth, targets, rows.lambda_, lambda_index, own)
     losses = [loss if factors is None else loss * factors[h].to(loss) for h, loss in enumerate(out.head_losses)]
-    return functional.HeadsLoss(
-        rows.total(out.loss).redistribute(placements=rows.everywhere), [rows.total(loss) for loss in losses], rows.logits(out.logits)
-    )
+    return functional.HeadsLoss(rows.total(out.loss, True), [rows.total(loss, False) for loss in losses], rows.logits(out.logits))
 
 
 @torch.no_grad()

@@ -676,7 +676,7 @@ def gradients_of_gradients_by_rows(rank: int) -> None:
 
     ours, theirs = over_rows(x).requires_grad_(), x.clone().requires_grad_()
     own = {name: over_rows(target) for name, target in targets.items()}
-    for total in (lambda o: o.loss, mixed, lambda o: sum(z.square().mean() for z in o.logits.values())):
+    for total in (lambda o: o.loss, lambda o: o.loss.square(), mixed, lambda o: sum(z.square().mean() for z in o.logits.values())):
         first = []
         for network, features, of, weight in ((heads, ours, own, over_rows(sample_weight)), (whole, theirs, targets, sample_weight)):
             network.zero_grad()
