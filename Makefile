@@ -3,6 +3,7 @@
 # make examples    the experiments with their default settings, on data that ships with scikit-learn or is generated
 # make examples-real DATA=folder   those with published data on it; examples/README.md tells what the folder holds
 # make fuzz        COUNT=100000 random programs through grl_ext and through plain PyTorch
+# make steps       COUNT=100000 training steps, over which memory must stay flat
 # make matrix      every set-up times every operation again, those of other libraries too; writes docs/works-with.md
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
@@ -42,7 +43,7 @@ TOOL = $(VENV)/bin/
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
 
-.PHONY: env build test bench examples examples-real fuzz matrix asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
+.PHONY: env build test bench examples examples-real fuzz steps matrix asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -87,6 +88,9 @@ fuzz: build
 	for path in compiled fallback; do for kind in autograd heads; do \
 	  OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(PY) tests/fuzz/fuzz.py --count $(COUNT) --path $$path --kind $$kind || exit 1; \
 	done; done
+
+steps: build
+	for path in compiled fallback; do OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(PY) tests/fuzz/steps.py --count $(COUNT) --path $$path || exit 1; done
 
 # The libraries go into an environment of their own, which sees the one with torch. `make test` runs the rows that need none of them, and
 # compares them with what this wrote.

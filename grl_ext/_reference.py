@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.masked import MaskedTensor, as_masked_tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks. The texts are those of csrc/checks.h.
@@ -24,11 +25,18 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def check_operand(name: str, value: object) -> None:
+    """What a linear layer or a loss takes."""
+    check_tensor(name, value)
+    if isinstance(value, MaskedTensor):
+        raise TypeError(f"{name} must not be a MaskedTensor: pass {name}.to_tensor(value), with the value that masked elements are to have")
+
+
 def check_tensors(x: object, weight: object, bias: object) -> None:
-    check_tensor("x", x)
-    check_tensor("weight", weight)
+    check_operand("x", x)
+    check_operand("weight", weight)
     if bias is not None:
-        check_tensor("bias", bias)
+        check_operand("bias", bias)
 
 
 def check_number(name: str, value: object) -> float:
@@ -90,6 +98,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def scale_negate(grad: Tensor, lambda_: Tensor | float) -> Tensor:
     """-lambda * grad in grad's dtype, rounded once, and exact zeros where lambda is 0 (even of an infinite gradient)."""
+    if isinstance(grad, MaskedTensor):  # torch.where would take the mask of the zeros
+        return as_masked_tensor(scale_negate(grad.get_data(), lambda_), grad.get_mask())
     if grad.is_complex():  # by parts: the product with a complex number would make NaN of infinity times 0
         return torch.complex(scale_negate(grad.real, lambda_), scale_negate(grad.imag, lambda_))
     if grad.layout == torch.sparse_coo and (isinstance(lambda_, Tensor) or lambda_ == 0):

@@ -15,8 +15,8 @@ from grl_ext._reference import (
     as_rows,
     autocast,
     check_number,
+    check_operand,
     check_scalar,
-    check_tensor,
     gradient_reversal,
     in_a_graph,
     in_make_fx,
@@ -145,7 +145,7 @@ def check_weights(x: Tensor, argument: str, weights: Tensor | None, head: int, s
     if weights is None:
         return
     name = f"{argument}[{head}]"
-    check_tensor(name, weights)
+    check_operand(name, weights)
     if weights.dtype not in FLOATING:
         raise TypeError(f"{name} must be floating point, got {weights.dtype}")
     if list(weights.shape) != sizes:
@@ -213,13 +213,13 @@ def check_values(target: Tensor, sample_weight: Tensor | None, head: int, size: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _as_given(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]):
+def as_given(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]):
     """x, weight and bias under autocast."""
-    check_tensor("x", x)
+    check_operand("x", x)
     for name, tensors in (("weight", weight), ("bias", bias)):
         for i, tensor in enumerate(tensors):
             if tensor is not None:
-                check_tensor(f"{name}[{i}]", tensor)
+                check_operand(f"{name}[{i}]", tensor)
     x, *parameters = autocast(x, *weight, *bias)
     return x, parameters[: len(weight)], parameters[len(weight) :]
 
@@ -236,12 +236,38 @@ def _seen_by(x: Tensor, lambda_: Tensor, index: int) -> Tensor:
 def linear_heads(
     x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lambda_: Tensor, lambda_index: Sequence[int]
 ) -> list[Tensor]:
-    x, weight, bias = _as_given(x, weight, bias)
+    x, weight, bias = as_given(x, weight, bias)
     check_layers(x, weight, bias, [1] * len(weight))
     check_lambda_of_heads(x, lambda_, lambda_index, len(weight))
     with without_autocast(x.device):
         heads = zip(lambda_index, weight, bias, strict=True)
         return [F.linear(_seen_by(x, lambda_, index), w, b) for index, w, b in heads]
+
+
+def weights_of_rows(
+    like: Tensor,
+    target: Tensor,
+    *,
+    size: int,
+    kind: int,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """The weight of each row (N,), 0 for one that is not valid, and what their mean is divided by. `like` (N, ...) is any float tensor."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    weights = torch.ones_like(like[:, 0], dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
+    valid = weights != 0
+    labels = target.dtype == torch.int64
+    if labels:
+        valid = valid & (target != ignore_index)
+    weights = torch.where(valid, weights, weights.new_zeros(()))
+    norm = weights.sum()
+    if kind == SQUARED_ERROR:
+        norm = norm * size
+    elif class_weight is not None and labels:
+        norm = (weights * class_weight.to(dtype)[target.masked_fill(~valid, 0)]).sum()
+    return weights, norm
 
 
 def head_loss(
@@ -259,17 +285,13 @@ def head_loss(
     size = logits.shape[1]
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = target.dtype == torch.int64
-    row_weight = torch.ones_like(z[:, 0]) if sample_weight is None else sample_weight.to(z.dtype)
-    valid = row_weight != 0
-    if labels:
-        valid = valid & (target != ignore_index)
-    zero = z.new_zeros(())
-    row_weight = torch.where(valid, row_weight, zero)
+    row_weight, norm = weights_of_rows(
+        z, target, size=size, kind=kind, sample_weight=sample_weight, class_weight=class_weight, ignore_index=ignore_index
+    )
+    valid, zero = row_weight != 0, z.new_zeros(())
     z = torch.where(valid[:, None], z, zero)
-    norm = row_weight.sum()
     if kind == SQUARED_ERROR:
         losses = (z - torch.where(valid[:, None], target.to(z.dtype), zero)).square().sum(1)
-        norm = norm * size
     else:
         if size == 1:
             z = torch.cat([torch.zeros_like(z), z], 1)  # binary: the softmax over 0 and z
@@ -282,9 +304,7 @@ def head_loss(
             wanted = torch.where(valid[:, None], torch.cat([1 - given, given], 1) if size == 1 else given, zero)
         wanted = wanted * (1 - label_smoothing) + label_smoothing / classes
         if class_weight is not None:
-            class_weight = class_weight.to(z.dtype)
-            wanted = wanted * class_weight
-            norm = (row_weight * class_weight[target]).sum() if labels else norm
+            wanted = wanted * class_weight.to(z.dtype)
         # A class that is not wanted at all adds nothing, though its logit be -infinity.
         losses = -torch.where(wanted == 0, zero, wanted * z.log_softmax(1)).sum(1)
     total = (row_weight * losses).sum()
@@ -301,9 +321,9 @@ def heads_loss(
     lambda_index: Sequence[int],
     options: HeadsOptions,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    x, weight, bias = _as_given(x, weight, bias)
+    x, weight, bias = as_given(x, weight, bias)
     for i, target in enumerate(targets):
-        check_tensor(f"targets[{i}]", target)
+        check_operand(f"targets[{i}]", target)
     heads = len(depth)
     options = options.filled(heads)
     check_layers(x, weight, bias, depth)

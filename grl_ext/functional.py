@@ -1,6 +1,7 @@
 """The operations. Each picks its path and leaves the work to it: C++ in eager mode, the registered operator in graphs
 (`torch.compile`, `torch.export`, `torch.jit`), plain PyTorch (`_reference`) under `torch.func` and where nothing is compiled."""
 
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
@@ -139,7 +140,7 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
         if has_torch_function((x, weight, bias)):
             return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
         path = _linear_path()
-        if path == "eager" and type(x) in _PLAIN and type(weight) in _PLAIN:
+        if path == "eager" and type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
             return _backend.C.grl_linear(x, weight, bias, lambda_)
         if path == "traced":
             check_tensors(x, weight, bias)
@@ -160,6 +161,13 @@ def _in_graph(x: Tensor, *others: Tensor | None) -> bool:
         return False  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.
     # A subclass in a graph, such as DTensor, has a strategy for each of PyTorch's own operators.
     return not any(hasattr(type(tensor), "__tensor_flatten__") for tensor in (x, *others))
+
+
+def _is_distributed(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # which is slow to import, and is where there is a DTensor
+    if module is None or not isinstance(x, module.DTensor):
+        return False
+    return not (torch._C._are_functorch_transforms_active() or fx_records() or forward_ad._current_level >= 0)
 
 
 def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
@@ -232,6 +240,12 @@ def run_linear_heads(
             return logits
     elif path == "traced" and _in_graph(x, *weight, *bias):
         return torch.ops.grl_ext.linear_heads(x, weight, bias, lambda_.to(x.device), lambda_index)
+    if path != "traced" and _is_distributed(x):
+        from grl_ext import _sharded
+
+        logits = _sharded.linear_heads(x, weight, bias, lambda_, lambda_index)
+        if logits is not None:
+            return logits
     return _reference_heads.linear_heads(x, weight, bias, lambda_, lambda_index)
 
 
@@ -397,6 +411,12 @@ def run_heads_loss(
         if result is not None:
             return HeadsLoss(*result)
     depth = [1] * len(weight) if depth is None else depth
+    if path != "traced" and _is_distributed(x):
+        from grl_ext import _sharded
+
+        result = _sharded.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, options)
+        if result is not None:
+            return result
     weights = (*(options.sample_weight or ()), *(options.class_weight or ()))
     if path == "traced" and _in_graph(x, *weight, *bias, *targets, *weights):
         sample_weight, class_weight, loss_weight, *others = options.filled(len(depth))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from grl_ext import functional
-from grl_ext._reference import check_tensor
+from grl_ext._reference import check_operand, check_tensor
 from grl_ext._reference_heads import (
     HeadsOptions,
     check_ignored,
@@ -56,7 +56,8 @@ def _why_not_linear(module: nn.Module) -> str | None:
     """Why a module is not run as a plain linear layer; None if it is."""
     # Parametrised layers (weight norm, spectral norm, pruning, LoRA of torch.nn.utils.parametrize) keep this forward.
     if type(module) is not nn.Linear and getattr(type(module), "forward", None) is not nn.Linear.forward:
-        return f"{type(module).__name__} is not nn.Linear"
+        name = type(module).__name__
+        return f"{type(module).__module__ + '.' if name == 'Linear' else ''}{name} is not nn.Linear"
     return _own_call(module)
 
 
@@ -74,10 +75,19 @@ def _weights_and_biases(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list
     return weights, biases
 
 
+# By which names wrappers hold the module that they stand for: torch.compile, FSDP1, checkpoint_wrapper; peft's two.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module")
+
+
 def _begins_linear(module: nn.Module) -> bool:
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[0]
-    return isinstance(module, nn.Linear)
+    while True:
+        wrapped = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+        if wrapped is not None:
+            module = wrapped
+        elif isinstance(module, nn.Sequential) and len(module):
+            module = module[0]
+        else:
+            return isinstance(module, nn.Linear)
 
 
 class _Head(NamedTuple):
@@ -448,7 +458,7 @@ class AdversarialHeads(_LambdaModule):
             # Logits of the features' rank have theirs in the same place.
             rows = self._last(logits[h]) if logits[h].dim() == features.dim() else logits[h]
             try:
-                check_tensor(f"targets[{h}]", targets[h])
+                check_operand(f"targets[{h}]", targets[h])
                 check_options(rows, [rows.shape[-1]], [targets[h]], _some(options, [h]), first=h)
             except _ERRORS as error:
                 raise _named(error, heads) from None

@@ -313,6 +313,30 @@ def test_a_linear_layer_takes_the_features_however_it_is_run(how, width):
     assert len(seen) == (4 if how == "hook" else 0)
 
 
+class Wrapper(nn.Module):
+    """As peft, torch.compile, FSDP1 and checkpoint_wrapper make them."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, module)
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+
+@pytest.mark.parametrize("name", ["base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_a_wrapper_around_a_linear_layer_takes_the_features_as_the_layer_does(name):
+    x = maps(torch.contiguous_format, width=7)
+    heads = AdversarialHeads(7, {"a": 2}, {"b": [5, 2], "c": [5, 2]}, dim=1, lambda_=0.5).double()
+    expected = heads(x)
+    heads.predictors["a"] = Wrapper(name, heads.predictors["a"])
+    heads.adversaries["b"] = Wrapper(name, heads.adversaries["b"])
+    heads.adversaries["c"][0] = Wrapper(name, heads.adversaries["c"][0])
+    assert "fused" not in repr(heads)
+    torch.testing.assert_close(heads(x), expected)
+
+
 def copies(step, size: int) -> int:
     """How often an operator inside the step got memory of this size."""
     step()

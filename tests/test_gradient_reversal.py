@@ -227,8 +227,8 @@ def test_sparse_gradients_are_scaled(device, form, value):
     assert_same(weight.grad.to_dense() + 0.0, expected.expand(5, 3) + 0.0)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:The PyTorch API of MaskedTensors")
-def test_subclasses_of_tensor_go_through(device):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_jagged_tensors_go_through(device):
     parts = [torch.ones(rows, 3, device=device, requires_grad=True) for rows in (2, 4)]
     weight = torch.ones(2, 3, device=device)
     for reverse in (gradient_reversal, lambda x, lambda_: grl_linear(x, weight, None, lambda_) / 2):
@@ -236,9 +236,36 @@ def test_subclasses_of_tensor_go_through(device):
             x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
             for gradient in torch.autograd.grad((reverse(x, lambda_) * 2).values().sum(), parts):
                 assert_same(gradient, torch.full_like(gradient, -2.0 * float(lambda_)) + 0.0)
-    masked = torch.masked.masked_tensor(torch.ones(2, device=device), torch.tensor([True, False], device=device), requires_grad=True)
-    gradient_reversal(masked, 0.5).sum().backward()
-    assert_same(masked.grad.get_data()[:1], torch.tensor([-0.5], device=device))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor")
+@pytest.mark.parametrize("value", [0.5, 0.0, -2.0])
+@pytest.mark.parametrize("form", ["float", "0-d float32", "per sample", "full shape"])
+def test_masked_tensors_go_through(device, form, value):
+    mask = torch.rand(SHAPE, device=device) > 0.5
+    x = torch.masked.masked_tensor(torch.ones(SHAPE, device=device), mask, requires_grad=True)
+    lambda_ = value if form == "float" else torch.full_like(LAMBDAS[form](device), value)
+    (gradient_reversal(x, lambda_) * 2 + x).sum().backward()  # two gradients are added only if their masks are the same
+    assert_same(x.grad.get_mask(), mask)
+    assert_same(x.grad.to_tensor(0), mask * (1 - 2 * value) + 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor")
+@pytest.mark.parametrize("value", [0.5, 0.0, -2.0])
+def test_a_masked_gradient_of_features_that_are_not_is_scaled(device, value):
+    mask = torch.rand(SHAPE, device=device) > 0.5
+    x = torch.ones(SHAPE, device=device, requires_grad=True)
+    (torch.masked.as_masked_tensor(gradient_reversal(x, value), mask) * 2).sum().backward()
+    assert_same(x.grad.get_mask(), mask)
+    assert_same(x.grad.to_tensor(0) + 0.0, mask * (-2 * value) + 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor")
+def test_lambda_zero_gives_zeros_of_an_infinite_masked_gradient(device):
+    mask = torch.tensor([True, True, False], device=device)
+    x = torch.masked.masked_tensor(torch.ones(3, device=device), mask, requires_grad=True)
+    gradient_reversal(x, 0.0).backward(torch.masked.masked_tensor(torch.tensor([math.inf, math.nan, 1.0], device=device), mask))
+    assert_same(x.grad.to_tensor(7), torch.tensor([0.0, 0.0, 7.0], device=device))
 
 
 def test_lambda_zero_gives_zeros_of_an_infinite_sparse_gradient(device):

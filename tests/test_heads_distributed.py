@@ -5,21 +5,24 @@ layer by layer, with a plain Python reversal in front of the adversaries.
 """
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matrix.networks import ReverseLayerF
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import TwoProcesses
 
-from grl_ext import AdversarialHeads, linear_heads
+from grl_ext import GRL, AdversarialHeads, GRLLinear, gradient_reversal, linear_heads
 from grl_ext._backend import release
 
 pytestmark = pytest.mark.skipif(
@@ -111,20 +114,9 @@ def part(rank: int, of):
     return of.chunk(2)[rank]
 
 
-class Reversal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, lambda_):
-        ctx.lambda_ = lambda_
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return -ctx.lambda_ * grad, None
-
-
 def stock_logits(heads: AdversarialHeads, features: Tensor) -> dict[str, Tensor]:
     seen = {name: module(features) for name, module in heads.predictors.items()}
-    return seen | {name: module(Reversal.apply(features, LAMBDAS[name])) for name, module in heads.adversaries.items()}
+    return seen | {name: module(ReverseLayerF.apply(features, LAMBDAS[name])) for name, module in heads.adversaries.items()}
 
 
 def stock_losses(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -542,6 +534,242 @@ def heads_of_dtensors(rank: int, weights_by_class: bool, with_penalty: bool) -> 
 @pytest.mark.parametrize("weights_by_class", [False, True], ids=["features sharded by rows", "weights sharded by classes"])
 def test_heads_whose_weights_are_dtensors(in_two_processes, weights_by_class, with_penalty):
     in_two_processes(heads_of_dtensors, weights_by_class, with_penalty)
+
+
+OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "ignored rows": {"ignore_index": 1},
+    "weighted rows": {"sample_weight": True},
+    "weighted classes": {"class_weight": {"digit": [0.5, 0.0, 2.0]}},
+    "weighted heads": {"loss_weight": {"digit": 0.25, "speaker": 3.0}},
+    "everything": {
+        "sample_weight": True,
+        "class_weight": {"digit": [0.5, 1.0, 2.0], "domain": [3.0, 0.25]},
+        "loss_weight": {"digit": 0.25, "age": 2.0},
+        "label_smoothing": 0.1,
+        "ignore_index": {"digit": 2},
+    },
+    "everything, sum": {
+        "sample_weight": True,
+        "class_weight": {"digit": [0.5, 1.0, 2.0]},
+        "loss_weight": 0.5,
+        "label_smoothing": {"speaker": 0.1},
+        "reduction": "sum",
+    },
+}
+# The features' leading sizes, and how they are distributed over two processes.
+LAYOUTS = {
+    "rows": ((8,), [Shard(0)]),
+    "an odd number of rows": ((7,), [Shard(0)]),
+    "one row": ((1,), [Shard(0)]),
+    "sequences": ((3, 4), [Shard(0)]),
+    "the steps of sequences": ((2, 5), [Shard(1)]),
+    "replicated": ((6,), [Replicate()]),
+    "two mesh dimensions": ((6,), [Shard(0), Replicate()]),
+}
+
+
+def fused_heads() -> AdversarialHeads:
+    torch.manual_seed(1)
+    heads = AdversarialHeads(
+        7, {"digit": 3, "age": [6, 1]}, {"domain": 2, "speaker": [5, 4]}, lambda_={"domain": 0.5, "speaker": 0.25}, losses={"age": "mse"}
+    )
+    return heads.double()
+
+
+def of_rows(leading: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    torch.manual_seed(3)
+    sizes = {"digit": 3, "domain": 2, "speaker": 4}
+    targets = {name: torch.randint(size, leading) for name, size in sizes.items()}
+    targets["age"] = torch.randn(*leading, 1, dtype=torch.float64)
+    weight = torch.rand(leading, dtype=torch.float64)
+    weight.view(-1)[::3] = 0
+    return torch.randn(*leading, 7, dtype=torch.float64), targets, weight
+
+
+def exactly_as_in_one_process(rank: int, layout: str, option: str, fused: bool) -> None:
+    leading, placements = LAYOUTS[layout]
+    mesh = init_device_mesh("cpu", (2, 1)[: len(placements)])
+    heads, whole = fused_heads(), fused_heads()
+    distribute_module(heads, mesh)
+    x, targets, sample_weight = of_rows(leading)
+
+    def over_rows(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor, mesh, placements)
+
+    def everywhere(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor, mesh, [Replicate()] * len(placements))
+
+    ours, theirs = over_rows(x).requires_grad_(), x.clone().requires_grad_()
+    options = dict(OPTIONS[option])
+    own = dict(options)
+    if options.get("sample_weight"):
+        options["sample_weight"], own["sample_weight"] = sample_weight, over_rows(sample_weight)
+    if given := options.get("class_weight"):
+        options["class_weight"] = {name: torch.tensor(weights) for name, weights in given.items()}
+        own["class_weight"] = {name: everywhere(torch.tensor(weights)) for name, weights in given.items()}
+    with Operators() as operators:
+        out = heads(ours, {name: over_rows(target) for name, target in targets.items()}, **own)
+    assert (operators.seen["_heads_loss"] > 0) == fused, operators.seen
+    # One sum of the norms before the operator and one of the loss after it, whatever the number of heads.
+    if placements == [Shard(0)]:
+        assert operators.seen["all_reduce"] == (1 if options.get("reduction") == "sum" else 2), operators.seen
+    expected = whole(theirs, targets, **options)
+    torch.testing.assert_close(out.loss.full_tensor(), expected.loss)
+    assert out.loss.placements == (Replicate(),) * len(placements)
+    for name, loss in expected.head_losses.items():
+        torch.testing.assert_close(out.head_losses[name].full_tensor(), loss)
+        torch.testing.assert_close(out.logits[name].full_tensor(), expected.logits[name])
+        assert list(out.logits[name].placements) == placements
+    for total, of in ((lambda o: o.loss, "loss"), (mixed, "everything that is returned")):
+        for tensor in (ours, theirs, *heads.parameters(), *whole.parameters()):
+            tensor.grad = None
+        total(out).backward(retain_graph=True)
+        total(expected).backward(retain_graph=True)
+        assert_gradients(heads, whole, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-9, atol=1e-12, msg=lambda text, of=of: f"{of}: {text}")
+    assert list(ours.grad.placements) == placements
+    summed = tuple(Partial() if placement.is_shard() else placement for placement in placements)
+    assert {parameter.grad.placements for parameter in heads.parameters()} == {summed}
+
+
+def mixed(out) -> Tensor:
+    total = out.loss + 0.5 * out.head_losses["domain"] + 2 * out.head_losses["age"]
+    return total + out.logits["digit"].square().sum() + out.logits["speaker"].exp().sum()
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen[function._schema.name.partition("::")[2]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def sharded_by_rows(rank: int, fused: bool) -> None:
+    for layout in LAYOUTS:
+        for option in OPTIONS:
+            try:
+                exactly_as_in_one_process(rank, layout, option, fused)
+            except Exception as error:
+                raise AssertionError(f"{layout}, {option}") from error
+
+
+@needs_elements
+def test_features_sharded_by_rows_give_exactly_the_loss_of_one_process(in_two_processes, path):
+    in_two_processes(sharded_by_rows, path == "compiled")
+
+
+def gradients_of_gradients_by_rows(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    heads, whole = fused_heads(), fused_heads()
+    distribute_module(heads, mesh)
+    x, targets, sample_weight = of_rows((7,))
+
+    def over_rows(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    ours, theirs = over_rows(x).requires_grad_(), x.clone().requires_grad_()
+    own = {name: over_rows(target) for name, target in targets.items()}
+    for total in (lambda o: o.loss, lambda o: o.loss.square(), mixed, lambda o: sum(z.square().mean() for z in o.logits.values())):
+        first = []
+        for network, features, of, weight in ((heads, ours, own, over_rows(sample_weight)), (whole, theirs, targets, sample_weight)):
+            network.zero_grad()
+            features.grad = None
+            wanted = [features, *network.parameters()]
+            given = torch.autograd.grad(total(network(features, of, sample_weight=weight)), wanted, create_graph=True)
+            sum(gradient.square().sum() for gradient in given).backward()
+            first.append([gradient.full_tensor() if isinstance(gradient, DTensor) else gradient for gradient in given])
+        torch.testing.assert_close(*first, rtol=1e-9, atol=1e-12)
+        assert_gradients(heads, whole, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+@needs_elements
+def test_gradients_of_gradients_of_features_sharded_by_rows(in_two_processes):
+    in_two_processes(gradients_of_gradients_by_rows)
+
+
+def logits_by_rows(rank: int, fused: bool) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    heads, whole = fused_heads(), fused_heads()
+    distribute_module(heads, mesh)
+    x, _, _ = of_rows((7,))
+    ours, theirs = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_(), x.clone().requires_grad_()
+    with Operators() as operators:
+        logits = heads(ours)
+    assert (operators.seen["_heads_logits"] > 0) == fused and not operators.seen["all_reduce"], operators.seen
+    expected = whole(theirs)
+    for of in (logits, expected):
+        (of["digit"].square().sum() + of["domain"].exp().sum()).backward()  # the others take no part
+    for name, z in expected.items():
+        torch.testing.assert_close(logits[name].full_tensor(), z)
+        assert logits[name].placements == (Shard(0),)
+    assert_gradients(heads, whole, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+@needs_elements
+def test_logits_of_features_sharded_by_rows(in_two_processes, path):
+    in_two_processes(logits_by_rows, path == "compiled")
+
+
+def refused_by_whole_shapes(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    heads = fused_heads()
+    distribute_module(heads, mesh)
+    x, targets, _ = of_rows((8,))
+    ours = distribute_tensor(x, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"^targets\['digit'\] must have shape \[8\], got \[6\]$"):
+        heads(ours, {"digit": distribute_tensor(targets["digit"][:6], mesh, [Shard(0)])})
+
+
+@needs_elements
+def test_errors_name_the_shapes_of_whole_tensors(in_two_processes):
+    in_two_processes(refused_by_whole_shapes)
+
+
+def layers_by_rows(rank: int, placements: list) -> None:
+    """The layers beside those of PyTorch that do not reverse: values, gradients and layouts are theirs, but for the factor."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(1)
+    ours, theirs = GRLLinear(7, 3, lambda_=0.3), nn.Linear(7, 3)
+    ours.load_state_dict(theirs.state_dict())
+    for layer in (ours, theirs):
+        distribute_module(layer, mesh)
+    tail = torch.randn(8, 3)
+    per_row = distribute_tensor(torch.full((8, 1), 0.3), mesh, placements)
+    pairs = {
+        "GRLLinear": (ours, theirs),
+        "GRL": (GRL(0.3), lambda x: x.view_as(x)),
+        "a number": (lambda x: gradient_reversal(x, 0.3), lambda x: x.view_as(x)),
+        "a tensor": (lambda x: gradient_reversal(x, torch.tensor(0.3)), lambda x: x.view_as(x)),
+        "one for each row": (lambda x: gradient_reversal(x, per_row), lambda x: x.view_as(x)),
+    }
+    for name, layers in pairs.items():
+        found = []
+        for layer in layers:
+            x = distribute_tensor(torch.linspace(-1, 1, 56).view(8, 7), mesh, placements).requires_grad_()
+            y = layer(x)
+            factor = tail if name == "GRLLinear" else torch.linspace(0, 2, 56).view(8, 7)
+            (y * distribute_tensor(factor, mesh, placements)).sum().backward()
+            found.append((y, x.grad))
+        (y, grad), (expected_y, expected_grad) = found
+        assert y.placements == expected_y.placements and grad.placements == expected_grad.placements == tuple(placements), name
+        torch.testing.assert_close(y.full_tensor(), expected_y.full_tensor(), rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(grad.full_tensor(), -0.3 * expected_grad.full_tensor(), msg=name)
+    assert [p.grad.placements for p in ours.parameters()] == [p.grad.placements for p in theirs.parameters()]
+    assert_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("placements", [[Shard(0)], [Replicate()]], ids=str)
+def test_layers_keep_the_layout_of_their_features(in_two_processes, placements):
+    in_two_processes(layers_by_rows, placements)
 
 
 def tensor_parallel_heads(rank: int) -> None:

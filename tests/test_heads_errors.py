@@ -474,3 +474,25 @@ def test_of_several_wrong_targets_the_first_head_is_reported(path, device):
     given["targets"][0][3], given["targets"][1][1] = 7, 9
     with pytest.raises(IndexError, match=r"^targets\[0\] .* got 7$"):
         heads_loss(**given)
+
+
+MASKED = ["x", "weight", "bias", "targets", "sample_weight", "class_weight"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize("argument", MASKED)
+def test_masked_tensors_are_refused_by_name(path, device, argument):
+    given = {"x": torch.randn(5, 7), "weight": torch.randn(3, 7), "bias": torch.randn(3), "targets": torch.rand(5, 3).softmax(1)}
+    given = {name: tensor.to(device) for name, tensor in (given | {"sample_weight": torch.ones(5), "class_weight": torch.ones(3)}).items()}
+    given[argument] = torch.masked.masked_tensor(given[argument], torch.ones_like(given[argument], dtype=torch.bool))
+    lists = {name: [tensor] for name, tensor in given.items() if name != "x"}
+    calls = {f"{argument}[0]": lambda: heads_loss(given["x"], **lists, lambda_=[0.5])}
+    if argument in MASKED[:3]:
+        calls[f"{argument}[0] "] = lambda: linear_heads(given["x"], lists["weight"], lists["bias"], lambda_=[0.5])
+        calls[argument] = lambda: grl_linear(given["x"], given["weight"], given["bias"])
+    for name, call in calls.items():
+        name = "x" if argument == "x" else name.strip()
+        with pytest.raises(TypeError) as caught:
+            call()
+        how = f"pass {name}.to_tensor(value), with the value that masked elements are to have"
+        assert str(caught.value) == f"{name} must not be a MaskedTensor: {how}"

@@ -72,8 +72,8 @@ at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda) 
     return at::sparse_coo_tensor(entries.indices(), values, grad.sizes(), grad.options(), /*is_coalesced=*/true);
   }
   if (!lambda.tensor) {
-    // Not zeros_like: gradients of gradients need the graph.
-    return lambda.value == 0 ? grad.masked_fill(at::ones({}, grad.options().dtype(at::kBool)), 0) : grad.mul(-lambda.value);
+    // Not zeros_like: gradients of gradients need the graph. And only what a masked gradient knows too.
+    return lambda.value == 0 ? grad.mul(0).nan_to_num(0) : grad.mul(-lambda.value);
   }
   // A number on the CPU is a factor for tensors of any device as it is.
   const bool on_host = is_host_number(*lambda.tensor);

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from grl_ext import GRL, AdversarialHeads, GRLLinear, gradient_reversal
 
 LAMBDA = 0.3
-ROWS, INPUTS, FEATURES, DIGITS, DOMAINS = 6, 4, 5, 3, 2
+ROWS, INPUTS, FEATURES, HIDDEN, DIGITS, DOMAINS = 6, 4, 5, 4, 3, 2
 
 
 class Network(nn.Module):
     """What the columns share; `logits` differs."""
 
-    __jit_unused_properties__ = ["linears"]
+    __jit_unused_properties__ = ["parts", "linears"]
 
     column: str
 
@@ -38,20 +38,32 @@ class Network(nn.Module):
         return F.cross_entropy(digit, labels) + F.cross_entropy(domain, labels.clamp(max=1))
 
     @property
-    def linears(self) -> tuple[nn.Module, nn.Module]:
+    def parts(self) -> tuple[nn.Module, nn.Module]:
         """The predictor and the adversary."""
         return self.digit, self.domain
 
+    @property
+    def linears(self) -> list[nn.Module]:
+        """The linear layers of both, each of which is the module or within it."""
+        return [layer for part in self.parts for layer in (part[::2] if isinstance(part, nn.Sequential) else [part])]
+
 
 class Layers(Network):
-    """A linear predictor, and a linear adversary behind `reversal`."""
+    """A predictor, and an adversary behind `reversal`: a linear layer each, or with a hidden one."""
 
-    def __init__(self, reversal: nn.Module) -> None:
+    def __init__(self, reversal: nn.Module, hidden: bool = False) -> None:
         super().__init__()
         self.digit, self.reversal, self.domain = nn.Linear(FEATURES, DIGITS), reversal, nn.Linear(FEATURES, DOMAINS)
+        if hidden:
+            self.digit = with_hidden(nn.Tanh(), DIGITS)
+            self.domain = with_hidden(nn.ReLU(), DOMAINS)
 
     def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return self.digit(features), self.domain(self.reversal(features))
+
+
+def with_hidden(between: nn.Module, size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), between, nn.Linear(HIDDEN, size))
 
 
 class PlainReversal(nn.Module):
@@ -117,7 +129,7 @@ class Logits(Network):
         return logits["digit"], logits["domain"]
 
     @property
-    def linears(self) -> tuple[nn.Module, nn.Module]:
+    def parts(self) -> tuple[nn.Module, nn.Module]:
         return self.heads.predictors["digit"], self.heads.adversaries["domain"]
 
 
@@ -126,15 +138,24 @@ class Loss(Logits):
         return self.heads(features, {"digit": labels, "domain": labels.clamp(max=1)}).loss
 
 
+class Hidden(Loss):
+    """The adversary's layers are fused; of the predictor's, those that follow the first run as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = AdversarialHeads(FEATURES, {"digit": with_hidden(nn.Tanh(), DIGITS)}, {"domain": [HIDDEN, DOMAINS]}, lambda_=LAMBDA)
+
+
 USUAL = "the usual ten lines"
 COLUMNS: dict[str, Callable[[], Network]] = {
     "`gradient_reversal`, `GRL`": lambda: Layers(OurReversal()),
     "`GRLLinear`": Linear,
     "heads' logits": Logits,
     "heads' loss": Loss,
+    "heads' loss, hidden layers": Hidden,
     USUAL: lambda: Layers(UsualReversal()),
 }
-HEADS = ("heads' logits", "heads' loss")
+HEADS = tuple(column for column in COLUMNS if column.startswith("heads'"))
 OURS = tuple(COLUMNS)[:-1]
 
 
@@ -151,7 +172,7 @@ def network(column: str, seed: int = 1) -> Network:
 
 def plain_like(other: nn.Module) -> Network:
     """Layer by layer in plain PyTorch, with the parameters' values of `other`."""
-    made = Layers(PlainReversal())
+    made = Layers(PlainReversal(), isinstance(other, Hidden))
     values = list(other.parameters())
     made.to(values[0].dtype)
     with torch.no_grad():

@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
-from matrix.networks import Network, batch, eager, step
-from matrix.rows import row
+from matrix.networks import FEATURES, OURS, ROWS, USUAL, Network, batch, eager, step
+from matrix.rows import Refusal, row
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.masked import masked_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,6 +97,35 @@ def with_hooks(network: Network) -> list[Tensor]:
 
 
 row(EAGER, "hooks of tensors, modules and parameters", expected=with_hooks)(with_hooks)
+
+
+class Embedded(nn.Module):
+    """A network whose inputs are rows of a table."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.table, self.network = nn.Embedding.from_pretrained(batch(9)[0], freeze=False, sparse=True), network
+
+    def forward(self) -> Tensor:
+        return self.network(self.table(torch.tensor([5, 1, 1, 8])), torch.tensor([0, 2, 1, 1]))
+
+
+@row(EAGER, "sparse gradients of an embedding below", expected=lambda plain: embedded(plain))
+def embedded(network: Network) -> list[Tensor]:
+    model = Embedded(network)
+    model().backward()
+    assert model.table.weight.grad.is_sparse
+    return [p.grad.to_dense() for p in model.parameters()]
+
+
+# A linear layer of PyTorch takes no sparse gradient from above, nor do those here.
+@row(EAGER, "a sparse gradient that arrives at the layer", expected=lambda plain: looked_up(plain), columns=(OURS[0], USUAL))
+def looked_up(network: Network) -> list[Tensor]:
+    features = batch()[0].requires_grad_()
+    rows = F.embedding(torch.tensor([3, 1, 3]), network.reversal(features), sparse=True)
+    rows.square().sum().backward()
+    assert features.grad.is_sparse
+    return [features.grad.to_dense()]
 
 
 @row(EAGER, "several threads, forward and backward", expected=lambda plain: eager(plain)[:2] * 4)
@@ -259,10 +289,42 @@ def _(network: Network) -> list[Tensor]:
     offsets = torch.tensor([0, 2, len(x)])
     jagged, of_jagged = (torch.nested.nested_tensor_from_jagged(t, offsets) for t in (x, labels))
     features = network.encoder(jagged).tanh()
-    if network.column == "heads' loss":
+    if hasattr(network, "heads") and network.column != "heads' logits":
         loss = network.heads(features, {"digit": of_jagged, "domain": of_jagged.clamp(max=1)}).loss
     else:
         digit, domain = (z.values() for z in network.logits(features))
         loss = F.cross_entropy(digit, labels) + F.cross_entropy(domain, labels.clamp(max=1))
     loss.backward()
     return [p.grad for p in network.parameters()]
+
+
+def with_holes(network: Network, make, to_tensor=lambda x: x) -> list[Tensor]:
+    """The gradients of features of which some are masked, and of the layers that have zeros in their place."""
+    torch.manual_seed(0)
+    values, labels = torch.randn(ROWS, FEATURES), batch()[1]
+    features = make(values, values.abs() > 0.4)
+    if hasattr(network, "reversal"):
+        digit, domain = network.digit(to_tensor(features)), network.domain(to_tensor(network.reversal(features)))
+        loss = F.cross_entropy(digit, labels) + F.cross_entropy(domain, labels.clamp(max=1))
+    elif network.column == "`GRLLinear`":
+        loss = network.domain(features).sum()
+    else:
+        loss = network.loss_of(features, labels)
+    loss.backward()
+    return [to_tensor(features.grad), *(p.grad for part in network.parts for p in part.parameters())]
+
+
+def zeros_for_holes(values: Tensor, seen: Tensor) -> Tensor:
+    features = (values * seen).requires_grad_()
+    features.register_hook(lambda grad: grad * seen)
+    return features
+
+
+@row(
+    SUBCLASSES,
+    "`MaskedTensor` features",
+    Refusal(OURS[1:], "^x must not be a MaskedTensor", "refused: linear layers of PyTorch take none; pass `features.to_tensor(0)`"),
+    expected=lambda plain: with_holes(plain, zeros_for_holes),
+)
+def _(network: Network) -> list[Tensor]:
+    return with_holes(network, lambda values, seen: masked_tensor(values, seen, requires_grad=True), lambda t: t.to_tensor(0))

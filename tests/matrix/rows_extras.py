@@ -199,7 +199,26 @@ def eager_quantised(network: Network, which) -> None:
     quantization.prepare_qat(network, inplace=True)
 
 
+def lora(network: Network, which, **options) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    names = [name for name, module in network.named_modules() if which(module, name)]
+    torch.manual_seed(0)
+    get_peft_model(network, LoraConfig(r=2, target_modules=names, init_lora_weights=False, **options))  # random factors, not zeros
+
+
+def lora_below(network: Network, which) -> None:
+    lora(network, lambda module, name: name == "encoder", modules_to_save=["digit", "domain"])
+
+
+def lora_of_adversary(network: Network, which) -> None:
+    lora(network, lambda module, name: which(module, name) and "domain" in name.split(".") or name == "encoder")
+
+
 for name, swap in {
+    "peft: LoRA on all linear layers": lora,
+    "peft: LoRA on the adversary and the encoder": lora_of_adversary,
+    "peft: LoRA on the encoder, the heads in `modules_to_save`": lora_below,
     "torch.ao: `prepare_qat`": eager_quantised,
     "torchao: quantisation-aware training": quantised,
     "torchao: float8 training": float8,

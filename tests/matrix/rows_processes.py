@@ -9,7 +9,7 @@ from matrix.rows import IN_TWO_PROCESSES, row
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -75,16 +75,20 @@ def _(network: Network) -> list[Tensor]:
     return around_the_part(network, DistributedDataParallel)
 
 
-def fsdp1(module: nn.Module) -> nn.Module:
-    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+def fsdp1(module: nn.Module, **options) -> nn.Module:
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True, **options)
+
+
+def fsdp1_gradients(network: Network, **options) -> list[Tensor]:
+    model = fsdp1(network, **options)
+    model(*half()).backward()
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        return [p.grad.clone() for p in network.parameters()]
 
 
 @two("FSDP1 around the model")
 def _(network: Network) -> list[Tensor]:
-    model = fsdp1(network)
-    model(*half()).backward()
-    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-        return [p.grad.clone() for p in network.parameters()]
+    return fsdp1_gradients(network)
 
 
 @two("FSDP1 around the heads or the adversary alone")
@@ -102,6 +106,12 @@ def _(network: Network) -> list[Tensor]:
                 p.grad /= 2
             result.append(p.grad.clone())
     return result
+
+
+@two("FSDP1 with mixed precision (bfloat16)", rtol=0.05, atol=0.02)
+def _(network: Network) -> list[Tensor]:
+    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return fsdp1_gradients(network, mixed_precision=precision)
 
 
 @two("FSDP2 (`fully_shard`) around the model")

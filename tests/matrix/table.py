@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from matrix.networks import OURS, USUAL
+from matrix.networks import HEADS, OURS, USUAL
 from matrix.rows import ROWS, YES
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +27,7 @@ layer. `tests/matrix` holds the tests and writes this page; `make test` fails wh
   [several processes](heads.md#several-processes) (FSDP1's `buffer_dtype`).
 - **the usual ten lines**: the layer that everybody pastes, in the same network. *Not reversed* means that the features help the
   adversary, without a warning. *Wrong gradient* is any other.
+- **-**: PyTorch's own linear layers do not take it.
 
 Measured on torch {torch}. Rows with ** need other packages, or more time than the rest: `make matrix` runs them. So it does with the
 pure-Python path of rows with *.
@@ -90,9 +91,13 @@ def short_form(outcomes: Outcomes) -> str:
 
 
 def _ours(names: list[str], outcomes: Outcomes) -> str:
-    cells = [(name, outcome) for name in names for column in OURS for outcome in outcomes[name].get(column, {}).values()]
-    other = dict.fromkeys(name for name, outcome in cells if outcome != YES)
-    return "yes" if not other else "yes; refused for the heads: " + ", ".join(other)
+    refused: dict[str, list[str]] = {}
+    for name in names:
+        columns = [column for column in OURS if any(outcome != YES for outcome in outcomes[name].get(column, {}).values())]
+        if columns:
+            others = ", ".join(column for column in OURS if column not in columns)
+            refused.setdefault("the heads" if columns == list(HEADS) else f"all but {others}", []).append(name)
+    return "; ".join(["yes", *(f"refused for {columns}: {', '.join(own)}" for columns, own in refused.items())])
 
 
 def _usual(names: list[str], outcomes: Outcomes) -> str:
