@@ -1,8 +1,6 @@
 """Predictors and adversaries over the same features: modules by name, and how each of them is run."""
 
-import contextlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from grl_ext import functional
+from grl_ext._head_paths import ERRORS, HeadPath, begins_linear, named, path_of, renamed, weights_and_biases, why_not_linear, with_names
 from grl_ext._reference import check_operand, check_tensor
 from grl_ext._reference_heads import (
     HeadsOptions,
@@ -39,115 +38,7 @@ class HeadsOutput(NamedTuple):
     logits: dict[str, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How a head is run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _own_call(module: nn.Module) -> str | None:
-    """What of a module only its own call would honour; None if its forward may be computed elsewhere."""
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return "it has hooks"
-    return "its forward was replaced" if "forward" in own else None
-
-
-def _why_not_linear(module: nn.Module) -> str | None:
-    """Why a module is not run as a plain linear layer; None if it is."""
-    # Parametrised layers (weight norm, spectral norm, pruning, LoRA of torch.nn.utils.parametrize) keep this forward.
-    if type(module) is not nn.Linear and getattr(type(module), "forward", None) is not nn.Linear.forward:
-        name = type(module).__name__
-        return f"{type(module).__module__ + '.' if name == 'Linear' else ''}{name} is not nn.Linear"
-    return _own_call(module)
-
-
-def _weights_and_biases(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Of linear layers, without the time of nn.Module's attribute access where there is nothing between."""
-    weights, biases = [], []
-    for layer in layers:
-        own = layer._parameters
-        if type(layer) is nn.Linear and "weight" in own and "bias" in own:
-            weights.append(own["weight"])
-            biases.append(own["bias"])
-        else:
-            weights.append(layer.weight)
-            biases.append(layer.bias)
-    return weights, biases
-
-
-# By which names wrappers hold the module that they stand for: torch.compile, FSDP1, checkpoint_wrapper; peft's two.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module")
-
-
-def _begins_linear(module: nn.Module) -> bool:
-    while True:
-        wrapped = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
-        if wrapped is not None:
-            module = wrapped
-        elif isinstance(module, nn.Sequential) and len(module):
-            module = module[0]
-        else:
-            return isinstance(module, nn.Linear)
-
-
-class _Head(NamedTuple):
-    name: str
-    module: nn.Module
-    index: int  # its number in lambda_, -1 for a predictor
-    # How it is run: the path's name in the repr, the reason, the linear layers that are computed together, and what follows them.
-    path: str
-    why: str
-    layers: tuple[nn.Module, ...]
-    rest: tuple[nn.Module, ...]
-
-
-def _path_of(module: nn.Module) -> tuple[str, str, tuple[nn.Module, ...], tuple[nn.Module, ...]]:
-    """path, why, layers and rest of a head, where no hooks are set for all modules."""
-    if (why := _why_not_linear(module)) is None:
-        return "fused", "linear", (module,), ()
-    if type(module) is not nn.Sequential:
-        return "as given", why, (), ()
-    if why := _own_call(module):
-        return "as given", why, (), ()
-    parts = tuple(module)
-    if not parts or (why := _why_not_linear(parts[0])):
-        return "as given", f"its first layer: {why}" if parts else "empty", (), ()
-    if len(parts) % 2 == 1 and all(_why_not_linear(part) is None for part in parts[::2]):
-        if all(type(part) is nn.ReLU and _own_call(part) is None for part in parts[1::2]):
-            return "fused", "linear layers with ReLU", parts[::2], parts[1:]
-    return "first layer fused", "begins with a linear layer", parts[:1], parts[1:]
-
-
 _DEFAULTS = HeadsOptions()  # made once, not in every step
-
-_PLACE = re.compile(r"\b(lambda_|weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
-_ERRORS = (TypeError, ValueError, IndexError)
-
-
-def _named(error: Exception, heads: Sequence[_Head]) -> Exception:
-    """The error with the heads' names in place of their numbers."""
-    return _with_names(error, [head.name for head in heads], [head.name for head in heads for _ in head.layers])
-
-
-def _with_names(error: Exception, names: Sequence[str], layers: Sequence[str]) -> Exception:
-    def name(match: re.Match[str]) -> str:
-        known = layers if match[1] in ("weight", "bias") else names
-        return f"{match[1]}[{known[int(match[2])]!r}]"
-
-    return type(error)(_PLACE.sub(name, str(error)))
-
-
-@contextlib.contextmanager
-def _renamed(names: Sequence[str]) -> Iterator[None]:
-    try:
-        yield
-    except _ERRORS as error:
-        raise _with_names(error, names, ()) from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The module
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class AdversarialHeads(_LambdaModule):
@@ -289,16 +180,16 @@ class AdversarialHeads(_LambdaModule):
         """Predictors first."""
         return (*self.predictors, *self.adversaries)
 
-    def _heads(self, names: Mapping[str, object] | None = None) -> list[_Head]:
+    def _heads(self, names: Mapping[str, object] | None = None) -> list[HeadPath]:
         """Those with one of the names, or all; predictors first."""
         hooked = ("as given", "there are hooks for all modules", (), ()) if _has_any_global_hook() else None
         heads = []
         for name, module in self._modules["predictors"]._modules.items():
             if names is None or name in names:
-                heads.append(_Head(name, module, -1, *(hooked or _path_of(module))))
+                heads.append(HeadPath(name, module, -1, *(hooked or path_of(module))))
         for index, (name, module) in enumerate(self._modules["adversaries"]._modules.items()):
             if names is None or name in names:
-                heads.append(_Head(name, module, index, *(hooked or _path_of(module))))
+                heads.append(HeadPath(name, module, index, *(hooked or path_of(module))))
         return heads
 
     def _set_lambda(self, value) -> None:
@@ -306,7 +197,7 @@ class AdversarialHeads(_LambdaModule):
             super()._set_lambda(value)
             return
         self._check_lambda_names(value)
-        with _renamed(list(value)):
+        with renamed(list(value)):
             given = dict(zip(value, numbers("lambda_", list(value.values())).unbind(), strict=True)) if value else {}
         with torch.no_grad():
             for i, name in enumerate(self.adversaries):
@@ -371,18 +262,18 @@ class AdversarialHeads(_LambdaModule):
 
     # -- logits ---------------------------------------------------------------------------------------------------
 
-    def _logits(self, features: Tensor, heads: Sequence[_Head]) -> dict[str, Tensor]:
+    def _logits(self, features: Tensor, heads: Sequence[HeadPath]) -> dict[str, Tensor]:
         """The first linear layers together, and what follows them; other modules behind the reversal."""
         lambda_ = self._buffers["lambda_"]
         joined = [head for head in heads if head.layers]
         logits: dict[str, Tensor] = {}
         if joined:
-            weights, biases = _weights_and_biases([head.layers[0] for head in joined])
+            weights, biases = weights_and_biases([head.layers[0] for head in joined])
             try:
                 outputs = functional.run_linear_heads(self._last(features), weights, biases, lambda_, [head.index for head in joined])
-            except _ERRORS as error:
+            except ERRORS as error:
                 names = [head.name for head in joined]  # one layer of each
-                raise _with_names(error, names, names) from None
+                raise with_names(error, names, names) from None
             for head, output in zip(joined, outputs, strict=True):
                 for part in head.rest:
                     output = part(output)
@@ -392,7 +283,7 @@ class AdversarialHeads(_LambdaModule):
                 continue
             seen = features if head.index < 0 else functional.gradient_reversal(features, lambda_[head.index])
             # A linear layer takes its features from the last dimension, however it is run.
-            linear = _begins_linear(head.module)
+            linear = begins_linear(head.module)
             logits[head.name] = self._back(head.module(self._last(seen)), features) if linear else head.module(seen)
         return {head.name: logits[head.name] for head in heads}
 
@@ -417,10 +308,10 @@ class AdversarialHeads(_LambdaModule):
     # -- loss -----------------------------------------------------------------------------------------------------
 
     def _fused_loss(
-        self, features: Tensor, heads: Sequence[_Head], targets: Sequence[Tensor], options: HeadsOptions
+        self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
     ) -> functional.HeadsLoss:
         layers = [layer for head in heads for layer in head.layers]
-        weights, biases = _weights_and_biases(layers)
+        weights, biases = weights_and_biases(layers)
         try:
             out = functional.run_heads_loss(
                 features if self.dim == -1 else self._last(features),
@@ -432,14 +323,14 @@ class AdversarialHeads(_LambdaModule):
                 [head.index for head in heads],
                 options,
             )
-        except _ERRORS as error:
-            raise _named(error, heads) from None
+        except ERRORS as error:
+            raise named(error, heads) from None
         if self.dim == -1:
             return out
         return functional.HeadsLoss(out.loss, out.head_losses, [self._back(z, features) for z in out.logits])
 
     def _mixed_loss(
-        self, features: Tensor, heads: Sequence[_Head], targets: Sequence[Tensor], options: HeadsOptions
+        self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
     ) -> functional.HeadsLoss:
         """The fused heads by their operator, the others' losses from their logits."""
         options = options.filled(len(heads))
@@ -460,8 +351,8 @@ class AdversarialHeads(_LambdaModule):
             try:
                 check_operand(f"targets[{h}]", targets[h])
                 check_options(rows, [rows.shape[-1]], [targets[h]], _some(options, [h]), first=h)
-            except _ERRORS as error:
-                raise _named(error, heads) from None
+            except ERRORS as error:
+                raise named(error, heads) from None
             losses[h] = loss_of_head(rows, targets, options, h)
         totals.append(total_loss([losses[h] for h in others], _some(options, others).loss_weight))
         every = range(len(heads))
@@ -482,7 +373,7 @@ class AdversarialHeads(_LambdaModule):
         values = self._per_head("loss_weight", given, names, 1.0)
         if values is None:
             return None
-        with _renamed(names):
+        with renamed(names):
             return numbers("loss_weight", values)
 
     def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str]) -> list[float] | None:
@@ -490,11 +381,11 @@ class AdversarialHeads(_LambdaModule):
             values = self._per_head("label_smoothing", given, names, 0.0)
         else:
             values = [0.0 if self.losses[name] == "mse" else given for name in names]  # for all that have one
-        with _renamed(names):
+        with renamed(names):
             return check_smoothing(values)
 
     def _ignored(self, given: int | Mapping[str, int], names: Sequence[str]) -> list[int] | None:
-        with _renamed(names):
+        with renamed(names):
             return check_ignored(self._per_head("ignore_index", given, names, -100))
 
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
@@ -530,7 +421,7 @@ def _some(options: HeadsOptions, heads: Sequence[int]) -> HeadsOptions:
 def _module_of(name: str, head: Head, in_features: int, bias: bool, device, dtype) -> nn.Module:
     if isinstance(head, nn.Module):
         first = head[0] if isinstance(head, nn.Sequential) and len(head) else head
-        if _why_not_linear(first) is None and first.in_features != in_features:
+        if why_not_linear(first) is None and first.in_features != in_features:
             raise ValueError(f"{name} takes {first.in_features} features, but in_features is {in_features}")
         return head
     sizes = [head] if isinstance(head, int) else head
