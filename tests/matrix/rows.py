@@ -68,7 +68,7 @@ def _differs(found: Sequence[Tensor], expected: Sequence[Tensor], row: Row) -> s
         assert (a is None) == (b is None), f"result {i} is {a}, plain PyTorch has {b}"
         if a is not None:
             try:
-                torch.testing.assert_close(a.detach(), b.detach(), rtol=row.rtol, atol=row.atol, check_dtype=False)
+                torch.testing.assert_close(a.detach(), b.detach(), rtol=row.rtol, atol=row.atol, check_dtype=row.rtol is None)
             except AssertionError as error:
                 return f"result {i}: {error}"
     return None
