@@ -1,4 +1,4 @@
-// What the kernels return, for tracing: shapes and dtypes, no values.
+// The shapes and dtypes of what the kernels return, for tracing.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

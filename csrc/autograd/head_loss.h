@@ -1,4 +1,4 @@
-// The losses' rules in ATen operators: for gradients of gradients, and where the logits' gradient is asked for beside the loss's.
+// The gradient of a head's loss in ATen operators: for gradients of gradients, and where the logits have an incoming gradient too.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,8 +7,8 @@
 
 namespace grl_ext {
 
-// The gradient of head h's loss, before its loss weight, for its logits (N, size). Not rounded to half types: the loss scale comes
-// later. Rows that are not valid get 0, whatever their logits hold.
+// The gradient of head h's loss, without its loss weight, for its logits (N, size). Not rounded to half types: small gradients
+// would vanish before the loss scale is multiplied in. Rows that do not count get 0, even where their logits are NaN.
 at::Tensor grad_logits_composite(const at::Tensor& logits, const HeadsOptions& options, size_t h);
 
 }  // namespace grl_ext

@@ -62,7 +62,7 @@ Tensor numbers_now(const Tensor& values) {
   if (!is_plain(values) || !values.is_contiguous() || values.scalar_type() != at::kDouble || c10::impl::dispatch_mode_enabled()) {
     return values.detach().clone();
   }
-  // The same for a few numbers, without the dispatcher's time.
+  // The same copy without the dispatcher's overhead, which would take longer than copying a few numbers.
   Tensor copy = at::detail::empty_cpu(values.sizes(), values.options());
   std::copy_n(values.const_data_ptr<double>(), values.numel(), copy.mutable_data_ptr<double>());
   return copy;

@@ -1,4 +1,4 @@
-// What the operators on several heads share.
+// What linear_heads and heads_loss share: their inputs as rows, their edges in the graph, and lambda.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,13 +13,13 @@
 
 namespace grl_ext {
 
-// The linear layers of all heads, those of one head after the other.
+// The linear layers of all heads: those of head 0, then those of head 1, and so on.
 struct HeadLayers {
   std::vector<at::Tensor> weight;
   OptionalTensors bias;
 };
 
-// Features as rows, and the layers, all in autocast's dtype where it is on.
+// Features as rows, and the layers; in autocast's dtype where autocast is on.
 struct HeadInputs {
   at::Tensor features;  // as given, for its leading sizes
   at::Tensor x;         // (N, D)
@@ -33,17 +33,18 @@ bool any_requires_grad(const at::Tensor& x, const HeadLayers& layers);
 // A node's edges: to x, to each weight, to each bias.
 torch::autograd::edge_list edges_of(const at::Tensor& x, const HeadLayers& layers);
 
-// (dx, dw, db) of linear heads from the gradients of their logits, dx with each head's scale. By the kernel, or by ATen operators
-// where gradients of gradients or many gradients at once are asked for. What is not needed comes back undefined; x may be undefined
-// where no weight needs it, weight empty where x does not.
+// The gradients (dx, dw, db) of linear heads from those of their logits. In dx each adversary's part is multiplied by its -lambda.
+// Computed by the kernel; by ATen operators for gradients of gradients and for batches of gradients. A gradient that is not needed
+// comes back undefined. x may be undefined where no weight needs a gradient, and weight empty where x needs none.
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> heads_gradients(
     const std::vector<at::Tensor>& grad_logits, const at::Tensor& x, const std::vector<at::Tensor>& weight,
     const at::Tensor& lambda, const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs);
 
-// The adversaries' numbers as they are now: what is on the CPU may change before the backward, what is on a device is read there.
+// Lambda or loss weights, to be read later. From the CPU a copy, because they may change before the backward. On a GPU the tensor
+// itself: kernels read what it holds when they run.
 at::Tensor numbers_now(const at::Tensor& values);
 
-// A head's lambda; -1, which leaves the gradient alone, for a predictor.
+// A head's lambda, 0-d. For a predictor -1, which leaves the gradient as it is.
 at::Tensor lambda_of(const at::Tensor& lambda, int64_t index);
 
 c10::List<bool> to_list(const std::vector<bool>& values);

@@ -25,12 +25,13 @@ bool IncomingGradients::any_batched() const {
 
 namespace {
 
-// What head h's loss counts with: its gradient, and the total's times its loss weight. Undefined if neither has one.
+// The incoming gradient of head h's loss: its own, plus that of the total times the head's loss weight. Undefined if there is
+// neither.
 Tensor factor(const IncomingGradients& incoming, const HeadsOptions& options, size_t h) {
   Tensor factor = incoming.of_head_loss(h);
   if (const auto& total = incoming.of_loss(); total.defined()) {
     const auto own = options.loss_weight
-        ? total * options.loss_weight->select(0, static_cast<int64_t>(h)).to(total.scalar_type())  // wherever it is
+        ? total * options.loss_weight->select(0, static_cast<int64_t>(h)).to(total.scalar_type())  // on whichever device
         : total;
     factor = factor.defined() ? factor + own : own;
   }
@@ -135,7 +136,7 @@ variable_list heads_loss_gradients(
     factors.push_back(weight.defined() ? weight : at::zeros({}, x.options().dtype(dtype)));
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  // Most often it is one number for all, the gradient of the loss, which the kernels read where it is.
+  // Most often all heads have the same one, the gradient of the total. It is expanded and not copied: kernels read it where it is.
   const bool one = std::all_of(factors.begin(), factors.end(), [&](const Tensor& own) { return own.is_same(factors[0]); });
   const auto weights = one ? factors[0].expand({static_cast<int64_t>(factors.size())}) : at::stack(factors);
   return heads.compute(asked, x, weights, needs).gradients;

@@ -33,7 +33,7 @@ Output call_kernel(
       loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, to_list(needs));
 }
 
-// tensor.unbind(), without the dispatcher's time where nobody is to see it.
+// tensor.unbind(), without the dispatcher's overhead where no subclass and no mode has to see the call.
 std::vector<Tensor> elements_of(const Tensor& tensor) {
   if (!is_plain(tensor) || c10::impl::dispatch_mode_enabled()) {
     return tensor.unbind();
@@ -94,7 +94,7 @@ LayersOfHead HeadsOfLoss::layers_of(size_t h, const std::vector<bool>& needs) co
   return own;
 }
 
-// What is said of some of the heads.
+// The options of some of the heads.
 HeadsOptions HeadsOfLoss::options_of(const std::vector<size_t>& heads, const std::optional<Tensor>& loss_weight) const {
   HeadsOptions own;
   own.lambda = options_.lambda;
@@ -171,7 +171,7 @@ void HeadsOfLoss::compute_linear(
   }
 }
 
-// A head of several layers: matrix products, and the last layer with the loss as a linear head over the layer before.
+// A head of several layers: matrix products up to its last layer. That one and its loss are computed as those of a linear head.
 void HeadsOfLoss::compute_layers(
     Result& result, size_t h, const Tensor& x, const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs) const {
   const auto layers = layers_of(h, needs);

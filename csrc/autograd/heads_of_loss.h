@@ -1,4 +1,4 @@
-// The heads of one loss: their layers and what is said of them; their losses, with the gradients made beside them.
+// The heads of one loss, their layers and options; and their losses, computed together with the gradients.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -59,7 +59,7 @@ class HeadsOfLoss {
     torch::autograd::variable_list gradients;  // by Slots; undefined where not needed
   };
 
-  // The losses of some heads, and the gradients that are needed, each head's with its loss_weight.
+  // The losses of the heads in `asked`, and the gradients that are needed. In these each head counts with its loss_weight.
   Result compute(
       const std::vector<size_t>& asked, const at::Tensor& x, const std::optional<at::Tensor>& loss_weight,
       const std::vector<bool>& needs) const;
@@ -75,7 +75,7 @@ class HeadsOfLoss {
 
   HeadLayers layers_;
   HeadsOptions options_;
-  std::vector<size_t> first_;  // layer of each head; and the number of layers
+  std::vector<size_t> first_;  // each head's first layer; at the end, the number of layers
 };
 
 }  // namespace grl_ext

@@ -1,4 +1,4 @@
-// What the operators built on a linear layer share: autocast, and a batch of rows.
+// What the operators built on linear layers share: autocast, and features of any shape as rows.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -38,20 +38,21 @@ inline at::Tensor as_rows(const at::Tensor& x) {
   return x.reshape_symint({rows, x.sym_size(-1)});
 }
 
-// Of rows (N, K): (..., K), the leading sizes those of `like`.
+// The sizes (..., K) for rows (N, K), with the leading sizes of `like`.
 inline std::vector<c10::SymInt> leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
   auto sizes = like.sym_sizes().vec();
   sizes.back() = rows.sym_size(-1);
   return sizes;
 }
 
-// Rows that nobody else holds, in that shape. As of F.linear no view: hooks of a view are lost when it is modified in place.
+// Rows in that shape, which nobody else may hold: the result is not marked as a view. Neither is F.linear's. A view would lose its
+// hooks when it is modified in place.
 inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
   return like.dim() == 2 ? rows : at::_unsafe_view_symint(rows, leading_sizes(rows, like));
 }
 
-// The nodes of linear operators have no forward-mode derivative: an error beats a tangent lost in silence. The Python functions
-// take their other path; this guards torch.ops.
+// The nodes of linear operators have no forward-mode derivative: an error is better than a tangent that is silently lost. The
+// Python functions take their other path; this guards torch.ops.
 inline void refuse_forward_mode(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   using torch::autograd::isFwGradDefined;
   TORCH_CHECK_NOT_IMPLEMENTED(

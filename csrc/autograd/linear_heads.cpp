@@ -1,4 +1,4 @@
-// linear_heads: linear layers over the same features, whose gradient to the features counts each adversary with its -lambda.
+// linear_heads: linear layers over the same features. In the features' gradient each adversary's part is multiplied by its -lambda.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -21,7 +21,8 @@ using torch::autograd::variable_list;
 
 using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 
-// Head by head, as the layers would do it, so that gradients of gradients cross each head's reversal where the layers' would.
+// Head by head, as separate layers would do it, so that gradients of gradients pass through each head's reversal as they would
+// there.
 Gradients heads_gradients_composite(
     const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
     const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
@@ -129,7 +130,7 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
     for (const auto h : asked) {
       own_needs.push_back(needs[1 + heads + h]);
     }
-    // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
+    // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto [dx, dw, db] = heads_gradients(grad_logits, x, weight, lambda, lambda_index, own_needs);
     result[0] = dx;

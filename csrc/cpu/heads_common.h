@@ -1,4 +1,4 @@
-// What the heads' operators on the CPU share: which heads the fused kernels take, how rows are split among the threads and walked in
+// What the heads' operators on the CPU share: which heads the fused kernels take, how rows are divided among the threads and into
 // blocks, how rows of any dtype are read and written, and how the threads' partial sums are added: in their order, so that the
 // result depends on the number of threads and on nothing else.
 #pragma once
@@ -30,7 +30,7 @@ inline int64_t thread_count(int64_t rows, int64_t features, int64_t columns) {
   return std::max<int64_t>(1, std::min({static_cast<int64_t>(at::get_num_threads()), useful, (rows + 3) / 4}));
 }
 
-// Rows a block: a block of features and one of their gradient stay in the L2 cache with room to spare.
+// Elements of a block of features. Such a block and one of their gradient fit into the L2 cache with room to spare.
 constexpr int64_t kBlockElements = 1 << 15;
 
 inline int64_t block_rows(int64_t features) {
@@ -69,17 +69,17 @@ const HeadsKernels<T>& heads_kernels() {
   }
 }
 
-// at::empty without the dispatcher's time.
+// at::empty without the dispatcher's overhead.
 inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_cpu(sizes, dtype);
 }
 
-// Null for the types that need no conversion.
+// Null for dtypes that need no conversion.
 inline const ConvertKernels* convert_kernels(at::ScalarType dtype) {
   return dtype == at::kHalf ? &kernels().half : dtype == at::kBFloat16 ? &kernels().bfloat16 : nullptr;
 }
 
-// Heads side by side: which of the operator's heads they are, and the columns of each.
+// Some of the operator's heads, their columns side by side: which heads they are, and the columns of each.
 class HeadColumns {
  public:
   void add(int64_t head, int64_t size) {
@@ -97,7 +97,7 @@ class HeadColumns {
 
   int64_t total() const { return begin_.back(); }
 
-  // The columns of those heads for which `wanted(head)` holds; neighbours joined.
+  // The columns of the heads for which wanted(head) holds, as ranges; neighbouring ranges are joined.
   template <class F>
   std::vector<Columns> runs(const F& wanted) const {
     std::vector<Columns> runs;
@@ -118,7 +118,7 @@ class HeadColumns {
   std::vector<int64_t> heads_, begin_{0};
 };
 
-// The heads that the fused kernels take, in their order as long as there is room, and those left to matrix products.
+// The heads that the fused kernels take, which is each one for which there is still room, and those left to matrix products.
 struct Division {
   HeadColumns fused;
   std::vector<int64_t> by_products;
@@ -137,7 +137,7 @@ Division divide(int64_t heads, const F& size_of) {
   return division;
 }
 
-// Which gradients an operator is to compute: of x, of the H weights, of the H biases.
+// Which gradients an operator has to compute: that of x, those of the H weights, those of the H biases.
 class Needs {
  public:
   explicit Needs(const c10::List<bool>& needs) : needs_(needs.begin(), needs.end()), heads_((needs_.size() - 1) / 2) {}
@@ -161,7 +161,7 @@ class Needs {
   const size_t heads_;
 };
 
-// What each head's gradient counts with in that to the features: -lambda for an adversary, 1 for a predictor.
+// The factor of each head's part in the features' gradient: -lambda for an adversary, 1 for a predictor.
 inline std::vector<double> head_scales(const Tensor& lambda, at::IntArrayRef lambda_index) {
   const auto values = lambda.scalar_type() == at::kDouble ? lambda.contiguous() : lambda.to(at::kDouble).contiguous();
   std::vector<double> scales;
@@ -222,7 +222,8 @@ template <class T>
 class Rows {
  public:
   Rows(const Tensor& tensor, int64_t width)
-      // Also where rows are written: those tensors are the operator's own. For others a pointer to write with could mean a copy.
+      // const_data_ptr also where rows are written, which happens only to tensors that the operator made. For others
+      // mutable_data_ptr could copy the tensor (copy-on-write).
       : data_(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))), row_bytes_(width * tensor.element_size()),
         width_(width), convert_(convert_kernels(tensor.scalar_type())), copy_(convert_ ? kMaxBlockRows * width : 0) {}
 
@@ -236,10 +237,10 @@ class Rows {
     return reinterpret_cast<const T*>(data_ + row * row_bytes_);
   }
 
-  // Where to write rows, to be finished by `written`.
+  // Where to write rows; written() must follow.
   T* write(int64_t row) { return convert_ ? copy_.data() : reinterpret_cast<T*>(data_ + row * row_bytes_); }
 
-  // Where the kernels will read rows from this one on, to be asked for ahead of time. A converted copy is always the same.
+  // Where read(row) will find its rows, for prefetching. A converted copy is always at the same place.
   const T* ahead(int64_t row) const { return convert_ ? copy_.data() : reinterpret_cast<const T*>(data_ + row * row_bytes_); }
 
   void written(int64_t row, int64_t rows) {
@@ -257,7 +258,7 @@ class Rows {
   std::vector<T> copy_;
 };
 
-// A piece of a row-major matrix as the kernels' columns, kMaxBlockRows apart, and back.
+// From a row-major matrix to the kernels' columns, which are kMaxBlockRows apart, and back.
 template <class T>
 void to_columns(T* columns, const T* rows, int64_t height, int64_t width) {
   for (int64_t c = 0; c < width; ++c) {
@@ -305,8 +306,8 @@ class HeadRows {
   std::vector<Rows<T>> rows_;
 };
 
-// Blocks of rows after which a thread puts its sums aside and begins new ones: a sum of millions of rows, one after the other, would
-// lose four digits in float32.
+// After this many blocks a thread puts its sums aside and begins new ones. A float32 sum over millions of rows, one after the
+// other, would lose four digits.
 constexpr int64_t kBlocksPerSum = 256;
 
 // The gradients of weights and biases: each thread's sums, and their total.
@@ -343,7 +344,7 @@ class ParameterGradients {
     }
   }
 
-  // Sets those of the operator's results that are needed.
+  // Adds the threads' sums up, and sets those elements of dw and db that are needed.
   void total(std::vector<Tensor>& dw, std::vector<Tensor>& db) {
     for (auto& thread : threads_) {
       if (thread.aside) {
@@ -419,7 +420,7 @@ class ParameterGradients {
   std::vector<Thread> threads_;
 };
 
-// By matrix products: adds scale * g W to dx, of which `dx_begun` says whether it holds anything yet.
+// Adds scale * g W to dx by a matrix product. `dx_begun`: whether dx holds values yet.
 inline void add_features_gradient(Tensor& dx, bool& dx_begun, const Tensor& g, const Tensor& weight, double scale) {
   if (scale != 0) {  // not multiplied by 0: the weight may be infinite
     at::addmm_out(dx, dx, g, weight, /*beta=*/dx_begun ? 1 : 0, /*alpha=*/scale);

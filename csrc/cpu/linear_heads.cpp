@@ -1,4 +1,5 @@
-// _heads_logits and _heads_gradients on the CPU: narrow heads together, in one pass over the features; each wide one by matrix products.
+// _heads_logits and _heads_gradients on the CPU: narrow heads together, in one pass over the features; each wide one by matrix
+// products.
 #include <torch/library.h>
 
 #include "heads_common.h"

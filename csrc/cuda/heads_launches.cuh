@@ -1,5 +1,5 @@
-// The heads' operators on plain pointers: which kernels run, one after the other. Knows no ATen, so that tests/cuda_on_cpu runs this
-// text as it is; linear_heads.cu and heads_loss.cu bring the tensors.
+// The heads' operators on plain pointers: which kernels run, one after the other. Knows no ATen, so that tests/cuda_on_cpu runs
+// this text as it is; linear_heads.cu and heads_loss.cu bring the tensors.
 //
 // Nothing waits for the device, every sum has one fixed order, and all memory is the caller's.
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace grl_ext {
 
-// Kernels on one stream; after the first that could not start, none.
+// Starts kernels on one stream. After one that could not start, no further one is started.
 struct Launches {
   cudaStream_t stream;
   cudaError_t status = cudaSuccess;
@@ -23,7 +23,7 @@ struct Launches {
   }
 };
 
-// Hands out pieces of a workspace; before there is one, only adds up their sizes.
+// Hands out pieces of a workspace. Without memory it only adds up their sizes.
 class Workspace {
  public:
   explicit Workspace(void* base = nullptr) : base_(static_cast<char*>(base)) {}
@@ -42,7 +42,7 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-// place(workspace) takes its pieces, once to measure and once for good. allocate(bytes) gives memory on the device.
+// Calls place(workspace) twice: to add up the pieces it takes, and to hand them out. allocate(bytes) returns memory on the device.
 template <typename Allocate, typename Place>
 void place_in_workspace(const Allocate& allocate, const Place& place) {
   Workspace measured;
@@ -59,7 +59,7 @@ inline dim3 small_grid(int64_t blocks, const HeadsDevice& device, int heads = 1)
       static_cast<unsigned>(heads));
 }
 
-// Where things run.
+// The device and the stream that kernels are started on.
 struct HeadsQueue {
   HeadsDevice device;
   cudaStream_t stream;
@@ -69,7 +69,7 @@ struct HeadsQueue {
 // By sweeps, for up to kMaxSweepColumns columns
 // ---------------------------------------------------------------------------------------------------------------------
 
-// What an operator is given. Each head says for itself where its parameters, targets and results are.
+// The arguments of an operator. The description of each head says where its parameters, targets and results are.
 template <typename T>
 struct HeadsCall {
   const T* x;  // (rows, features)
@@ -88,7 +88,7 @@ struct HeadsCall {
   }
 };
 
-// Says where each head's targets lie in a row of the sweep's tiles. Returns their bytes.
+// Sets where each head's target and sample weight lie in a row of the sweep's tiles. Returns the bytes of a row.
 template <typename T>
 int place_targets(Heads<T>& heads) {
   int at = 0;
@@ -101,7 +101,7 @@ int place_targets(Heads<T>& heads) {
   return at;
 }
 
-// What is to be read before the norms are known.
+// HeadsProblem::rows_to_count: what must be read before the norms are known.
 template <typename T>
 int64_t rows_to_count(const Heads<T>& heads, int64_t rows, bool mean) {
   return mean ? rows * heads.count : 0;
@@ -191,7 +191,7 @@ void run_total(
   }
 }
 
-// The pass that makes the logits alone.
+// The same sweep as a pass that computes logits only.
 template <typename T>
 SweepArguments<T> logits_pass(SweepArguments<T> arguments, const Sweep& sweep) {
   arguments.pass = Pass::kLogits;
@@ -227,7 +227,7 @@ cudaError_t heads_gradients(const HeadsCall<T>& call, const HeadsQueue& queue, c
   return launches.status;
 }
 
-// For what plan_heads does not leave to products.
+// For problems that plan_heads does not give to products.
 template <typename T, typename Allocate>
 cudaError_t heads_loss(
     const HeadsCall<T>& call, bool mean, const HeadsLosses<typename Arithmetic<T>::type>& losses, const HeadsQueue& queue,
@@ -265,7 +265,8 @@ cudaError_t heads_loss(
 // Between matrix products, for any number of columns. `all_heads` holds all heads, kHeadsPerLaunch at a time.
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The buffers that the products read and write: what there is of weight (pitch, features), bias (pitch), z, g, scaled (rows, pitch).
+// The buffers that the products read and write: weight (pitch, features), bias (pitch), z, g and scaled (rows, pitch). Null: not
+// needed.
 template <typename T>
 struct Products {
   int64_t rows;
@@ -279,7 +280,7 @@ struct Products {
   T* scaled;
 };
 
-// A thread for each of four elements.
+// A thread for every four elements.
 inline dim3 grid_of_elements(int64_t elements, int heads, const HeadsDevice& device) {
   return small_grid(divide_up(elements, int64_t{4} * kProductThreads), device, heads);
 }
@@ -333,7 +334,7 @@ cudaError_t gather_gradients(const Products<T>& in, const HeadsList& all_heads, 
   return launches.status;
 }
 
-// From z: the heads' logits, their losses, g and scaled.
+// Computes the heads' logits and losses, g and scaled from z.
 template <typename T, typename HeadsList, typename Allocate>
 cudaError_t heads_loss_of_products(
     const Products<T>& in, const HeadsList& all_heads, int heads_count, bool mean,

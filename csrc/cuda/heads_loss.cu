@@ -1,5 +1,5 @@
-// _heads_loss on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued on the current stream and
-// nothing waits, so that it can be captured in a CUDA graph.
+// _heads_loss on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued on the current stream,
+// and the host never waits, so that it can be captured in a CUDA graph.
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
 
@@ -80,7 +80,7 @@ Output heads_loss_cuda(
     }
     if (gradients.dx.numel() > 0) {
       buffers.scaled = at::empty({sizes.rows, buffers.pitch}, x.options());
-      C10_CUDA_CHECK(silence_weights(buffers.as<T>(), heads, queue));  // the logits are made
+      C10_CUDA_CHECK(silence_weights(buffers.as<T>(), heads, queue));  // after the logits, which need the whole weight
     }
     C10_CUDA_CHECK(
         heads_loss_of_products(buffers.as<T>(), heads, static_cast<int>(sizes.heads.size()), mean, losses, queue, Scratch(x)));

@@ -4,8 +4,8 @@
 //                    loss = S log sum_c exp z[c] - sum_c u[c] z[c],  S = sum_c u[c],   dz[c] = S softmax(z)[c] - u[c]
 //   squared error    loss = sum_c (z[c] - value[c])^2,                                 dz[c] = 2 (z[c] - value[c])
 //
-// A head of one column is binary, the softmax over 0 and z. A row counts with its sample weight; it is not valid where that is 0 or
-// its target is ignore_index: no loss then and no gradient, whatever its logits and targets hold.
+// A head of one column is binary, the softmax over 0 and z. A row counts with its sample weight. It is not valid where that is 0 or
+// its target is ignore_index: it has no loss and no gradient then, even where its logits or targets are NaN.
 #pragma once
 
 #include "heads_norm.cuh"
@@ -81,7 +81,7 @@ struct RowTarget {
   }
 };
 
-// A class's part in what the target expects: u (z - top); nothing where u is 0, though z be infinite.
+// A class's term of sum_c u[c] (z[c] - top). It is 0 where u is 0, even if z is infinite.
 template <typename A>
 __device__ A expected_part(A u, A shifted) {
   return u == 0 ? A(0) : u * shifted;
@@ -91,7 +91,7 @@ __device__ A expected_part(A u, A shifted) {
 // Columns on lanes
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Every lane gets op over lanes [first, end), among which it is: those of its head.
+// Every lane gets op over lanes [first, end), which are those of its head.
 template <typename A, typename Op>
 __device__ A over_head(A x, int first, int end, Op op) {
 #pragma unroll
@@ -102,14 +102,14 @@ __device__ A over_head(A x, int first, int end, Op op) {
   return __shfl_sync(kWholeWarp, x, first);
 }
 
-// Which of the sums over a head's lanes any head of the launch has a use for.
+// Which sums over a head's lanes are needed by any head of the launch.
 struct LossSums {
   bool softmax;
   bool mass;  // S
 };
 
 // The gradient of the row's part in the total loss, for the lane's logit z. The first lane of each head adds the row's loss to
-// `loss`. A lane without a column belongs to a head of its own.
+// `loss`. A lane without a column counts as a head of its own.
 template <typename T, typename A = typename Arithmetic<T>::type>
 __device__ A loss_of_lane(
     double& loss, A z, const HeadLoss<T>& head, const RowTarget<T>& row, bool exists, int first_lane, int end_lane, LossSums sums) {

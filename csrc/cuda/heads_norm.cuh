@@ -16,7 +16,7 @@ struct Norms {
   int blocks;
 };
 
-// A class that does not exist stops the program as PyTorch's own loss does: without the host waiting for the device.
+// A class that does not exist stops the program, as in PyTorch's own loss: an error would need the host to wait for the device.
 __device__ inline void check_target(bool exists) {
   if (!exists) {
     __assert_fail("a target is neither a class of its head nor ignore_index", __FILE__, __LINE__, __func__);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
-// The block's norms[h], by whichever way there is. All threads may read them afterwards.
+// Sets the block's norms[h], in the way that `from` says. All threads may read them afterwards.
 template <typename T>
 __device__ void find_norms(double* norms, double* scratch, const Norms& from, const Heads<T>& heads, int64_t rows) {
   if (from.mean && !from.parts) {

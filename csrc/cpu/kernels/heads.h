@@ -1,9 +1,9 @@
 // The skinny matrix products of the heads, for one block of rows at a time. Their losses are in heads_loss.h.
 //
 // With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K and the least traffic 2 N D elements.
-// A block of rows stays in the L2 cache from the product forward to those backward, so that memory sees the features once.
-// Memory is kept at work meanwhile: the product forward asks, row by row, for the features of the next block; that for the weight's
-// gradient, where there are few columns, for the memory that the features' gradient will be written to.
+// A block of rows stays in the L2 cache from the forward product to the backward ones, so that features are read from memory once.
+// Prefetches keep the memory busy meanwhile. The forward product prefetches the features of the next block, row by row. The product
+// for the weight's gradient prefetches the memory that dx will be written to, if there are few columns.
 // z, g: K x kMaxBlockRows, one column after the other, so that the losses' vectors run over rows.
 
 // A tile's sums stay in registers, of which AVX-512 has 32 and the others 16: kTileRows x kForwardColumns for the logits,
@@ -18,12 +18,11 @@ constexpr int kStripVectors = 2;
 constexpr int kTileRows = 4;
 constexpr int kWeightColumns = 6;
 
-// Up to so many columns memory is slower than the arithmetic of the gradients, and dx is asked for before it is written: at 1000x1764
-// with 4 columns that took 7 % off the kernels' own time, before against after. With more, writing dx first does better: 4 % at
-// 4096x1024 with 12.
+// Up to this many columns the memory is slower than the arithmetic of the gradients: dw is computed first, and prefetches dx's
+// memory. With more columns dx is computed first, and is written to memory while dw is computed.
 constexpr long kFewColumns = 6;
 
-// An array of vectors is registers only if every loop over it is unrolled.
+// The compiler keeps an array of vectors in registers only if every loop over it is unrolled.
 #if defined(__clang__)
 #define GRL_EXT_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -35,8 +34,8 @@ struct Constant {
   static constexpr int kValue = N;
 };
 
-// Calls f with the compile-time constant equal to n, 1 <= n <= Max. By reference: copying a large closure that was just written
-// stalls until the stores are through.
+// Calls f with the compile-time constant equal to n, 1 <= n <= Max. f is passed by reference: copying a large closure that was just
+// written would wait for its stores.
 template <int Max, class F>
 inline void with_constant(int n, const F& f) {
   if constexpr (Max > 1) {
@@ -47,8 +46,8 @@ inline void with_constant(int n, const F& f) {
   f(Constant<Max>{});
 }
 
-// z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: a step's R + C loads serve R * C products. Asks for `next`,
-// which lies like x.
+// z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: a step has R + C loads for R * C products. Prefetches
+// `next`, which has x's layout.
 template <class T, int R, int C>
 void logits_tile(T* z, const T* x, const T* next, const T* w, const T* bias, long features) {
   constexpr int kLanes = VectorOf<T>::kLanes;
@@ -68,7 +67,7 @@ void logits_tile(T* z, const T* x, const T* next, const T* w, const T* bias, lon
       }
     }
   };
-  // The rest first: what comes after the loop must not need the sums, or the compiler gives up registers in it.
+  // The rest comes before the loop. If more multiplications came after it, the compiler would not keep all sums in registers in it.
   const long rest = features % kLanes;
   if (rest > 0 && features > kLanes) {
     multiply(Lanes<T, Edge::kOverlap>(rest), features - kLanes);
@@ -114,8 +113,8 @@ void logits(T* z, const T* x, const T* next, const T* w, const T* bias, long row
   }
 }
 
-// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step's S + R loads serve S * R products. A column that does
-// not count is left out, not multiplied by 0: its weight may be infinite.
+// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step has S + R loads for S * R products. Columns
+// that do not go into dx are left out, not multiplied by 0: their weight may be infinite.
 template <class T, int R, int S, Edge kEdge>
 void features_gradient_tile(
     T* dx, const T* scaled, const T* w, long features, const Columns* counted, long runs, Lanes<T, kEdge> lanes) {
@@ -145,14 +144,14 @@ void features_gradient_tile(
   for (int r = 0; r < R; ++r) {
     GRL_EXT_UNROLL
     for (int s = 0; s < S; ++s) {
-      lanes.put(dx + r * features + s * kLanes, sum[r][s]);  // of lanes done before, the same once more
+      lanes.put(dx + r * features + s * kLanes, sum[r][s]);  // overlapped lanes get the same value again
     }
   }
 }
 
-// dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features: a step's S + C loads serve S * C products. With kAsk, asks
-// for `next`, which lies like x and will be written.
-template <bool kAsk, class T, int C, int S, Edge kEdge>
+// dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features: a step has S + C loads for S * C products. With
+// kPrefetch it prefetches `next`, which has x's layout and will be written.
+template <bool kPrefetch, class T, int C, int S, Edge kEdge>
 void weight_gradient_tile(T* dw, const T* g, const T* x, const T* next, long rows, long features, Lanes<T, kEdge> lanes) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   Vector<T> sum[C][S] = {};
@@ -161,7 +160,7 @@ void weight_gradient_tile(T* dw, const T* g, const T* x, const T* next, long row
     GRL_EXT_UNROLL
     for (int s = 0; s < S; ++s) {
       xs[s] = lanes.get(x + r * features + s * kLanes);
-      if constexpr (kAsk) {
+      if constexpr (kPrefetch) {
         __builtin_prefetch(next + r * features + s * kLanes, 1);
       }
     }
@@ -184,7 +183,7 @@ void weight_gradient_tile(T* dw, const T* g, const T* x, const T* next, long row
   }
 }
 
-// S vectors of features, from `at` on: a narrow strip, so that what its tiles read again is in the L1 cache.
+// S vectors of features, from `at` on. The strip is narrow, so that what its tiles read again is still in the L1 cache.
 template <class T, int S, Edge kEdge>
 void gradients_strip(const GradientsBlock<T>& b, long at, Lanes<T, kEdge> lanes) {
   const auto of_features = [&] {
@@ -195,15 +194,15 @@ void gradients_strip(const GradientsBlock<T>& b, long at, Lanes<T, kEdge> lanes)
       r += height;
     }
   };
-  const auto of_weight = [&](auto ask) {
-    constexpr bool kAsk = decltype(ask)::kValue != 0;
+  const auto of_weight = [&](auto prefetch) {
+    constexpr bool kPrefetch = decltype(prefetch)::kValue != 0;
     for (long i = 0; b.dw && i < b.dw_runs; ++i) {
       const long end = b.dw_columns[i].end;
       for (long c = b.dw_columns[i].begin; c < end; c += kWeightColumns) {
         with_constant<kWeightColumns>(end - c < kWeightColumns ? end - c : kWeightColumns, [&](auto constant) {
           constexpr int C = decltype(constant)::kValue;
-          weight_gradient_tile<kAsk, T, C, S>(
-              b.dw + c * b.features + at, b.grad_logits + c * kMaxBlockRows, b.x + at, kAsk ? b.dx + at : nullptr, b.rows,
+          weight_gradient_tile<kPrefetch, T, C, S>(
+              b.dw + c * b.features + at, b.grad_logits + c * kMaxBlockRows, b.x + at, kPrefetch ? b.dx + at : nullptr, b.rows,
               b.features, lanes);
         });
       }
@@ -213,7 +212,7 @@ void gradients_strip(const GradientsBlock<T>& b, long at, Lanes<T, kEdge> lanes)
     of_weight(Constant<true>{});
     of_features();
   } else {
-    of_features();  // what it writes drains to memory while the weight's gradient is computed
+    of_features();  // what it writes goes to memory while the weight's gradient is computed
     of_weight(Constant<false>{});
   }
 }

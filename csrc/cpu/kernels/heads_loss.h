@@ -1,13 +1,13 @@
-// The losses of one head over a block of rows, with the gradient of its logits. A row weight of 0 takes the row out: no loss and no
-// gradient, though its logits or targets be NaN.
+// The losses of one head over a block of rows, with the gradient of its logits. A row of weight 0 has no loss and no gradient, even
+// where its logits or targets are NaN.
 
-// y * z, and nothing where y is 0, though z be infinite.
+// y * z, and 0 where y is 0, even if z is infinite.
 template <class T>
 inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
   return y == 0 ? Vector<T>{} : y * z;
 }
 
-// Stores the gradient of one logit's column, and what of it goes to the features.
+// Stores the gradient of one column of logits, and the same times the head's scale, which is what goes into dx.
 template <class T>
 inline void store_gradient(const HeadBlock<T>& head, long c, long r, Vector<T> weight, Vector<T> dz) {
   const Vector<T> zero = {};
@@ -20,7 +20,7 @@ inline void store_gradient(const HeadBlock<T>& head, long c, long r, Vector<T> w
 // given probabilities:
 //   u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes),   s = sum_c u[c]
 //   loss = s log sum_c exp(z[c] - top) - sum_c u[c] (z[c] - top),           dz[c] = s softmax(z)[c] - u[c]
-// with top the row's largest logit; where u is 0 a class adds nothing to the loss, though its logit be -infinity.
+// with top the row's largest logit. A class with u = 0 adds nothing to the loss, even if its logit is -infinity.
 // Returns sum_r row_weight[r] loss[r], summed in T.
 template <class T, bool kLabels>
 double cross_entropy_of(const HeadBlock<T>& head) {
@@ -38,7 +38,7 @@ double cross_entropy_of(const HeadBlock<T>& head) {
     if constexpr (kLabels) {
       label = load(head.label + r);
     }
-    // u for class c, of which a binary head has two and one column.
+    // u[c]. A binary head has one column and two classes.
     const auto wanted = [&](long c) {
       Vector<T> y;
       if constexpr (kLabels) {
