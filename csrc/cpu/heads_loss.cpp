@@ -148,7 +148,7 @@ void fused(
     const OptionalTensors& bias, const std::vector<double>& scales, const Needs& needs) {
   const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
   const Parameters<T> parameters(columns, weight, bias);
-  const auto counted = columns.runs([&](int64_t head) { return scales[head] != 0; });
+  const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
   for (int64_t i = 0; i < columns.count(); ++i) {
     result.logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
   }
@@ -178,8 +178,8 @@ void fused(
              .rows = rows,
              .features = d,
              .columns = k,
-             .dx_columns = counted.data(),
-             .dx_runs = static_cast<long>(counted.size()),
+             .dx_columns = dx_columns.data(),
+             .dx_runs = static_cast<long>(dx_columns.size()),
              .dw_columns = of_parameters.weight_columns().data(),
              .dw_runs = static_cast<long>(of_parameters.weight_columns().size())});
       }

@@ -64,7 +64,7 @@ void fused_gradients(
   const int64_t n = grad_logits[0].size(0), k = columns.total(), step = block_rows(d), threads = thread_count(n, d, 2 * k);
   const auto parameters = needs.x() ? std::optional<Parameters<T>>(std::in_place, columns, weight, OptionalTensors())
                                     : std::nullopt;
-  const auto counted = columns.runs([&](int64_t head) { return scales[head] != 0; });
+  const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
   ParameterGradients<T> of_parameters(columns, threads, d, dtype, needs);
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(gradients.dx, d);
@@ -90,8 +90,8 @@ void fused_gradients(
              .rows = rows,
              .features = d,
              .columns = k,
-             .dx_columns = counted.data(),
-             .dx_runs = static_cast<long>(counted.size()),
+             .dx_columns = dx_columns.data(),
+             .dx_runs = static_cast<long>(dx_columns.size()),
              .dw_columns = of_parameters.weight_columns().data(),
              .dw_runs = static_cast<long>(of_parameters.weight_columns().size())});
       }

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
         part += expected_part(u, logit(c) - top);
       }
       sum = at.over(sum, Sum{});
-      mass = of_head.sums_to_one ? A(1) : at.over(mass, Sum{});
+      mass = of_head.mass_is_one ? A(1) : at.over(mass, Sum{});
     }
     part = at.over(part, Sum{});
     if (inside && row_target.valid && at.lane == 0) {

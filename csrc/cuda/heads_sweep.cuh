@@ -237,13 +237,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         g[r * kMaxSweepColumns + lane_id()] = dz;
         scaled[lane_id() * sweep.scaled_pitch + r] = dz * column.scale;
       }
-      const unsigned counted = __ballot_sync(kWholeWarp, column.exists && column.scale != 0);
+      const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.scale != 0);
       __syncthreads();
 
       // 5. The gradients, while the tile is in shared memory.
       if (in.dx) {
         write_feature_gradient(
-            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, counted, rows, width,
+            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, dx_columns, rows, width,
             pieces_are_whole(in.dx, in.features));
       }
       if (in.weight_columns != 0) {

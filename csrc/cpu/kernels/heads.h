@@ -117,7 +117,7 @@ void logits(T* z, const T* x, const T* next, const T* w, const T* bias, long row
 // that do not go into dx are left out, not multiplied by 0: their weight may be infinite.
 template <class T, int R, int S, Edge kEdge>
 void features_gradient_tile(
-    T* dx, const T* scaled, const T* w, long features, const Columns* counted, long runs, Lanes<T, kEdge> lanes) {
+    T* dx, const T* scaled, const T* w, long features, const Columns* dx_columns, long runs, Lanes<T, kEdge> lanes) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   Vector<T> sum[R][S] = {};
   const auto add = [&](long c) {
@@ -136,7 +136,7 @@ void features_gradient_tile(
     }
   };
   for (long i = 0; i < runs; ++i) {
-    for (long c = counted[i].begin; c < counted[i].end; ++c) {
+    for (long c = dx_columns[i].begin; c < dx_columns[i].end; ++c) {
       add(c);
     }
   }
