@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "heads.h"
+#include "heads_options.h"
 
 namespace grl_ext {
 

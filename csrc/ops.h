@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "heads.h"
+#include "heads_options.h"
 
 namespace grl_ext {
 

@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "heads.h"
+#include "heads_options.h"
 
 namespace grl_ext {
 namespace {

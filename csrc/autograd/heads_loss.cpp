@@ -15,8 +15,8 @@
 
 #include "../heads_checks.h"
 #include "../ops.h"
-#include "heads_loss_gradients.h"
-#include "heads_of_loss.h"
+#include "heads_loss_backward.h"
+#include "heads_loss_forward.h"
 #include "node.h"
 #include "scale_negate.h"
 
@@ -177,9 +177,9 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     if (incoming.any_of_logits() || incoming.any_batched() || at::GradMode::is_enabled()) {
-      return heads_loss_gradients_in_operators(incoming, heads, x, logits, needs);
+      return heads_loss_backward_composite(incoming, heads, x, logits, needs);
     }
-    return heads_loss_gradients(incoming, heads, x, needs);
+    return heads_loss_backward(incoming, heads, x, needs);
   }
 
   // The heads as the forward had them. `saved`: weight and bias of each layer; target, sample and class weights of each head.

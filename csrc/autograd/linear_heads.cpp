@@ -8,7 +8,8 @@
 
 #include "../heads_checks.h"
 #include "../ops.h"
-#include "heads.h"
+#include "head_inputs.h"
+#include "linear_heads.h"
 #include "node.h"
 #include "scale_negate.h"
 

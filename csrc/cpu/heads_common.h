@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "../heads.h"
+#include "../heads_options.h"
 #include "heads_limits.h"
 #include "kernels.h"
 

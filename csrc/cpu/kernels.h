@@ -68,7 +68,8 @@ struct GradientsBlock {
   long dw_runs;
 };
 
-// Each takes a block of at most kMaxBlockRows rows. csrc/cpu/kernels/heads.h and heads_loss.h say what it computes.
+// Each takes a block of at most kMaxBlockRows rows. csrc/cpu/kernels/heads_logits.h, heads_loss.h and heads_gradients.h say
+// what it computes.
 template <class T>
 struct HeadsKernels {
   void (*logits)(T* z, const T* x, const T* next, const T* weight, const T* bias, long rows, long features, long columns);

@@ -4,7 +4,7 @@
 
 #include <cassert>
 
-#include "heads.cuh"
+#include "heads_arguments.cuh"
 #include "warp.cuh"
 
 namespace grl_ext {

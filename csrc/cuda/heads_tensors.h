@@ -13,7 +13,7 @@
 #include <optional>
 #include <vector>
 
-#include "../heads.h"
+#include "../heads_options.h"
 #include "dispatch.h"
 #include "heads_launches.cuh"
 

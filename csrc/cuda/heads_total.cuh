@@ -1,7 +1,7 @@
 // Adds up the partial sums of the sweep's blocks: the weights' and biases' gradients, and the losses.
 #pragma once
 
-#include "heads.cuh"
+#include "heads_arguments.cuh"
 #include "launch.cuh"
 #include "warp.cuh"
 

@@ -7,8 +7,11 @@ namespace {
 #include "convert.h"
 #include "scale_negate.h"
 #include "vector.h"
-// keeps clang-format from sorting: heads.h needs vector.h
-#include "heads.h"
+// Comments keep clang-format from sorting the includes: heads_tiles.h needs vector.h,
+#include "heads_tiles.h"
+// and these need heads_tiles.h.
+#include "heads_gradients.h"
+#include "heads_logits.h"
 #include "heads_loss.h"
 }  // namespace
 

@@ -5,10 +5,9 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
-#include "../heads.h"
+#include "../heads_options.h"
 #include "linear.h"
 
 namespace grl_ext {
@@ -32,13 +31,6 @@ bool any_requires_grad(const at::Tensor& x, const HeadLayers& layers);
 
 // A node's edges: to x, to each weight, to each bias.
 torch::autograd::edge_list edges_of(const at::Tensor& x, const HeadLayers& layers);
-
-// The gradients (dx, dw, db) of linear heads from those of their logits. In dx each adversary's part is multiplied by its -lambda.
-// Computed by the kernel; by ATen operators for gradients of gradients and for batches of gradients. A gradient that is not needed
-// comes back undefined. x may be undefined where no weight needs a gradient, and weight empty where x needs none.
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> heads_gradients(
-    const std::vector<at::Tensor>& grad_logits, const at::Tensor& x, const std::vector<at::Tensor>& weight,
-    const at::Tensor& lambda, const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs);
 
 // Lambda or loss weights, to be read later. From the CPU a copy, because they may change before the backward. On a GPU the tensor
 // itself: kernels read what it holds when they run.

@@ -1,4 +1,4 @@
-#include "heads.h"
+#include "head_inputs.h"
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>

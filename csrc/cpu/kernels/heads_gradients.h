@@ -1,117 +1,8 @@
-// The skinny matrix products of the heads, for one block of rows at a time. Their losses are in heads_loss.h.
-//
-// With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K and the least traffic 2 N D elements.
-// A block of rows stays in the L2 cache from the forward product to the backward ones, so that features are read from memory once.
-// Prefetches keep the memory busy meanwhile. The forward product prefetches the features of the next block, row by row. The product
-// for the weight's gradient prefetches the memory that dx will be written to, if there are few columns.
-// z, g: K x kMaxBlockRows, one column after the other, so that the losses' vectors run over rows.
-
-// A tile's sums stay in registers, of which AVX-512 has 32 and the others 16: kTileRows x kForwardColumns for the logits,
-// kTileRows x kStripVectors for the features' gradient, kWeightColumns x kStripVectors for the weight's.
-#if GRL_EXT_VECTOR_BYTES == 64
-constexpr int kForwardColumns = 6;
-constexpr int kStripVectors = 4;
-#else
-constexpr int kForwardColumns = 3;
-constexpr int kStripVectors = 2;
-#endif
-constexpr int kTileRows = 4;
-constexpr int kWeightColumns = 6;
+// The gradients of all heads for one block of rows: dx = scaled^T w and dw += g x, strip by strip over the features.
 
 // Up to this many columns the memory is slower than the arithmetic of the gradients: dw is computed first, and prefetches dx's
 // memory. With more columns dx is computed first, and is written to memory while dw is computed.
 constexpr long kFewColumns = 6;
-
-// The compiler keeps an array of vectors in registers only if every loop over it is unrolled.
-#if defined(__clang__)
-#define GRL_EXT_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define GRL_EXT_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-template <int N>
-struct Constant {
-  static constexpr int kValue = N;
-};
-
-// Calls f with the compile-time constant equal to n, 1 <= n <= Max. f is passed by reference: copying a large closure that was just
-// written would wait for its stores.
-template <int Max, class F>
-inline void with_constant(int n, const F& f) {
-  if constexpr (Max > 1) {
-    if (n < Max) {
-      return with_constant<Max - 1>(n, f);
-    }
-  }
-  f(Constant<Max>{});
-}
-
-// z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: a step has R + C loads for R * C products. Prefetches
-// `next`, which has x's layout.
-template <class T, int R, int C>
-void logits_tile(T* z, const T* x, const T* next, const T* w, const T* bias, long features) {
-  constexpr int kLanes = VectorOf<T>::kLanes;
-  Vector<T> sum[R][C] = {};
-  const auto multiply = [&](auto lanes, long d) {
-    Vector<T> xs[R];
-    GRL_EXT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      xs[r] = lanes.fresh_or(lanes.get(x + r * features + d), Vector<T>{});
-    }
-    GRL_EXT_UNROLL
-    for (int c = 0; c < C; ++c) {
-      const Vector<T> ws = lanes.fresh_or(lanes.get(w + c * features + d), Vector<T>{});
-      GRL_EXT_UNROLL
-      for (int r = 0; r < R; ++r) {
-        sum[r][c] += xs[r] * ws;
-      }
-    }
-  };
-  // The rest comes before the loop. If more multiplications came after it, the compiler would not keep all sums in registers in it.
-  const long rest = features % kLanes;
-  if (rest > 0 && features > kLanes) {
-    multiply(Lanes<T, Edge::kOverlap>(rest), features - kLanes);
-  } else if (rest > 0) {
-    multiply(Lanes<T, Edge::kShort>(rest), 0);
-  }
-  for (long d = 0; d + kLanes <= features; d += kLanes) {
-    multiply(Lanes<T, Edge::kNone>(0), d);
-    GRL_EXT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(next + r * features + d, 0, 2);
-    }
-  }
-  T lanes[R][C][kLanes];
-  GRL_EXT_UNROLL
-  for (int c = 0; c < C; ++c) {
-    GRL_EXT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      store(lanes[r][c], sum[r][c]);
-    }
-  }
-  for (int c = 0; c < C; ++c) {
-    for (int r = 0; r < R; ++r) {
-      z[c * kMaxBlockRows + r] = sum_lanes<T, kLanes>(lanes[r][c]) + (bias ? bias[c] : T(0));
-    }
-  }
-}
-
-// Columns outside, rows inside: the weight of some columns stays in the L1 cache while the block's rows pass by from L2.
-template <class T>
-void logits(T* z, const T* x, const T* next, const T* w, const T* bias, long rows, long features, long columns) {
-  for (long c = 0; c < columns; c += kForwardColumns) {
-    with_constant<kForwardColumns>(columns - c < kForwardColumns ? columns - c : kForwardColumns, [&](auto constant) {
-      constexpr int C = decltype(constant)::kValue;
-      for (long r = 0; r < rows;) {
-        const int height = rows - r >= kTileRows ? kTileRows : 1;
-        const auto tile = height == 1 ? logits_tile<T, 1, C> : logits_tile<T, kTileRows, C>;
-        const T* of_bias = bias ? bias + c : nullptr;
-        tile(z + c * kMaxBlockRows + r, x + r * features, next + r * features, w + c * features, of_bias, features);
-        r += height;
-      }
-    });
-  }
-}
 
 // dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step has S + R loads for S * R products. Columns
 // that do not go into dx are left out, not multiplied by 0: their weight may be infinite.
@@ -234,20 +125,5 @@ void gradients(const GradientsBlock<T>& b) {
     strip(Constant<1>{}, features - kLanes, Lanes<T, Edge::kOverlap>(features - d));
   } else if (d < features) {
     strip(Constant<1>{}, 0, Lanes<T, Edge::kShort>(features));
-  }
-}
-
-// Rows of a half type to float and back.
-template <class H>
-void widen_rows(float* out, const void* in, long n) {
-  for (long i = 0; i < n; ++i) {
-    out[i] = widen(static_cast<const H*>(in)[i]);
-  }
-}
-
-template <class H>
-void narrow_rows(void* out, const float* in, long n) {
-  for (long i = 0; i < n; ++i) {
-    static_cast<H*>(out)[i] = narrow<H, float>(in[i]);
   }
 }

@@ -1,11 +1,12 @@
-#include "heads_loss_gradients.h"
+#include "heads_loss_backward.h"
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
 
 #include "../ops.h"
-#include "head_loss.h"
+#include "grad_logits_composite.h"
+#include "linear_heads.h"
 #include "node.h"
 #include "scale_negate.h"
 
@@ -123,7 +124,7 @@ void add_layers(
 
 }  // namespace
 
-variable_list heads_loss_gradients(
+variable_list heads_loss_backward(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x, const std::vector<bool>& needs) {
   std::vector<size_t> asked;
   std::vector<Tensor> factors;
@@ -142,7 +143,7 @@ variable_list heads_loss_gradients(
   return heads.compute(asked, x, weights, needs).gradients;
 }
 
-variable_list heads_loss_gradients_in_operators(
+variable_list heads_loss_backward_composite(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x, const std::function<Tensor(size_t h)>& logits,
     const std::vector<bool>& needs) {
   variable_list result(heads.slots().count());

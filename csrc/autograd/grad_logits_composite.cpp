@@ -1,4 +1,4 @@
-#include "head_loss.h"
+#include "grad_logits_composite.h"
 
 namespace grl_ext {
 namespace {

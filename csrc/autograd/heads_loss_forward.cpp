@@ -1,4 +1,4 @@
-#include "heads_of_loss.h"
+#include "heads_loss_forward.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -3,7 +3,7 @@
 
 #include <ATen/ATen.h>
 
-#include "../heads.h"
+#include "../heads_options.h"
 
 namespace grl_ext {
 

@@ -7,8 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "head_inputs.h"
 #include "head_layers.h"
-#include "heads.h"
 
 namespace grl_ext {
 

@@ -4,7 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "heads_of_loss.h"
+#include "heads_loss_forward.h"
 
 namespace grl_ext {
 
@@ -31,12 +31,12 @@ struct IncomingGradients {
 
 // By the kernels, in one more pass over the features. The logits must have no incoming gradients. A head whose loss has none takes
 // no part: its values may be infinite, and its parameters get no gradient instead of zeros.
-torch::autograd::variable_list heads_loss_gradients(
+torch::autograd::variable_list heads_loss_backward(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const at::Tensor& x, const std::vector<bool>& needs);
 
 // The same in ATen operators, which are differentiable; with the logits' incoming gradients. logits(h) returns the logits of linear
 // head h as the forward saved them.
-torch::autograd::variable_list heads_loss_gradients_in_operators(
+torch::autograd::variable_list heads_loss_backward_composite(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const at::Tensor& x,
     const std::function<at::Tensor(size_t h)>& logits, const std::vector<bool>& needs);
 
