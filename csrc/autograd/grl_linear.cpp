@@ -111,7 +111,9 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
 
 Tensor reversed_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Lambda& lambda) {
   refuse_forward_mode(x_, weight_, bias_);
-  const auto [inputs_x, weight, bias] = autocast(x_, weight_, bias_);
+  const Autocast cast(x_.device().type());
+  const auto inputs_x = cast(x_), weight = cast(weight_);
+  const auto bias = cast(bias_);
   check_linear(inputs_x, weight, bias);
   const auto x = as_rows(inputs_x);
   Tensor y;

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../arithmetic_type.h"
 #include "../heads_checks.h"
 #include "../ops.h"
 #include "heads_loss_backward.h"
@@ -208,12 +209,12 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   SavedList layers_;  // weight and bias of each layer
   SavedList data_;  // target, sample weight and class weight of each head
   SavedList logits_;
-  variable_list gradients_;  // by Slots; empty: the backward computes them
+  variable_list gradients_;  // by GradientSlots; empty: the backward computes them
 };
 
 // Targets and weights as the kernels read them: rows, contiguous, in the type that the loss is computed in.
 void prepare(HeadsOptions& options, const Tensor& x, const std::vector<c10::SymInt>& sizes) {
-  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = arithmetic_type(x.scalar_type());
   const auto rows = x.sym_size(0);
   const auto converted = [&](const std::optional<Tensor>& tensor, c10::SymIntArrayRef shape) {
     return tensor ? std::optional(tensor->to(dtype).reshape_symint(shape).contiguous()) : std::nullopt;
@@ -287,7 +288,7 @@ LossAndLogits heads_loss(
   const bool now = recorded && inputs.x.scalar_type() != at::kHalf;
   const auto edges = recorded ? edges_of(inputs.x, inputs.layers) : torch::autograd::edge_list();
   std::vector<bool> needs{now && inputs.x.requires_grad()};
-  needs.reserve(Slots{weight.size()}.count());
+  needs.reserve(GradientSlots{weight.size()}.count());
   for (const auto& own : inputs.layers.weight) {
     needs.push_back(now && own.requires_grad());
   }

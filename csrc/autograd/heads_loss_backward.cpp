@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../arithmetic_type.h"
 #include "../ops.h"
 #include "grad_logits_composite.h"
 #include "linear_heads.h"
@@ -72,7 +73,7 @@ void add_linear_heads(
   std::vector<Tensor> dz, weight;
   std::vector<int64_t> lambda_index;
   std::vector<size_t> asked;
-  std::vector<bool> own_needs{needs[0]};
+  std::vector<bool> own_needs{needs[heads.slots().x()]};
   for (size_t i = 0; i < linear.size(); ++i) {
     const auto h = linear[i];
     if (const auto grad = grad_logits(incoming, options, h, logits[i]); grad.defined()) {
@@ -90,7 +91,7 @@ void add_linear_heads(
     own_needs.push_back(needs[heads.slots().bias(heads.first(h))]);
   }
   const auto [dx, dw, db] = heads_gradients(dz, x, weight, options.lambda, lambda_index, own_needs);
-  result[0] = dx;
+  result[heads.slots().x()] = dx;
   for (size_t i = 0; i < asked.size(); ++i) {
     result[heads.slots().weight(heads.first(asked[i]))] = dw[i];
     result[heads.slots().bias(heads.first(asked[i]))] = db[i];
@@ -117,8 +118,8 @@ void add_layers(
     result[heads.slots().weight(heads.first(h) + l)] = gradients.dw[l];
     result[heads.slots().bias(heads.first(h) + l)] = gradients.db[l];
   }
-  if (needs[0]) {
-    add_reversed_product(result[0], gradients.first, layers.weight[0], lambda);
+  if (needs[heads.slots().x()]) {
+    add_reversed_product(result[heads.slots().x()], gradients.first, layers.weight[0], lambda);
   }
 }
 
@@ -133,8 +134,7 @@ variable_list heads_loss_backward(
     if (weight.defined()) {
       asked.push_back(h);
     }
-    const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    factors.push_back(weight.defined() ? weight : at::zeros({}, x.options().dtype(dtype)));
+    factors.push_back(weight.defined() ? weight : at::zeros({}, x.options().dtype(arithmetic_type(x.scalar_type()))));
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   // Most often all heads have the same one, the gradient of the total. It is expanded and not copied: kernels read it where it is.

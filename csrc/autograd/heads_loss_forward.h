@@ -7,21 +7,11 @@
 #include <optional>
 #include <vector>
 
+#include "../gradient_slots.h"
 #include "head_inputs.h"
 #include "head_layers.h"
 
 namespace grl_ext {
-
-// Where in a flat list of results the gradients of x, the layers' weights and their biases are.
-struct Slots {
-  size_t layers;
-
-  size_t weight(size_t layer) const { return 1 + layer; }
-
-  size_t bias(size_t layer) const { return 1 + layers + layer; }
-
-  size_t count() const { return 1 + 2 * layers; }
-};
 
 class HeadsOfLoss {
  public:
@@ -29,7 +19,7 @@ class HeadsOfLoss {
 
   size_t count() const { return first_.size() - 1; }
 
-  Slots slots() const { return {first_.back()}; }
+  GradientSlots slots() const { return {first_.back()}; }
 
   const HeadLayers& layers() const { return layers_; }
 
@@ -56,7 +46,7 @@ class HeadsOfLoss {
   struct Result {
     at::Tensor loss;
     std::vector<at::Tensor> head_losses, logits;
-    torch::autograd::variable_list gradients;  // by Slots; undefined where not needed
+    torch::autograd::variable_list gradients;  // by GradientSlots; undefined where not needed
   };
 
   // The losses of the heads in `asked`, and the gradients that are needed. In these each head counts with its loss_weight.

@@ -9,22 +9,29 @@
 
 namespace grl_ext {
 
-struct LinearInputs {
-  at::Tensor x, weight;
-  std::optional<at::Tensor> bias;
-};
-
-// As F.linear under autocast: all three in autocast's dtype, float64 left alone.
-inline LinearInputs autocast(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const auto device = x.device().type();
-  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) {
-    return {x, weight, bias};
+// What autocast does to the arguments of F.linear: where it is on for the device, they are cast to its dtype, except for float64.
+class Autocast {
+ public:
+  explicit Autocast(c10::DeviceType device) : device_(device) {
+    if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) {
+      dtype_ = at::autocast::get_autocast_dtype(device);
+    }
   }
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  return {
-      at::autocast::cached_cast(dtype, x, device), at::autocast::cached_cast(dtype, weight, device),
-      bias ? std::optional(at::autocast::cached_cast(dtype, *bias, device)) : std::nullopt};
-}
+
+  bool is_on() const { return dtype_.has_value(); }
+
+  at::Tensor operator()(const at::Tensor& tensor) const {
+    return dtype_ ? at::autocast::cached_cast(*dtype_, tensor, device_) : tensor;
+  }
+
+  std::optional<at::Tensor> operator()(const std::optional<at::Tensor>& tensor) const {
+    return tensor ? std::optional((*this)(*tensor)) : std::nullopt;
+  }
+
+ private:
+  const c10::DeviceType device_;
+  std::optional<at::ScalarType> dtype_;
+};
 
 // (..., D) -> (N, D)
 inline at::Tensor as_rows(const at::Tensor& x) {

@@ -61,10 +61,6 @@ torch::autograd::variable_list call_traced(
   return compiler->call_function(swap.get_py_compiler(), "apply_functional", name, grads, arguments, edges);
 }
 
-bool dispatch_mode_enabled() {
-  return c10::impl::dispatch_mode_enabled();
-}
-
 bool is_plain(const at::Tensor& tensor) {
   return !tensor.key_set().has_any(kNotPlain);
 }
@@ -83,7 +79,7 @@ bool on_kernels_device(const at::Tensor& tensor) {
 
 bool has_kernel(const at::Tensor& tensor) {
   return on_kernels_device(tensor) && tensor.layout() == at::kStrided && is_plain(tensor) &&
-      is_supported_dtype(tensor.scalar_type()) && !dispatch_mode_enabled();
+      is_supported_dtype(tensor.scalar_type()) && !c10::impl::dispatch_mode_enabled();
 }
 
 void refuse_functorch() {

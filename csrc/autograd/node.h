@@ -101,15 +101,13 @@ class TraceableNode : public torch::autograd::Node {
 // Whether the tensor's values are those at its data pointer: no subclass, no batch of a transform, no lazy conjugate.
 bool is_plain(const at::Tensor& tensor);
 
-// Whether a dispatch mode (make_fx, FakeTensorMode, a user's own mode) has to see plain ATen operators.
-bool dispatch_mode_enabled();
-
 // Whether the tensor stands for a batch of tensors: under vmap, or where gradients are taken with is_grads_batched.
 bool is_batched(const at::Tensor& tensor);
 
 bool on_kernels_device(const at::Tensor& tensor);
 
-// Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for.
+// Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for. Not under a
+// dispatch mode (make_fx, FakeTensorMode, a user's own mode), which has to see plain ATen operators.
 bool has_kernel(const at::Tensor& tensor);
 
 // Raises PyTorch's own error inside a torch.func transform, which would silently ignore a C++ node. The Python functions take their

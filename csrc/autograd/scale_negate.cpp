@@ -5,15 +5,12 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include "../arithmetic_type.h"
 #include "../lambda_layout.h"
 #include "node.h"
 
 namespace grl_ext {
 namespace {
-
-at::ScalarType arithmetic_type(at::ScalarType dtype) {
-  return dtype == at::kDouble || dtype == at::kComplexDouble ? at::kDouble : at::kFloat;
-}
 
 // Whether the host can read this lambda at once. Not under a dispatch mode, which has to see operators on it instead.
 bool is_host_number(const at::Tensor& lambda) {

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "../arithmetic_type.h"
+#include "../gradient_slots.h"
 #include "../heads_options.h"
 #include "heads_limits.h"
 #include "kernels.h"
@@ -47,14 +49,9 @@ void for_each_thread(int64_t threads, int64_t rows, const F& f) {
   });
 }
 
-// The type that a dtype is computed in: double for double, float for all others.
-inline at::ScalarType wide_type(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // f(T()) with the type that a dtype is computed in.
 template <class F>
-auto dispatch_wide(at::ScalarType dtype, const F& f) {
+auto dispatch_arithmetic(at::ScalarType dtype, const F& f) {
   TORCH_CHECK_TYPE(
       dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, "no kernel for ", dtype);
   return dtype == at::kDouble ? f(double()) : f(float());
@@ -140,15 +137,15 @@ Division divide(int64_t heads, const F& size_of) {
 // Which gradients an operator has to compute: that of x, those of the H weights, those of the H biases.
 class Needs {
  public:
-  explicit Needs(const c10::List<bool>& needs) : needs_(needs.begin(), needs.end()), heads_((needs_.size() - 1) / 2) {}
+  explicit Needs(const c10::List<bool>& needs) : needs_(needs.begin(), needs.end()), slots_{(needs_.size() - 1) / 2} {}
 
-  bool x() const { return needs_[0]; }
+  bool x() const { return needs_[slots_.x()]; }
 
-  bool weight(int64_t head) const { return needs_[1 + head]; }
+  bool weight(int64_t head) const { return needs_[slots_.weight(head)]; }
 
-  bool bias(int64_t head) const { return needs_[1 + heads_ + head]; }
+  bool bias(int64_t head) const { return needs_[slots_.bias(head)]; }
 
-  bool any_weight() const { return any(1, 1 + heads_); }
+  bool any_weight() const { return any(slots_.weight(0), slots_.bias(0)); }
 
   bool any() const { return any(0, needs_.size()); }
 
@@ -158,7 +155,7 @@ class Needs {
   }
 
   const std::vector<bool> needs_;
-  const size_t heads_;
+  const GradientSlots slots_;
 };
 
 // The factor of each head's part in the features' gradient: -lambda for an adversary, 1 for a predictor.
@@ -203,7 +200,7 @@ class Parameters {
 
  private:
   static Tensor in_type(const Tensor& tensor) {
-    const auto dtype = wide_type(tensor.scalar_type());
+    const auto dtype = arithmetic_type(tensor.scalar_type());
     return tensor.scalar_type() == dtype && tensor.is_contiguous() ? tensor : tensor.to(dtype).contiguous();
   }
 
@@ -398,8 +395,8 @@ class ParameterGradients {
   };
 
   Tensor sum_of_threads(at::IntArrayRef sizes, int64_t offset, std::vector<T> Sums::* part) const {
-    const auto wide = wide_type(dtype_);
-    auto result = empty(sizes, wide);
+    const auto dtype = arithmetic_type(dtype_);
+    auto result = empty(sizes, dtype);
     T* to = result.template mutable_data_ptr<T>();
     const int64_t n = result.numel();
     std::copy_n((threads_[0].sums.*part).data() + offset, n, to);
@@ -409,7 +406,7 @@ class ParameterGradients {
         to[i] += from[i];
       }
     }
-    return dtype_ == wide ? result : result.to(dtype_);
+    return dtype_ == dtype ? result : result.to(dtype_);
   }
 
   const HeadColumns& columns_;

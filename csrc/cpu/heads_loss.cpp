@@ -74,7 +74,7 @@ class Losses {
 
   // (loss, head_losses)
   std::pair<Tensor, Tensor> total() const {
-    const auto dtype = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
     auto head_losses = empty({static_cast<int64_t>(heads_.size())}, dtype);
     double loss = 0;
     for (size_t h = 0; h < heads_.size(); ++h) {
@@ -250,7 +250,7 @@ Output heads_loss(
     result.dw.push_back(needs.weight(h) ? Tensor() : none());
     result.db.push_back(needs.bias(h) ? Tensor() : none());
   }
-  return dispatch_wide(x.scalar_type(), [&](auto zero) -> Output {
+  return dispatch_arithmetic(x.scalar_type(), [&](auto zero) -> Output {
     Losses<decltype(zero)> losses(weight, options, scales, threads);
     bool dx_begun = division.fused.count() > 0;
     if (dx_begun) {

@@ -13,7 +13,7 @@ void fused_logits(
   for (int64_t i = 0; i < columns.count(); ++i) {
     logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
   }
-  dispatch_wide(x.scalar_type(), [&](auto zero) {
+  dispatch_arithmetic(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Parameters<T> parameters(columns, weight, bias);
     for_each_thread(thread_count(n, d, k), n, [&](int64_t, int64_t begin, int64_t end) {
@@ -123,7 +123,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
   }
   bool dx_begun = division.fused.count() > 0;
   if (division.fused.count() > 0) {
-    dispatch_wide(grad_logits[0].scalar_type(), [&](auto zero) {
+    dispatch_arithmetic(grad_logits[0].scalar_type(), [&](auto zero) {
       fused_gradients<decltype(zero)>(gradients, division.fused, grad_logits, x, weight, scales, needs, d);
     });
   }

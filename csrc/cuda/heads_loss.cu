@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "../arithmetic_type.h"
 #include "heads_tensors.h"
 
 namespace grl_ext {
@@ -29,7 +30,7 @@ Output heads_loss_cuda(
   const auto x = x_.contiguous();
   const auto weight = contiguous(weight_), targets = contiguous(targets_);
   const auto bias = contiguous(bias_), sample_weight = contiguous(sample_weight_), class_weight = contiguous(class_weight_);
-  const auto loss_options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto loss_options = x.options().dtype(arithmetic_type(x.scalar_type()));
   const auto loss = at::empty({}, loss_options);
   const auto head_losses = at::empty({static_cast<int64_t>(sizes.heads.size())}, loss_options);
   std::vector<Tensor> logits;

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "../gradient_slots.h"
 #include "../heads_options.h"
 #include "dispatch.h"
 #include "heads_launches.cuh"
@@ -132,14 +133,14 @@ struct Gradients {
   std::vector<Tensor> dw, db;
 
   Gradients(const Sizes& sizes, const at::TensorOptions& options, const c10::List<bool>& needs) {
-    const auto needed = [&](size_t i, at::IntArrayRef shape) {
-      return at::empty(needs.get(i) ? shape : at::IntArrayRef{0}, options);
+    const auto needed = [&](size_t slot, at::IntArrayRef shape) {
+      return at::empty(needs.get(slot) ? shape : at::IntArrayRef{0}, options);
     };
-    const auto count = sizes.heads.size();
-    dx = needed(0, {sizes.rows, sizes.features});
-    for (size_t h = 0; h < count; ++h) {
-      dw.push_back(needed(1 + h, {sizes.heads[h], sizes.features}));
-      db.push_back(needed(1 + count + h, {sizes.heads[h]}));
+    const GradientSlots slots{sizes.heads.size()};
+    dx = needed(slots.x(), {sizes.rows, sizes.features});
+    for (size_t h = 0; h < sizes.heads.size(); ++h) {
+      dw.push_back(needed(slots.weight(h), {sizes.heads[h], sizes.features}));
+      db.push_back(needed(slots.bias(h), {sizes.heads[h]}));
     }
   }
 

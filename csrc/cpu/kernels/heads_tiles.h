@@ -2,8 +2,8 @@
 //
 // The products take one block of rows at a time: the logits (heads_logits.h), then the losses (heads_loss.h), then the gradients
 // (heads_gradients.h). With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K and the least traffic
-// 2 N D elements. A block of rows stays in the L2 cache from the logits to the gradients, so that features are read from memory once.
-// z, g: K x kMaxBlockRows, one column after the other, so that the losses' vectors run over rows.
+// 2 N D elements. A block of rows stays in the L2 cache from the logits to the gradients, so that features are read from memory
+// once. z, g: K x kMaxBlockRows, one column after the other, so that the losses' vectors run over rows.
 
 // A tile's sums stay in registers, of which AVX-512 has 32 and the others 16: kTileRows x kForwardColumns for the logits,
 // kTileRows x kStripVectors for the features' gradient, kWeightColumns x kStripVectors for the weight's.
