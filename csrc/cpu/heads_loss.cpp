@@ -2,8 +2,12 @@
 // wide for that are computed by matrix products, with the losses between them.
 #include <torch/library.h>
 
+#include <array>
+
 #include "../heads_checks.h"
 #include "heads_common.h"
+#include "heads_parameters.h"
+#include "heads_rows.h"
 
 namespace grl_ext::cpu {
 namespace {

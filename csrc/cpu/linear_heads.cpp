@@ -3,6 +3,8 @@
 #include <torch/library.h>
 
 #include "heads_common.h"
+#include "heads_parameters.h"
+#include "heads_rows.h"
 
 namespace grl_ext::cpu {
 namespace {
