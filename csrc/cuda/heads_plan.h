@@ -1,5 +1,5 @@
-// Every decision about how the heads' kernels are launched, from sizes alone; heads_launches.cuh acts on it. Plain C++: no CUDA, no
-// ATen.
+// Every decision about how the heads' kernels are launched, from sizes alone; heads_*_launches.cuh act on it. Plain C++: no CUDA,
+// no ATen.
 //
 // A block of threads sweeps over its own rows, a tile of them in shared memory at a time. During the whole sweep it keeps the
 // weight in shared memory and its part of the weight's gradient in registers. Features too wide for either are swept in slices.

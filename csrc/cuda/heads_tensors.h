@@ -16,7 +16,8 @@
 #include "../gradient_slots.h"
 #include "../heads_options.h"
 #include "dispatch.h"
-#include "heads_launches.cuh"
+#include "heads_products_launches.cuh"
+#include "heads_sweep_launches.cuh"
 
 namespace grl_ext {
 
