@@ -1,4 +1,4 @@
-// The eager entry points, past torch.ops' argument parser, and what this build is.
+// What Python calls directly in eager mode, which saves the argument parser of torch.ops; and build_info().
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace grl_ext {
 namespace {
 
-// What is judged in Python stays in Python: one text for each error.
+// A Python function that checks a value and raises the error. Called from here, so that each error has one text.
 py::object reference(const char* name) {
   return py::module_::import("grl_ext._reference").attr(name);
 }
@@ -62,7 +62,7 @@ at::Tensor grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py
   return grl_linear_by_value(features, matrix, vector, number);
 }
 
-// What Python gives of the heads: sequences with an entry for each. None in place of an option's sequence means its default.
+// The heads' arguments come as sequences with an entry for each head. None instead of a sequence means the option's default.
 std::vector<at::Tensor> to_tensors(const char* name, py::handle sequence) {
   std::vector<at::Tensor> tensors;
   tensors.reserve(py::len_hint(sequence));
@@ -104,7 +104,7 @@ py::list to_list(const std::vector<at::Tensor>& tensors) {
   return list;
 }
 
-// Whether these are tensors and parameters themselves. A subclass knows the operators of plain PyTorch.
+// False for tensor subclasses other than Parameter: they may know PyTorch's operators only, and not the ones here.
 bool is_exact(py::handle value) {
   return !THPVariable_Check(value.ptr()) || THPVariable_CheckTypeExact(Py_TYPE(value.ptr()));
 }
@@ -121,7 +121,7 @@ bool are_exact(py::handle sequence) {
   return true;
 }
 
-// None where the kernels do not take these tensors.
+// Returns None where the kernels do not take these tensors; Python then takes its other path.
 py::object linear_heads_eager(
     py::handle x, py::handle weight, py::handle bias, const at::Tensor& lambda, const std::vector<int64_t>& lambda_index) {
   if (!is_exact(x) || !are_exact(weight) || !are_exact(bias)) {

@@ -1,4 +1,4 @@
-// The argument checks that both languages make. Texts and order are those of grl_ext/_reference.py.
+// Argument checks. grl_ext/_reference.py makes the same ones, in the same order and with the same texts.
 #pragma once
 
 #include <ATen/core/Tensor.h>

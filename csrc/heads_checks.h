@@ -1,4 +1,4 @@
-// The checks of the heads' arguments. Texts and order are those of grl_ext/_reference_heads.py.
+// The checks of the heads' arguments. grl_ext/_reference_heads.py makes the same ones, in the same order and with the same texts.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "heads.h"
+#include "heads_options.h"
 
 namespace grl_ext {
 
@@ -15,7 +15,7 @@ inline std::string of_head(const char* name, size_t head) {
   return std::string(name) + "[" + std::to_string(head) + "]";
 }
 
-// Of the floating-point types those that everything here computes with: no 8-bit ones.
+// Whether the tensor has one of the four floating-point types that the operators compute with. 8-bit types are not among them.
 inline bool is_floating(const at::Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
   return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
@@ -26,7 +26,7 @@ inline void check_features(const at::Tensor& x) {
   TORCH_CHECK_TYPE(is_floating(x), "x must be float16, bfloat16, float32 or float64, got ", dtype_name(x));
 }
 
-// A linear layer that takes `features` columns.
+// Checks one linear layer, whose input has `features` columns.
 inline void check_layer(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, size_t layer,
     const c10::SymInt& features) {
@@ -48,7 +48,7 @@ inline void check_layer(
   }
 }
 
-// Every head's layers, `depth` of them a head.
+// Checks the layers of all heads, of which head h has depth[h].
 inline void check_layers(const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth) {
   check_features(x);
   TORCH_CHECK_VALUE(!weight.empty(), "weight must hold at least one head's matrix, got none");
@@ -87,14 +87,14 @@ inline void check_lambda_of_heads(const at::Tensor& x, const at::Tensor& lambda,
   TORCH_CHECK_VALUE(!lambda.requires_grad(), "lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()");
 }
 
-// What the loss has no derivative for must not be lost in silence.
+// The loss has no derivative for its targets and weights. An error is better than a gradient that is silently missing.
 inline void refuse_gradient(const std::string& name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(
       !tensor.requires_grad(), name, " requires a gradient, which the heads' loss does not give: pass ", name,
       ".detach(), or compute this head's loss from heads(features)");
 }
 
-// What only looking at the values tells.
+// The two checks that read values. All others look at shapes, dtypes and devices only.
 inline void check_class(int64_t label, size_t head, int64_t classes, int64_t ignore_index) {
   TORCH_CHECK_INDEX(
       label == ignore_index || (label >= 0 && label < classes), "targets[", head, "] must be in [0, ", classes,
@@ -106,7 +106,7 @@ inline void check_sample_weight(double weight, size_t head) {
       weight >= 0 && std::isfinite(weight), "sample_weight[", head, "] must be finite and not negative, got ", weight);
 }
 
-// `leading` are the features' sizes but the last.
+// `leading`: the sizes of x without the last one.
 inline void check_target(
     const at::Tensor& x, const at::Tensor& target, size_t head, c10::SymIntArrayRef leading, const c10::SymInt& size,
     bool squared) {
@@ -144,7 +144,7 @@ inline void check_weights(
   refuse_gradient(name, *weights);
 }
 
-// All that a loss is told of its heads, whose logits have `sizes` columns.
+// Checks the options of the loss. Head h has sizes[h] columns of logits.
 inline void check_options(const at::Tensor& x, const std::vector<c10::SymInt>& sizes, const HeadsOptions& options) {
   const auto heads = sizes.size();
   const auto count = [&](const char* name, size_t entries) {

@@ -1,4 +1,4 @@
-// How a tensor lambda lies over a contiguous gradient, for the kernels that read it without expanding it.
+// Which element of a lambda tensor scales which element of a contiguous gradient, for kernels that do not expand the tensor.
 #pragma once
 
 #include <c10/util/ArrayRef.h>
@@ -20,7 +20,7 @@ inline std::optional<LambdaLayout> lambda_layout(c10::IntArrayRef sizes, c10::In
   const auto offset = static_cast<int64_t>(sizes.size()) - static_cast<int64_t>(lambda_sizes.size());
   int64_t period = 1;
   int64_t inner = 1;
-  bool closed = false;  // a broadcast dimension was met left of a varying one: the varying block has ended
+  bool closed = false;  // a broadcast dimension stands left of a varying one: no further dimension may vary
   for (auto d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
     const int64_t size = sizes[d];
     const bool varies = size != 1 && d >= offset && lambda_sizes[d - offset] != 1;

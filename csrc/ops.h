@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "heads.h"
+#include "heads_options.h"
 
 namespace grl_ext {
 
@@ -23,7 +23,7 @@ std::vector<at::Tensor> linear_heads(
     const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, const at::Tensor& lambda,
     at::IntArrayRef lambda_index);
 
-// (loss, head_losses, logits). `depth` linear layers a head, those of one head after the other.
+// Returns (loss, head_losses, logits). Head h has depth[h] linear layers; weight and bias list those of head 0, then of head 1, ...
 using LossAndLogits = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 LossAndLogits heads_loss(
     const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth, HeadsOptions options);

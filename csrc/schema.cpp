@@ -4,7 +4,8 @@
 // tracing (torch.compile, make_fx, export) sees through them. The kernels, whose names begin with an underscore, know no
 // autograd; csrc/cpu and csrc/cuda implement them, and csrc/shapes.cpp says what they return.
 //
-// Of a list that describes heads, element h is head h's. lambda_index names its number in lambda_; -1 stands for a predictor.
+// Element h of a list that describes heads belongs to head h. lambda_index[h] says which element of lambda_ is its own; a
+// predictor, which has none, has -1 there.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -28,8 +29,9 @@ TORCH_LIBRARY(grl_ext, m) {
   // The same for several gradients of one dtype under one number: on CUDA one launch.
   m.def("_scale_negate_list_(Tensor(a!)[] grads, float value, Tensor? lambda_) -> ()");
 
-  // x (N, D). `needs` says of x, each weight and each bias whether its gradient is needed. One that is not comes back empty, and
-  // what it alone would read may be left out: x serves grad_weight, weight grad_x.
+  // x is (N, D). `needs` says which gradients are needed: that of x, then those of the weights, then those of the biases. The
+  // others come back empty. x may be left out where no weight needs a gradient, and weight where x needs none: nothing else reads
+  // them.
   m.def("_heads_logits(Tensor x, Tensor[] weight, Tensor?[] bias) -> Tensor[]");
   m.def(
       "_heads_gradients(Tensor[] grad_logits, Tensor? x, Tensor[] weight, Tensor lambda_, int[] lambda_index, bool[] needs) "

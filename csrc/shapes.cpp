@@ -1,8 +1,10 @@
-// What the kernels return, for tracing: shapes and dtypes, no values.
+// The shapes and dtypes of what the kernels return, for tracing.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "heads.h"
+#include "arithmetic_type.h"
+#include "gradient_slots.h"
+#include "heads_options.h"
 
 namespace grl_ext {
 namespace {
@@ -32,22 +34,23 @@ Gradients heads_gradients(
     const c10::List<bool>& needs) {
   const auto& like = grad_logits[0];
   const auto features = !weight.empty() ? weight[0].sym_size(1) : x ? x->sym_size(1) : c10::SymInt(0);
-  const auto needed = [&](size_t i, c10::SymIntArrayRef sizes) {
-    return needs.get(i) ? like.new_empty_symint(sizes) : like.new_empty_symint({0});
+  const auto needed = [&](size_t slot, c10::SymIntArrayRef sizes) {
+    return needs.get(slot) ? like.new_empty_symint(sizes) : like.new_empty_symint({0});
   };
+  const GradientSlots slots{grad_logits.size()};
   std::vector<Tensor> dw, db;
   for (size_t h = 0; h < grad_logits.size(); ++h) {
-    dw.push_back(needed(1 + h, {grad_logits[h].sym_size(1), features}));
-    db.push_back(needed(1 + grad_logits.size() + h, {grad_logits[h].sym_size(1)}));
+    dw.push_back(needed(slots.weight(h), {grad_logits[h].sym_size(1), features}));
+    db.push_back(needed(slots.bias(h), {grad_logits[h].sym_size(1)}));
   }
-  return {needed(0, {like.sym_size(0), features}), dw, db};
+  return {needed(slots.x(), {like.sym_size(0), features}), dw, db};
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_loss(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::TensorList, const OptionalTensors&,
     const OptionalTensors&, const Tensor& lambda, at::IntArrayRef lambda_index, const std::optional<Tensor>&, at::IntArrayRef,
     at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>& needs) {
-  const auto loss_options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto loss_options = x.options().dtype(arithmetic_type(x.scalar_type()));
   auto logits = heads_logits(x, weight, bias);
   auto [dx, dw, db] = heads_gradients(logits, x, weight, lambda, lambda_index, needs);
   return {at::empty({}, loss_options), at::empty({static_cast<int64_t>(weight.size())}, loss_options), logits, dx, dw, db};

@@ -140,7 +140,8 @@ def train(lambda_: float, seed: int, sample: Samples, args: Namespace, progress:
     # Little momentum, as is usual where two networks play against each other.
     optimizer = torch.optim.Adam(network.parameter_groups(args.lr, args.hidden_rate), betas=(0.5, 0.999))
     rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.steps)  # to 0: the noise is far larger than what can be learned
-    lambdas = grl_ext.LambdaScheduler(network, grl_ext.schedules.linear(0.0, 1.0), args.steps)
+    # The control without reversal has nothing to schedule.
+    lambdas = grl_ext.LambdaScheduler(network, grl_ext.schedules.linear(0.0, 1.0), args.steps) if lambda_ else None
     for _ in range(args.steps):
         # Whole dates: the market's return is one number a date.
         dates = torch.randint(len(sample.windows), (args.dates_per_batch,))
@@ -148,7 +149,8 @@ def train(lambda_: float, seed: int, sample: Samples, args: Namespace, progress:
         network.loss(sample[dates]).backward()
         optimizer.step()
         rate.step()
-        lambdas.step()
+        if lambdas:
+            lambdas.step()
         progress.update()
     return network.eval()
 

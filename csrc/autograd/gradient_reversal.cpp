@@ -61,8 +61,9 @@ at::Tensor reverse(const at::Tensor& x, const Lambda& lambda) {
     at::AutoDispatchBelowADInplaceOrView guard;
     y = at::alias(x);
   }
-  // The mark of a custom Function's view: an in-place operation on it raises PyTorch's own error instead of by-passing the node. Also
-  // where x requires no gradient yet: after x.add_(w), with a w that does, a plain view would pass the gradient on as it is.
+  // Marked like the view of a custom Function: an in-place operation on it raises PyTorch's own error instead of bypassing the
+  // node. Marked also where x requires no gradient yet: after x.add_(w), with a w that requires one, a plain view would pass the
+  // gradient on without reversing it.
   y = torch::autograd::as_view(
       x, y, /*is_bw_differentiable=*/true, /*is_fw_differentiable=*/false, /*view_func=*/nullptr, /*rev_view_func=*/nullptr,
       torch::autograd::CreationMeta::IN_CUSTOM_FUNCTION);

@@ -1,4 +1,5 @@
-// grl_linear: F.linear whose gradient to x is scaled by -lambda; a number rides in the matrix product.
+// grl_linear: F.linear whose gradient for x is multiplied by -lambda. If lambda is a number, the matrix product takes it as its
+// factor.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -19,14 +20,14 @@ using torch::autograd::variable_list;
 // -lambda * (grad @ weight)
 Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
   if (!lambda.tensor && lambda.value != 0) {
-    // With beta = 0 the first argument gives nothing but its shape; under vmap it is multiplied all the same, hence zeros.
+    // With beta = 0 the values of the first argument are ignored. Under vmap they are multiplied all the same, hence zeros.
     return at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
   }
   if (!lambda.tensor && !at::GradMode::is_enabled()) {  // gradients of gradients need the graph, of zeros too
     return grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)});
   }
-  // No product takes its factor from a tensor. Scaling an operand instead of the result would be less work, but no exact zero where
-  // lambda is 0 and the other operand holds an infinity.
+  // A matrix product cannot take its factor from a tensor. Scaling an operand instead of the result would be less work, but would
+  // give NaN instead of 0 where lambda is 0 and the other operand holds an infinity.
   return scale_negate(grad.mm(weight), lambda, Made::kByThisNode);
 }
 
@@ -37,7 +38,7 @@ variable_list gradients(
   if (!grad.defined()) {
     return result;
   }
-  // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
+  // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (needs[0]) {
     result[0] = reversed_product(grad, weight, lambda);
@@ -71,7 +72,8 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
 
   variable_list apply(variable_list&& grads) override {
     const auto needs = this->needs();
-    const bool reads_lambda = needs[0] || (needs[1] && at::GradMode::is_enabled());  // it may have changed where nobody reads it
+    // Unpacking raises an error if lambda was modified since the forward. Where it is not read, that must be no error.
+    const bool reads_lambda = needs[0] || (needs[1] && at::GradMode::is_enabled());
     return gradients(
         grads[0], reads_lambda ? lambda_.unpack(mutex_) : Lambda(), needs[1] ? unpack(x_) : Tensor(),
         needs[0] ? unpack(weight_) : Tensor(), needs);
@@ -109,7 +111,9 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
 
 Tensor reversed_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Lambda& lambda) {
   refuse_forward_mode(x_, weight_, bias_);
-  const auto [inputs_x, weight, bias] = autocast(x_, weight_, bias_);
+  const Autocast cast(x_.device().type());
+  const auto inputs_x = cast(x_), weight = cast(weight_);
+  const auto bias = cast(bias_);
   check_linear(inputs_x, weight, bias);
   const auto x = as_rows(inputs_x);
   Tensor y;

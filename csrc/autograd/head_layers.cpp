@@ -12,7 +12,7 @@ using at::Tensor;
 
 namespace {
 
-// Whether a gradient may be overwritten: no graph is recorded, and it is one gradient and not many at once.
+// Whether a gradient may be overwritten: no graph is recorded, and it is not a batch of gradients (vmap).
 bool in_place(const Tensor& grad) {
   return !at::GradMode::is_enabled() && !is_batched(grad);
 }
@@ -66,7 +66,7 @@ void add_reversed_product(Tensor& dx, const Tensor& grad, const Tensor& weight, 
   } else if (!lambda.tensor && dx.defined()) {
     dx = add_in_place ? dx.addmm_(grad, weight, 1, -lambda.value) : dx.addmm(grad, weight, 1, -lambda.value);
   } else if (!lambda.tensor) {
-    // With beta = 0 the first argument gives nothing but its shape; under vmap it is multiplied all the same, hence zeros.
+    // With beta = 0 the values of the first argument are ignored. Under vmap they are multiplied all the same, hence zeros.
     dx = at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
   } else {
     const auto part = scale_negate(grad.mm(weight), lambda, Made::kByThisNode);

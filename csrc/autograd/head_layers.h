@@ -1,4 +1,4 @@
-// A head of several linear layers with ReLU between them, in matrix products.
+// Forward and backward of a head that has several linear layers with ReLU between them, by matrix products.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,7 +10,7 @@
 
 namespace grl_ext {
 
-// One head's layers, and whose gradients are needed.
+// One head's layers, and which gradients are needed.
 struct LayersOfHead {
   std::vector<at::Tensor> weight;
   std::vector<std::optional<at::Tensor>> bias;
@@ -19,7 +19,7 @@ struct LayersOfHead {
 
   size_t depth() const { return weight.size(); }
 
-  // Whether a gradient is needed of what layer `l` takes.
+  // Whether the gradient of layer l's input is needed.
   bool needs_input(size_t l) const;
 };
 
@@ -28,13 +28,13 @@ struct GradientsOfLayers {
   at::Tensor first;                // of the first layer's output; undefined if x needs none
 };
 
-// What each layer takes: x, then the outputs of the hidden layers.
+// Each layer's input: x, then the outputs of the hidden layers, after their ReLU.
 std::vector<at::Tensor> inputs_of_layers(const at::Tensor& x, const LayersOfHead& layers);
 
-// The gradient of ReLU's input; `output` is what it gave. Overwrites `grad` where no graph is recorded.
+// The gradient of ReLU's input, from `grad`, that of its `output`. Overwrites `grad` where no graph is recorded.
 at::Tensor relu_gradient(at::Tensor grad, const at::Tensor& output);
 
-// The gradients of the first `depth` layers from that of the last one's output. Uses `inputs` up.
+// Backward through the first `depth` layers. `grad` is the gradient of layer depth-1's output. Consumes `inputs`.
 void gradients_of_layers(
     GradientsOfLayers& gradients, at::Tensor grad, std::vector<at::Tensor> inputs, const LayersOfHead& layers, size_t depth);
 

@@ -1,9 +1,9 @@
-// heads_loss: all heads' logits, losses and gradients; those of linear heads in one pass over the features.
+// heads_loss: all heads' logits, losses and gradients. Linear heads are computed together, in one pass over the features.
 //
-// The gradients are made in the forward, while the features are at hand; the backward multiplies them by the incoming number.
-// Float16 is too narrow for that: a gradient that vanishes in it cannot be saved by a loss scale that comes later. There the
-// forward makes the loss only, and the backward goes over the features once more when the scale is known. So it does when a single
-// head's loss or the logits have a gradient of their own.
+// The forward computes the gradients too, in the same pass over the features; the backward multiplies them by the loss's incoming
+// gradient. Not in float16: a gradient that underflows in the forward cannot be recovered by a loss scale that comes in the
+// backward. There the forward computes the losses only, and the backward goes over the features once more, with the scale. The
+// backward also does that where a single head's loss or the logits have an incoming gradient of their own.
 #include <ATen/ATen.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -13,10 +13,11 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../arithmetic_type.h"
 #include "../heads_checks.h"
 #include "../ops.h"
-#include "heads_loss_gradients.h"
-#include "heads_of_loss.h"
+#include "heads_loss_backward.h"
+#include "heads_loss_forward.h"
 #include "node.h"
 #include "scale_negate.h"
 
@@ -31,7 +32,7 @@ using SavedList = std::vector<SavedVariable>;
 
 class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
  public:
-  // Of the heads the tensors are taken out and saved; what stays are the numbers.
+  // Saves the tensors of `heads`. The numbers stay in options_.
   HeadsLossBackward(const Tensor& x, HeadsOfLoss heads, variable_list gradients)
       : heads_(heads.count()), depth_(heads.depth()), options_(heads.take_options()), x_(x, /*is_output=*/false),
         gradients_(std::move(gradients)) {
@@ -52,7 +53,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     options_.class_weight = OptionalTensors();
   }
 
-  // After the node has become the logits' own.
+  // Called after set_history: saved logits must know that this node made them.
   void save_logits(const std::vector<Tensor>& logits) {
     logits_.reserve(logits.size());
     for (const auto& own : logits) {
@@ -66,7 +67,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     const IncomingGradients incoming{grads, heads_};
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto needs = this->needs();
-    if (serve(incoming, needs, gradients_)) {
+    if (can_reuse(incoming, needs, gradients_)) {
       return scaled(grads[0], needs, !torch::autograd::get_current_graph_task_keep_graph(), gradients_);
     }
     std::vector<Tensor> saved;
@@ -130,7 +131,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
         own.loss_weight = saved[at_lambda + 1];
       }
       variable_list gradients(saved.end() - static_cast<std::ptrdiff_t>(with_gradients ? needs.size() : 0), saved.end());
-      if (serve(incoming, needs, gradients)) {
+      if (can_reuse(incoming, needs, gradients)) {
         return scaled(grads[0], needs, /*last=*/false, gradients);
       }
       const auto logits = [&](size_t h) { return saved[at_x + 1 + h].detach(); };
@@ -139,9 +140,9 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   }
 
  private:
-  // Whether the gradients made in the forward are what is asked for, and still here: a backward that fails on the way may have used
-  // them up.
-  static bool serve(const IncomingGradients& incoming, const std::vector<bool>& needs, const variable_list& gradients) {
+  // Whether the forward's gradients can be returned: they are what is asked for, and an earlier backward that failed has not
+  // consumed them.
+  static bool can_reuse(const IncomingGradients& incoming, const std::vector<bool>& needs, const variable_list& gradients) {
     if (!incoming.of_loss().defined() || incoming.any_of_head_losses() || incoming.any_of_logits() ||
         is_batched(incoming.of_loss()) || at::GradMode::is_enabled()) {
       return false;
@@ -154,7 +155,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     return true;
   }
 
-  // The gradients times the incoming number: in place where this is their last use.
+  // The forward's gradients times the loss's incoming gradient; in place where this is their last use.
   static variable_list scaled(const Tensor& grad, const std::vector<bool>& needs, bool last, variable_list& gradients) {
     Lambda lambda = read_lambda(grad);
     lambda.value *= -1;
@@ -174,12 +175,12 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     if (!incoming.of_loss().defined() && !incoming.any_of_head_losses() && !incoming.any_of_logits()) {
       return variable_list(needs.size());
     }
-    // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
+    // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     if (incoming.any_of_logits() || incoming.any_batched() || at::GradMode::is_enabled()) {
-      return heads_loss_gradients_in_operators(incoming, heads, x, logits, needs);
+      return heads_loss_backward_composite(incoming, heads, x, logits, needs);
     }
-    return heads_loss_gradients(incoming, heads, x, needs);
+    return heads_loss_backward(incoming, heads, x, needs);
   }
 
   // The heads as the forward had them. `saved`: weight and bias of each layer; target, sample and class weights of each head.
@@ -205,13 +206,15 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   const std::vector<int64_t> depth_;
   HeadsOptions options_;  // without the tensors that are saved
   SavedVariable x_;
-  SavedList layers_, data_, logits_;  // by layer: weight, bias; by head: target, sample and class weights; by head
-  variable_list gradients_;  // by Slots; empty: they are made in the backward
+  SavedList layers_;  // weight and bias of each layer
+  SavedList data_;  // target, sample weight and class weight of each head
+  SavedList logits_;
+  variable_list gradients_;  // by GradientSlots; empty: the backward computes them
 };
 
 // Targets and weights as the kernels read them: rows, contiguous, in the type that the loss is computed in.
 void prepare(HeadsOptions& options, const Tensor& x, const std::vector<c10::SymInt>& sizes) {
-  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = arithmetic_type(x.scalar_type());
   const auto rows = x.sym_size(0);
   const auto converted = [&](const std::optional<Tensor>& tensor, c10::SymIntArrayRef shape) {
     return tensor ? std::optional(tensor->to(dtype).reshape_symint(shape).contiguous()) : std::nullopt;
@@ -232,7 +235,8 @@ void prepare(HeadsOptions& options, const Tensor& x, const std::vector<c10::SymI
   }
 }
 
-// The kernels look at the values of what they are given. Where those are some of the heads only, they would name the wrong head.
+// The kernels check values too, but count the heads of their own call. With hidden layers a call has only some of the heads, and
+// the kernels' errors would name the wrong one. So the values are checked here, where h is right.
 void check_values(const HeadsOptions& options, const std::vector<c10::SymInt>& sizes) {
   const auto readable = [](const Tensor& tensor) {
     return tensor.is_cpu() && is_plain(tensor) && !c10::impl::dispatch_mode_enabled();
@@ -274,8 +278,8 @@ LossAndLogits heads_loss(
   options.lambda = numbers_now(options.lambda);
   if (options.loss_weight) {
     const auto& given = *options.loss_weight;
-    const bool is_read = given.scalar_type() == at::kFloat || given.scalar_type() == at::kDouble;  // by the kernels, as it is
-    options.loss_weight = numbers_now(is_read ? given : given.to(at::kDouble));
+    const bool readable = given.scalar_type() == at::kFloat || given.scalar_type() == at::kDouble;  // by the kernels, as it is
+    options.loss_weight = numbers_now(readable ? given : given.to(at::kDouble));
   }
 
   inputs.x = as_rows(inputs.features);
@@ -284,7 +288,7 @@ LossAndLogits heads_loss(
   const bool now = recorded && inputs.x.scalar_type() != at::kHalf;
   const auto edges = recorded ? edges_of(inputs.x, inputs.layers) : torch::autograd::edge_list();
   std::vector<bool> needs{now && inputs.x.requires_grad()};
-  needs.reserve(Slots{weight.size()}.count());
+  needs.reserve(GradientSlots{weight.size()}.count());
   for (const auto& own : inputs.layers.weight) {
     needs.push_back(now && own.requires_grad());
   }
@@ -312,7 +316,7 @@ LossAndLogits heads_loss(
     node->save_logits(result.logits);
   }
   for (auto& logits : result.logits) {
-    if (inputs.features.dim() != 2) {  // a view: the node has saved the rows, and is to notice where they are modified
+    if (inputs.features.dim() != 2) {  // a view, so that the node, which has saved the rows, notices if they are modified in place
       logits = logits.view_symint(leading_sizes(logits, inputs.features));
     }
   }

@@ -1,4 +1,4 @@
-// What the operators built on a linear layer share: autocast, and a batch of rows.
+// What the operators built on linear layers share: autocast, and features of any shape as rows.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,22 +9,29 @@
 
 namespace grl_ext {
 
-struct LinearInputs {
-  at::Tensor x, weight;
-  std::optional<at::Tensor> bias;
-};
-
-// As F.linear under autocast: all three in autocast's dtype, float64 left alone.
-inline LinearInputs autocast(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const auto device = x.device().type();
-  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) {
-    return {x, weight, bias};
+// What autocast does to the arguments of F.linear: where it is on for the device, they are cast to its dtype, except for float64.
+class Autocast {
+ public:
+  explicit Autocast(c10::DeviceType device) : device_(device) {
+    if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) {
+      dtype_ = at::autocast::get_autocast_dtype(device);
+    }
   }
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  return {
-      at::autocast::cached_cast(dtype, x, device), at::autocast::cached_cast(dtype, weight, device),
-      bias ? std::optional(at::autocast::cached_cast(dtype, *bias, device)) : std::nullopt};
-}
+
+  bool is_on() const { return dtype_.has_value(); }
+
+  at::Tensor operator()(const at::Tensor& tensor) const {
+    return dtype_ ? at::autocast::cached_cast(*dtype_, tensor, device_) : tensor;
+  }
+
+  std::optional<at::Tensor> operator()(const std::optional<at::Tensor>& tensor) const {
+    return tensor ? std::optional((*this)(*tensor)) : std::nullopt;
+  }
+
+ private:
+  const c10::DeviceType device_;
+  std::optional<at::ScalarType> dtype_;
+};
 
 // (..., D) -> (N, D)
 inline at::Tensor as_rows(const at::Tensor& x) {
@@ -38,20 +45,21 @@ inline at::Tensor as_rows(const at::Tensor& x) {
   return x.reshape_symint({rows, x.sym_size(-1)});
 }
 
-// Of rows (N, K): (..., K), the leading sizes those of `like`.
+// The sizes (..., K) for rows (N, K), with the leading sizes of `like`.
 inline std::vector<c10::SymInt> leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
   auto sizes = like.sym_sizes().vec();
   sizes.back() = rows.sym_size(-1);
   return sizes;
 }
 
-// Rows that nobody else holds, in that shape. As of F.linear no view: hooks of a view are lost when it is modified in place.
+// Rows in that shape, which nobody else may hold: the result is not marked as a view. Neither is F.linear's. A view would lose its
+// hooks when it is modified in place.
 inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
   return like.dim() == 2 ? rows : at::_unsafe_view_symint(rows, leading_sizes(rows, like));
 }
 
-// The nodes of linear operators have no forward-mode derivative: an error beats a tangent lost in silence. The Python functions
-// take their other path; this guards torch.ops.
+// The nodes of linear operators have no forward-mode derivative: an error is better than a tangent that is silently lost. The
+// Python functions take their other path; this guards torch.ops.
 inline void refuse_forward_mode(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   using torch::autograd::isFwGradDefined;
   TORCH_CHECK_NOT_IMPLEMENTED(

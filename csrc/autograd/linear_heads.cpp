@@ -1,4 +1,4 @@
-// linear_heads: linear layers over the same features, whose gradient to the features counts each adversary with its -lambda.
+// linear_heads: linear layers over the same features. In the features' gradient each adversary's part is multiplied by its -lambda.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -6,9 +6,11 @@
 
 #include <algorithm>
 
+#include "../gradient_slots.h"
 #include "../heads_checks.h"
 #include "../ops.h"
-#include "heads.h"
+#include "head_inputs.h"
+#include "linear_heads.h"
 #include "node.h"
 #include "scale_negate.h"
 
@@ -21,26 +23,28 @@ using torch::autograd::variable_list;
 
 using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 
-// Head by head, as the layers would do it, so that gradients of gradients cross each head's reversal where the layers' would.
+// Head by head, as separate layers would do it, so that gradients of gradients pass through each head's reversal as they would
+// there.
 Gradients heads_gradients_composite(
     const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
     const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
   const auto heads = grad_logits.size();
+  const GradientSlots slots{heads};
   Tensor dx;
   std::vector<Tensor> dw(heads), db(heads);
   for (size_t h = 0; h < heads; ++h) {
     const auto& dz = grad_logits[h];
     const bool adversary = lambda_index[h] >= 0;
     const auto own = lambda_of(lambda, lambda_index[h]);
-    if (needs[0]) {
+    if (needs[slots.x()]) {
       const auto part = dz.mm(weight[h]);
       const auto scaled = adversary ? scale_negate_composite(part, {1.0, own}) : part;
       dx = dx.defined() ? dx + scaled : scaled;
     }
-    if (needs[1 + h]) {
+    if (needs[slots.weight(h)]) {
       dw[h] = dz.t().mm(adversary && at::GradMode::is_enabled() ? gradient_reversal(x, own) : x);
     }
-    if (needs[1 + heads + h]) {
+    if (needs[slots.bias(h)]) {
       db[h] = dz.sum(0);
     }
   }
@@ -64,14 +68,15 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
   variable_list apply(variable_list&& grads) override {
     const auto needs = this->needs();
     const auto heads = lambda_index_.size();
+    const GradientSlots slots{heads};
     Tensor x;
     std::vector<Tensor> weight(heads);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t h = 0; h < heads; ++h) {
         if (grads[h].defined()) {
-          weight[h] = needs[0] ? weight_[h].unpack() : Tensor();
-          x = needs[1 + h] && !x.defined() ? x_.unpack() : x;
+          weight[h] = needs[slots.x()] ? weight_[h].unpack() : Tensor();
+          x = needs[slots.weight(h)] && !x.defined() ? x_.unpack() : x;
         }
       }
     }
@@ -106,19 +111,19 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
   static variable_list gradients(
       const variable_list& grads, const Tensor& x, const std::vector<Tensor>& all_weights, const Tensor& lambda,
       const std::vector<int64_t>& all_indices, const std::vector<bool>& needs) {
-    const auto heads = all_indices.size();
+    const GradientSlots slots{all_indices.size()};
     variable_list result(needs.size());
     std::vector<size_t> asked;
     std::vector<Tensor> grad_logits, weight;
     std::vector<int64_t> lambda_index;
-    std::vector<bool> own_needs{needs[0]};
-    for (size_t h = 0; h < heads; ++h) {
+    std::vector<bool> own_needs{needs[slots.x()]};
+    for (size_t h = 0; h < slots.layers; ++h) {
       if (grads[h].defined()) {
         asked.push_back(h);
         grad_logits.push_back(grads[h]);
         lambda_index.push_back(all_indices[h]);
-        own_needs.push_back(needs[1 + h]);
-        if (needs[0]) {
+        own_needs.push_back(needs[slots.weight(h)]);
+        if (needs[slots.x()]) {
           weight.push_back(all_weights[h]);
         }
       }
@@ -127,15 +132,15 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
       return result;
     }
     for (const auto h : asked) {
-      own_needs.push_back(needs[1 + heads + h]);
+      own_needs.push_back(needs[slots.bias(h)]);
     }
-    // What was computed in float32 outside of an autocast region stays so where its backward runs inside one.
+    // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto [dx, dw, db] = heads_gradients(grad_logits, x, weight, lambda, lambda_index, own_needs);
-    result[0] = dx;
+    result[slots.x()] = dx;
     for (size_t i = 0; i < asked.size(); ++i) {
-      result[1 + asked[i]] = dw[i];
-      result[1 + heads + asked[i]] = db[i];
+      result[slots.weight(asked[i])] = dw[i];
+      result[slots.bias(asked[i])] = db[i];
     }
     return result;
   }
@@ -162,11 +167,11 @@ Gradients heads_gradients(
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   auto [dx, dw, db] = kernel.call(
       grad_logits, x.defined() ? std::optional(x) : std::nullopt, weight, lambda, lambda_index, to_list(needs));
-  const auto heads = grad_logits.size();
-  dx = needs[0] ? dx : Tensor();
-  for (size_t h = 0; h < heads; ++h) {
-    dw[h] = needs[1 + h] ? std::move(dw[h]) : Tensor();
-    db[h] = needs[1 + heads + h] ? std::move(db[h]) : Tensor();
+  const GradientSlots slots{grad_logits.size()};
+  dx = needs[slots.x()] ? dx : Tensor();
+  for (size_t h = 0; h < slots.layers; ++h) {
+    dw[h] = needs[slots.weight(h)] ? std::move(dw[h]) : Tensor();
+    db[h] = needs[slots.bias(h)] ? std::move(db[h]) : Tensor();
   }
   return {std::move(dx), std::move(dw), std::move(db)};
 }

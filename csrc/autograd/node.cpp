@@ -6,7 +6,7 @@
 namespace grl_ext {
 namespace {
 
-// Tensors of these kinds are not what their data pointer says.
+// The values of tensors of these kinds are not those at their data pointer.
 constexpr c10::DispatchKeySet kNotPlain{c10::DispatchKey::Python,           c10::DispatchKey::PythonTLSSnapshot,
                                         c10::DispatchKey::Functionalize,    c10::DispatchKey::Conjugate,
                                         c10::DispatchKey::Negative,         c10::DispatchKey::ZeroTensor,
@@ -33,7 +33,8 @@ torch::autograd::variable_list call_traced(
     const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap,
     const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved, TracedBackward backward) {
   using namespace torch::dynamo::autograd;
-  // A graph holds no undefined tensors: what is there goes in, and where it belongs is known when the call runs.
+  // A graph cannot hold undefined tensors. The defined ones are the arguments; when the call runs, `present` says where they
+  // belong.
   std::vector<at::IValue> arguments;
   std::vector<bool> present;
   for (const auto& tensor : saved) {
@@ -60,10 +61,6 @@ torch::autograd::variable_list call_traced(
   return compiler->call_function(swap.get_py_compiler(), "apply_functional", name, grads, arguments, edges);
 }
 
-bool dispatch_mode_enabled() {
-  return c10::impl::dispatch_mode_enabled();
-}
-
 bool is_plain(const at::Tensor& tensor) {
   return !tensor.key_set().has_any(kNotPlain);
 }
@@ -82,7 +79,7 @@ bool on_kernels_device(const at::Tensor& tensor) {
 
 bool has_kernel(const at::Tensor& tensor) {
   return on_kernels_device(tensor) && tensor.layout() == at::kStrided && is_plain(tensor) &&
-      is_supported_dtype(tensor.scalar_type()) && !dispatch_mode_enabled();
+      is_supported_dtype(tensor.scalar_type()) && !c10::impl::dispatch_mode_enabled();
 }
 
 void refuse_functorch() {

@@ -12,7 +12,7 @@
 
 namespace grl_ext {
 
-// A node in the holder that this torch uses for nodes.
+// A new node, in the kind of pointer that this torch uses for nodes.
 template <class T, class... Args>
 auto make_node(Args&&... args) {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
@@ -22,7 +22,7 @@ auto make_node(Args&&... args) {
 #endif
 }
 
-// The same node's holder, from inside it.
+// Such a pointer to a node, from inside the node.
 inline auto holder_of(torch::autograd::Node& node) {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
   return c10::intrusive_ptr<torch::autograd::Node>::reclaim_copy(&node);
@@ -40,7 +40,8 @@ torch::autograd::variable_list call_traced(
     const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap,
     const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved, TracedBackward backward);
 
-// A node that compiled autograd can trace. Its saved tensors become inputs of the graph, which serves all their values. The node has
+// A node that compiled autograd can trace. Its saved tensors become inputs of the graph, so that one graph serves all their values.
+// The node has
 //   template <class Visit> void each_saved(Visit visit);         what it saves, SavedVariable or Tensor, always in one order
 //   void collect_constants(CompiledNodeArgs& args) const;        what else its backward reads: another value is another graph
 //   TracedBackward traced() const;                               its backward, given what each_saved visits
@@ -53,7 +54,7 @@ class TraceableNode : public torch::autograd::Node {
       if constexpr (std::is_same_v<std::decay_t<decltype(saved)>, at::Tensor>) {
         args.collect(saved);
       } else {
-        args.collect(saved, /*is_output=*/true);  // names this node to what it saved of its results; inputs do not need it
+        args.collect(saved, /*is_output=*/true);  // true for saved results, which must know their node; harmless for saved inputs
       }
     });
   }
@@ -93,30 +94,28 @@ class TraceableNode : public torch::autograd::Node {
     return flags;
   }
 
-  // Visiting is not const, because `before` and `after` exchange what is visited.
+  // each_saved is not const, because `before` and `after` replace what it visits.
   T& self() const { return static_cast<T&>(const_cast<TraceableNode&>(*this)); }
 };
 
-// Whether this tensor is what its data pointer says: no subclass, no batch of a transform, no lazy conjugate.
+// Whether the tensor's values are those at its data pointer: no subclass, no batch of a transform, no lazy conjugate.
 bool is_plain(const at::Tensor& tensor);
 
-// Whether a dispatch mode (make_fx, FakeTensorMode, a profiler of ours or yours) is to see plain ATen operators.
-bool dispatch_mode_enabled();
-
-// Whether this tensor stands for many at once: vmap, or gradients taken with is_grads_batched.
+// Whether the tensor stands for a batch of tensors: under vmap, or where gradients are taken with is_grads_batched.
 bool is_batched(const at::Tensor& tensor);
 
 bool on_kernels_device(const at::Tensor& tensor);
 
-// Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for.
+// Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for. Not under a
+// dispatch mode (make_fx, FakeTensorMode, a user's own mode), which has to see plain ATen operators.
 bool has_kernel(const at::Tensor& tensor);
 
-// Raises PyTorch's own error inside a torch.func transform, which would pass by a C++ node in silence. The Python functions take
-// their other path there; this guards torch.ops.
+// Raises PyTorch's own error inside a torch.func transform, which would silently ignore a C++ node. The Python functions take their
+// other path there; this guards torch.ops.
 void refuse_functorch();
 
-// Whether nobody on the host but the holder of `tensor` can see its memory, now or later. Of kernels that are still queued it says
-// nothing: see Made in scale_negate.h.
+// Whether on the host only `tensor` itself refers to its memory, now and later. It says nothing about kernels that are still
+// queued: see Made in scale_negate.h.
 bool is_unshared(const at::Tensor& tensor);
 
 }  // namespace grl_ext

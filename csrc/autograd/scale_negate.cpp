@@ -5,17 +5,14 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include "../arithmetic_type.h"
 #include "../lambda_layout.h"
 #include "node.h"
 
 namespace grl_ext {
 namespace {
 
-at::ScalarType arithmetic_type(at::ScalarType dtype) {
-  return dtype == at::kDouble || dtype == at::kComplexDouble ? at::kDouble : at::kFloat;
-}
-
-// Whether the host can read this lambda at once. A dispatch mode is to see operators on it instead.
+// Whether the host can read this lambda at once. Not under a dispatch mode, which has to see operators on it instead.
 bool is_host_number(const at::Tensor& lambda) {
   return lambda.dim() == 0 && lambda.is_cpu() && lambda.layout() == at::kStrided && is_plain(lambda) &&
       !c10::impl::dispatch_mode_enabled();
@@ -25,7 +22,7 @@ double host_number(const at::Tensor& lambda) {
   return lambda.scalar_type() == at::kDouble ? *lambda.const_data_ptr<double>() : lambda.item<double>();
 }
 
-// The lambda in the form that the kernels read, or nothing where they have none for it.
+// The lambda in a form that the kernels read, or nothing where there is no such form.
 std::optional<Lambda> for_kernel(const Lambda& lambda, const at::Tensor& grad) {
   if (!lambda.tensor) {
     return lambda;
@@ -142,7 +139,7 @@ Lambda read_lambda(const at::Tensor& lambda) {
   if (is_host_number(lambda)) {
     return {host_number(lambda), std::nullopt};
   }
-  const bool hidden = lambda.dim() == 0 && lambda.is_cpu();  // its value cannot be looked at
+  const bool hidden = lambda.dim() == 0 && lambda.is_cpu();  // its value cannot be read
   return {1.0, hidden ? lambda.clone() : lambda};
 }
 

@@ -12,22 +12,23 @@
 
 namespace grl_ext {
 
-// A number; times a tensor for the backward to read, if there is one. Where that has more than one element the number is 1.
+// lambda = value * tensor. Without a tensor it is value. If the tensor has several elements, value is 1.
 struct Lambda {
   double value = 1.0;
   std::optional<at::Tensor> tensor;
 };
 
-// Who made a gradient, by which it may be overwritten or not once it has a single owner on the host.
+// Who made a gradient. On this depends whether it may be overwritten when it has a single owner on the host.
 //
-// Kernels queued on a CUDA stream are no owners. Take z = a + reversal(b), with a made on one stream and b on another. The engine
-// hands one gradient to both branches; a's backward queues its kernels on a's stream and lets go; b's node, on its own stream, is
-// then the only owner of memory that the other stream has still to read. Nothing that a node can see tells this from the harmless
-// case. The stream of the gradient's producer may be the node's own, and so may the default stream, which waits for no other.
-// Whoever else got the gradient comes later in the forward and is gone in the backward. And record_stream keeps the allocator from
-// handing the memory on, not this node from writing to it.
-// So a gradient from the engine is overwritten only where operators have ended when they return, on the CPU. On CUDA a pass in
-// place moves as many bytes as one out of place, and saves only memory until the incoming gradient is freed.
+// Kernels queued on a CUDA stream are not counted as owners. Take z = a + reversal(b), with a made on one stream and b on another.
+// The engine hands the same gradient to both branches. a's backward queues its kernels on a's stream and releases the gradient.
+// Then b's node, on its own stream, is the only owner of memory that the other stream still has to read. A node cannot tell this
+// from the harmless case:
+// - the stream of the gradient's producer may be the node's own, and so may the default stream, which waits for no other;
+// - whoever else got the gradient comes later in the forward and is gone in the backward;
+// - record_stream keeps the allocator from handing the memory on, but not this node from writing to it.
+// So a gradient from the engine is overwritten only on the CPU, where operators have ended when they return. On CUDA a pass in
+// place moves as many bytes as one out of place; it would only save memory until the incoming gradient is freed.
 enum class Made {
   kElsewhere,   // it comes from the engine
   kByThisNode,  // and nobody else ever had it
@@ -36,17 +37,17 @@ enum class Made {
 // Takes `grad` over: pass it by std::move, so that its use count is true and it can be scaled in place.
 at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made = Made::kElsewhere);
 
-// The same by one number for all gradients that a node has made, of one dtype; some may be undefined. Those that can be scaled in
-// place are so in one call, which on CUDA is one launch.
+// The same for all gradients that a node has made, by one lambda. They have one dtype, and some may be undefined. Those that may be
+// overwritten are scaled in one call, which on CUDA is one launch.
 void scale_negate_list(std::vector<at::Tensor>& grads, const Lambda& lambda);
 
-// In ATen operators, as _reference.scale_negate has it: differentiable, traceable, for every device and layout.
+// The same in ATen operators, as in _reference.scale_negate: differentiable, traceable, for every device and layout.
 at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda);
 
-// A 0-d CPU lambda becomes a number now: reading it is cheap, and later changes of it cannot reach into a graph already built. Where
-// its value cannot be looked at (a tracer, a subclass), a copy does the same. Not if it requires grad: gradients of gradients need
-// the tensor. That one's value is read when the backward runs, on the host too: copying it to a GPU would wait for the GPU, and fail
-// during the capture of a CUDA graph.
+// The lambda as a node keeps it. A 0-d CPU tensor becomes a number now: reading it is cheap, and later changes of the tensor do not
+// reach a graph already built. Where its value cannot be read (a tracer, a subclass), a copy does the same.
+// A lambda that requires grad stays a tensor, because gradients of gradients need it. Its value is read when the backward runs,
+// from the host if it is there: copying it to a GPU would wait for the GPU, and fail during the capture of a CUDA graph.
 Lambda read_lambda(const at::Tensor& lambda);
 
 // A node's lambda between forward and backward.
@@ -54,8 +55,9 @@ class SavedLambda {
  public:
   explicit SavedLambda(const Lambda& lambda) : value_(lambda.value), has_tensor_(lambda.tensor.has_value()) {
     if (has_tensor_) {
-      // A 0-d tensor is a live setting, as a capturable optimizer's learning rate: the kernel reads what it holds by then,
-      // also in a replayed CUDA graph. Hence its own version counter. Any other is data, and must not change.
+      // A 0-d tensor is a setting that may change, like a capturable optimizer's learning rate: the kernel reads what it holds
+      // when it runs, also in a replayed CUDA graph. Saved with a version counter of its own, so that a change raises no error.
+      // Any other tensor is data, which must not change.
       const auto& tensor = *lambda.tensor;
       const bool live = tensor.dim() == 0 && !tensor.requires_grad();
       tensor_ = torch::autograd::SavedVariable(live ? tensor.variable_data() : tensor, /*is_output=*/false);
@@ -85,7 +87,7 @@ class SavedLambda {
       args.collect(value_);
     }
   }
-  // The lambda in a traced backward, of the tensors that each_saved visited.
+  // Makes the lambda of a traced backward from the two tensors that each_saved visits.
   std::function<Lambda(const at::Tensor& tensor, const at::Tensor& number)> traced() const {
     return [value = value_, has_tensor = has_tensor_](const at::Tensor& tensor, const at::Tensor& number) -> Lambda {
       return has_tensor ? Lambda{value, tensor} : Lambda{1.0, number};

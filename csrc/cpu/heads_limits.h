@@ -1,5 +1,8 @@
-// Where the heads leave the fused kernels for matrix products. Measured by `python bench/compare.py --cases switch` for linear_heads,
-// where they break even at about 24 columns, and with the fused loss, where the kernels are ahead at 33 and behind at 48.
+// The most columns, of all heads together, that the fused kernels take. Heads beyond it are computed by matrix products.
+//
+// One number serves both operators, so that a head has its logits from the same kernel with targets and without. It is chosen for
+// heads_loss: there the products cost more, because the losses between them read the logits and write their gradient once more.
+// linear_heads would be faster by products from fewer columns on; `python bench/compare.py --cases switch` shows from how many.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,13 @@
-// _heads_loss on the CPU: block by block, logits, losses and all gradients while the features are in the cache. A head too wide for
-// that has its losses between matrix products.
+// _heads_loss on the CPU: logits, losses and all gradients block by block, while a block of features is in the cache. Heads too
+// wide for that are computed by matrix products, with the losses between them.
 #include <torch/library.h>
+
+#include <array>
 
 #include "../heads_checks.h"
 #include "heads_common.h"
+#include "heads_parameters.h"
+#include "heads_rows.h"
 
 namespace grl_ext::cpu {
 namespace {
@@ -37,7 +41,8 @@ class Losses {
     }
   }
 
-  // From a head's logits in a block of rows the gradients, and those with the head's scale. Columns of kMaxBlockRows.
+  // Adds a head's losses in a block of rows to the thread's sum. Writes the gradient of its logits, and the same times the head's
+  // scale. All three matrices have their columns kMaxBlockRows apart.
   void block(int64_t thread, int64_t h, int64_t row, int64_t rows, const T* logits, T* grad_logits, T* scaled) {
     const Head& head = heads_[h];
     std::array<Integer<T>, kMaxBlockRows> labels{};
@@ -73,7 +78,7 @@ class Losses {
 
   // (loss, head_losses)
   std::pair<Tensor, Tensor> total() const {
-    const auto dtype = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
     auto head_losses = empty({static_cast<int64_t>(heads_.size())}, dtype);
     double loss = 0;
     for (size_t h = 0; h < heads_.size(); ++h) {
@@ -93,7 +98,7 @@ class Losses {
  private:
   struct Head {
     int64_t size = 0;
-    const int64_t* labels = nullptr;  // or
+    const int64_t* labels = nullptr;  // classes (rows); or else
     const T* values = nullptr;  // probabilities or values (rows, size)
     const T* sample_weight = nullptr;
     const T* class_weight = nullptr;
@@ -104,7 +109,7 @@ class Losses {
 
   static const T* pointer(const std::optional<Tensor>& tensor) { return tensor ? tensor->template const_data_ptr<T>() : nullptr; }
 
-  // The sum of the rows' weights, before any gradient: their factor depends on it. Refuses what is no target and no weight.
+  // The sum of the rows' weights. Needed before the first gradient, which is divided by it. Refuses invalid targets and weights.
   static double total_weight(const Head& head, size_t h, int64_t rows) {
     const int64_t classes = classes_of(head.size);
     const auto takes_part = [&](int64_t r) { return !head.labels || head.labels[r] != head.ignore_index; };
@@ -140,14 +145,14 @@ struct Result {
   std::vector<Tensor> dw, db;
 };
 
-// One pass over the features for all heads that fit.
+// The heads that the fused kernels take, in one pass over the features.
 template <class T>
 void fused(
     Result& result, Losses<T>& losses, const HeadColumns& columns, int64_t threads, const Tensor& x, at::TensorList weight,
     const OptionalTensors& bias, const std::vector<double>& scales, const Needs& needs) {
   const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
   const Parameters<T> parameters(columns, weight, bias);
-  const auto counted = columns.runs([&](int64_t head) { return scales[head] != 0; });
+  const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
   for (int64_t i = 0; i < columns.count(); ++i) {
     result.logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
   }
@@ -177,8 +182,8 @@ void fused(
              .rows = rows,
              .features = d,
              .columns = k,
-             .dx_columns = counted.data(),
-             .dx_runs = static_cast<long>(counted.size()),
+             .dx_columns = dx_columns.data(),
+             .dx_runs = static_cast<long>(dx_columns.size()),
              .dw_columns = of_parameters.weight_columns().data(),
              .dw_runs = static_cast<long>(of_parameters.weight_columns().size())});
       }
@@ -191,7 +196,7 @@ void fused(
   of_parameters.total(result.dw, result.db);
 }
 
-// One head's losses between matrix products.
+// One head by matrix products, with its losses between them.
 template <class T>
 void by_products(
     Result& result, bool& dx_begun, Losses<T>& losses, int64_t h, int64_t threads, const Tensor& x, const Tensor& weight,
@@ -241,7 +246,7 @@ Output heads_loss(
     columns += matrix.size(0);
   }
   const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
-  const auto none = [&] { return empty({0}, x.scalar_type()); };  // one for each: results must not share memory
+  const auto none = [&] { return empty({0}, x.scalar_type()); };  // a new tensor each time: results must not share memory
   Result result{std::vector<Tensor>(heads), needs.x() ? empty(x.sizes(), x.scalar_type()) : none(), {}, {}};
   result.dw.reserve(heads);
   result.db.reserve(heads);
@@ -249,7 +254,7 @@ Output heads_loss(
     result.dw.push_back(needs.weight(h) ? Tensor() : none());
     result.db.push_back(needs.bias(h) ? Tensor() : none());
   }
-  return dispatch_wide(x.scalar_type(), [&](auto zero) -> Output {
+  return dispatch_arithmetic(x.scalar_type(), [&](auto zero) -> Output {
     Losses<decltype(zero)> losses(weight, options, scales, threads);
     bool dx_begun = division.fused.count() > 0;
     if (dx_begun) {

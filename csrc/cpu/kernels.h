@@ -1,7 +1,8 @@
 // The CPU kernels as a table of plain functions, one table per instruction set, and the choice among them at run time.
 //
-// The kernels' source (csrc/cpu/kernels/) includes no header at all and is compiled once per instruction set (csrc/cpu/isa/):
-// an inline function shared with ordinary code, compiled here for AVX-512, could be the copy that the linker keeps for all.
+// The kernels' source (csrc/cpu/kernels/) is compiled once per instruction set (csrc/cpu/isa/) and includes no header at all. An
+// inline function of a header would be compiled for AVX-512 too, and that copy could be the one that the linker keeps for
+// everybody.
 #pragma once
 
 namespace grl_ext::cpu {
@@ -13,7 +14,7 @@ struct ScaleKernels {
   void (*scale_each)(void* out, const void* grad, long n, const void* lambda);
 };
 
-// Rows that the heads' kernels take at a time, at most: the distance between two columns of logits.
+// The most rows that the heads' kernels take at a time. It is also the distance between two columns of a block's matrices.
 constexpr long kMaxBlockRows = 64;
 
 template <class T>
@@ -34,24 +35,24 @@ struct Columns {
   long begin, end;
 };
 
-// One head's logits and targets in a block of rows. A matrix has its columns kMaxBlockRows apart; what follows the last row, up to a
-// whole vector, has a row weight of 0.
+// One head's logits and targets in a block of rows. A matrix has its columns kMaxBlockRows apart. Rows after the last one, up to a
+// whole vector, have a row weight of 0.
 template <class T>
 struct HeadBlock {
   const T* logits;
   T* grad_logits;
   T* scaled;  // grad_logits times scale
   long rows, columns;
-  const Integer<T>* label;  // each row's class; or null, and
-  const T* target;          // each row's probabilities or values, a matrix
-  const T* row_weight;      // 0 in rows that take no part
-  const T* class_weight;    // null: all 1
+  const Integer<T>* label;  // each row's class; null: read target instead
+  const T* target;  // a matrix of probabilities or values
+  const T* row_weight;  // 0 in rows that take no part
+  const T* class_weight;  // null: all 1
   double smoothing;
-  double grad_factor;  // what the sum over the rows is multiplied by to give the loss
-  double scale;        // what the gradient to the features counts with
+  double grad_factor;  // of a row of weight 1 in the total loss: loss_weight / norm
+  double scale;  // the head's factor in the features' gradient: -lambda, or 1 for a predictor
 };
 
-// The products of a block's gradients, each unless its result is null.
+// What a block's gradients are computed from. A gradient whose pointer is null is not computed.
 template <class T>
 struct GradientsBlock {
   T* dx;
@@ -61,13 +62,14 @@ struct GradientsBlock {
   const T* x;
   const T* weight;
   long rows, features, columns;
-  const Columns* dx_columns;  // those that dx counts
+  const Columns* dx_columns;  // ranges of the columns that go into dx
   long dx_runs;
-  const Columns* dw_columns;  // those that dw is needed of
+  const Columns* dw_columns;  // ranges of the columns whose dw is needed
   long dw_runs;
 };
 
-// A block of at most kMaxBlockRows rows; what each computes is said in csrc/cpu/kernels/heads.h and heads_loss.h.
+// Each takes a block of at most kMaxBlockRows rows. csrc/cpu/kernels/heads_logits.h, heads_loss.h and heads_gradients.h say
+// what it computes.
 template <class T>
 struct HeadsKernels {
   void (*logits)(T* z, const T* x, const T* next, const T* weight, const T* bias, long rows, long features, long columns);
@@ -89,7 +91,8 @@ struct Kernels {
   ConvertKernels half, bfloat16;
 };
 
-// The widest table that this machine can run; GRL_EXT_CPU_ISA=avx512|avx2|baseline asks for another that it can.
+// The table of the widest instruction set that this machine has; GRL_EXT_CPU_ISA=avx512|avx2|baseline chooses another one that it
+// has.
 const Kernels& kernels();
 
 }  // namespace grl_ext::cpu

@@ -1,7 +1,10 @@
-// _heads_logits and _heads_gradients on the CPU: narrow heads together, in one pass over the features; each wide one by matrix products.
+// _heads_logits and _heads_gradients on the CPU: narrow heads together, in one pass over the features; each wide one by matrix
+// products.
 #include <torch/library.h>
 
 #include "heads_common.h"
+#include "heads_parameters.h"
+#include "heads_rows.h"
 
 namespace grl_ext::cpu {
 namespace {
@@ -12,7 +15,7 @@ void fused_logits(
   for (int64_t i = 0; i < columns.count(); ++i) {
     logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
   }
-  dispatch_wide(x.scalar_type(), [&](auto zero) {
+  dispatch_arithmetic(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Parameters<T> parameters(columns, weight, bias);
     for_each_thread(thread_count(n, d, k), n, [&](int64_t, int64_t begin, int64_t end) {
@@ -63,7 +66,7 @@ void fused_gradients(
   const int64_t n = grad_logits[0].size(0), k = columns.total(), step = block_rows(d), threads = thread_count(n, d, 2 * k);
   const auto parameters = needs.x() ? std::optional<Parameters<T>>(std::in_place, columns, weight, OptionalTensors())
                                     : std::nullopt;
-  const auto counted = columns.runs([&](int64_t head) { return scales[head] != 0; });
+  const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
   ParameterGradients<T> of_parameters(columns, threads, d, dtype, needs);
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(gradients.dx, d);
@@ -89,8 +92,8 @@ void fused_gradients(
              .rows = rows,
              .features = d,
              .columns = k,
-             .dx_columns = counted.data(),
-             .dx_runs = static_cast<long>(counted.size()),
+             .dx_columns = dx_columns.data(),
+             .dx_runs = static_cast<long>(dx_columns.size()),
              .dw_columns = of_parameters.weight_columns().data(),
              .dw_runs = static_cast<long>(of_parameters.weight_columns().size())});
       }
@@ -122,7 +125,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
   }
   bool dx_begun = division.fused.count() > 0;
   if (division.fused.count() > 0) {
-    dispatch_wide(grad_logits[0].scalar_type(), [&](auto zero) {
+    dispatch_arithmetic(grad_logits[0].scalar_type(), [&](auto zero) {
       fused_gradients<decltype(zero)>(gradients, division.fused, grad_logits, x, weight, scales, needs, d);
     });
   }

@@ -1,4 +1,4 @@
-// From a tensor's dtype to the type that the kernels know it by.
+// From a tensor's dtype to the kernels' type for it.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -8,7 +8,7 @@
 
 namespace grl_ext {
 
-// f(T()).
+// f(T()) with the kernels' type T for dtype.
 template <class F>
 auto dispatch(at::ScalarType dtype, const F& f) {
   switch (dtype) {

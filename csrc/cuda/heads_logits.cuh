@@ -5,8 +5,8 @@
 
 namespace grl_ext {
 
-// The tile's logits, in register tiles of kRowGroup x kColumnGroup dot products, a warp each; where there are more warps than
-// register tiles, several share one and each takes a range of the features.
+// The tile's logits, in register tiles of kRowGroup x kColumnGroup dot products, each computed by a warp. Where there are more
+// warps than register tiles, several warps share one, and each takes a range of the features.
 struct LogitsTiles {
   int column_groups;
   int tiles;

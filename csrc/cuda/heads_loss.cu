@@ -1,10 +1,11 @@
-// _heads_loss on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued on the current stream and
-// nothing waits, so that it can be captured in a CUDA graph.
+// _heads_loss on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued on the current stream,
+// and the host never waits, so that it can be captured in a CUDA graph.
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
 
 #include <tuple>
 
+#include "../arithmetic_type.h"
 #include "heads_tensors.h"
 
 namespace grl_ext {
@@ -29,7 +30,7 @@ Output heads_loss_cuda(
   const auto x = x_.contiguous();
   const auto weight = contiguous(weight_), targets = contiguous(targets_);
   const auto bias = contiguous(bias_), sample_weight = contiguous(sample_weight_), class_weight = contiguous(class_weight_);
-  const auto loss_options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto loss_options = x.options().dtype(arithmetic_type(x.scalar_type()));
   const auto loss = at::empty({}, loss_options);
   const auto head_losses = at::empty({static_cast<int64_t>(sizes.heads.size())}, loss_options);
   std::vector<Tensor> logits;
@@ -80,7 +81,7 @@ Output heads_loss_cuda(
     }
     if (gradients.dx.numel() > 0) {
       buffers.scaled = at::empty({sizes.rows, buffers.pitch}, x.options());
-      C10_CUDA_CHECK(silence_weights(buffers.as<T>(), heads, queue));  // the logits are made
+      C10_CUDA_CHECK(silence_weights(buffers.as<T>(), heads, queue));  // after the logits, which need the whole weight
     }
     C10_CUDA_CHECK(
         heads_loss_of_products(buffers.as<T>(), heads, static_cast<int>(sizes.heads.size()), mean, losses, queue, Scratch(x)));

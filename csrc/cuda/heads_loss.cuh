@@ -1,11 +1,11 @@
 // The loss of a row of one head, and its gradient for the row's logits z:
 //
 //   cross entropy    u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes), with y the target class or probabilities
-//                    loss = S log sum_c exp z[c] - sum_c u[c] z[c],  S = sum_c u[c],   dz[c] = S softmax(z)[c] - u[c]
-//   squared error    loss = sum_c (z[c] - value[c])^2,                                 dz[c] = 2 (z[c] - value[c])
+//                    loss = mass log sum_c exp z[c] - sum_c u[c] z[c],  mass = sum_c u[c],   dz[c] = mass softmax(z)[c] - u[c]
+//   squared error    loss = sum_c (z[c] - value[c])^2,                                       dz[c] = 2 (z[c] - value[c])
 //
-// A head of one column is binary, the softmax over 0 and z. A row counts with its sample weight; it is not valid where that is 0 or
-// its target is ignore_index: no loss then and no gradient, whatever its logits and targets hold.
+// A head of one column is binary, the softmax over 0 and z. A row counts with its sample weight. It is not valid where that is 0 or
+// its target is ignore_index: it has no loss and no gradient then, even where its logits or targets are NaN.
 #pragma once
 
 #include "heads_norm.cuh"
@@ -18,12 +18,12 @@ struct HeadLoss {
   using A = typename Arithmetic<T>::type;
   TargetKind kind;
   bool binary;
-  bool sums_to_one;  // S: it needs no adding up
+  bool mass_is_one;  // in every row
   int classes;
   int64_t ignore_index;
   const A* class_weight;
-  A share;  // of every class in the smoothed target,
-  A rest;  // and what the target has above it
+  A smoothing_per_class;  // smoothing / classes: what every class gets
+  A one_minus_smoothing;  // what the target class gets on top
   A factor;  // of a row of weight 1 in the loss: loss_weight / norm
   double norm;
 
@@ -37,12 +37,12 @@ __device__ HeadLoss<T> head_loss(const Heads<T>& heads, int h, double norm) {
   HeadLoss<T> loss;
   loss.kind = head.kind;
   loss.binary = head.binary();
-  loss.sums_to_one = head.kind == TargetKind::kClasses && !head.class_weight;
+  loss.mass_is_one = head.kind == TargetKind::kClasses && !head.class_weight;
   loss.classes = head.classes();
   loss.ignore_index = head.ignore_index;
   loss.class_weight = head.class_weight;
-  loss.share = static_cast<A>(head.smoothing / head.classes());
-  loss.rest = static_cast<A>(1 - head.smoothing);
+  loss.smoothing_per_class = static_cast<A>(head.smoothing / head.classes());
+  loss.one_minus_smoothing = static_cast<A>(1 - head.smoothing);
   loss.factor = norm == 0 ? A(0) : static_cast<A>(heads.loss_weight_of(h) / norm);
   loss.norm = norm;
   return loss;
@@ -76,12 +76,12 @@ struct RowTarget {
     if (head.kind == TargetKind::kProbabilities) {
       y = !head.binary ? dense[c] : c == 1 ? dense[0] : 1 - dense[0];
     }
-    const A u = head.share + head.rest * y;
+    const A u = head.smoothing_per_class + head.one_minus_smoothing * y;
     return head.class_weight ? __ldg(head.class_weight + c) * u : u;
   }
 };
 
-// A class's part in what the target expects: u (z - top); nothing where u is 0, though z be infinite.
+// A class's term of sum_c u[c] (z[c] - top). It is 0 where u is 0, even if z is infinite.
 template <typename A>
 __device__ A expected_part(A u, A shifted) {
   return u == 0 ? A(0) : u * shifted;
@@ -91,7 +91,7 @@ __device__ A expected_part(A u, A shifted) {
 // Columns on lanes
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Every lane gets op over lanes [first, end), among which it is: those of its head.
+// Every lane gets op over lanes [first, end), which are those of its head.
 template <typename A, typename Op>
 __device__ A over_head(A x, int first, int end, Op op) {
 #pragma unroll
@@ -102,14 +102,14 @@ __device__ A over_head(A x, int first, int end, Op op) {
   return __shfl_sync(kWholeWarp, x, first);
 }
 
-// Which of the sums over a head's lanes any head of the launch has a use for.
+// Which sums over a head's lanes are needed by any head of the launch.
 struct LossSums {
   bool softmax;
-  bool mass;  // S
+  bool mass;
 };
 
 // The gradient of the row's part in the total loss, for the lane's logit z. The first lane of each head adds the row's loss to
-// `loss`. A lane without a column belongs to a head of its own.
+// `loss`. A lane without a column counts as a head of its own.
 template <typename T, typename A = typename Arithmetic<T>::type>
 __device__ A loss_of_lane(
     double& loss, A z, const HeadLoss<T>& head, const RowTarget<T>& row, bool exists, int first_lane, int end_lane, LossSums sums) {
@@ -141,7 +141,7 @@ __device__ A loss_of_lane(
     if (sums.mass) {
       mass = over_head(mine, first_lane, end_lane, Sum{});
     }
-    mass = head.sums_to_one ? A(1) : mass;
+    mass = head.mass_is_one ? A(1) : mass;
   }
   part = over_head(part, first_lane, end_lane, Sum{});
   if (!exists || !row.valid) {

@@ -4,7 +4,7 @@
 
 #include <cassert>
 
-#include "heads.cuh"
+#include "heads_arguments.cuh"
 #include "warp.cuh"
 
 namespace grl_ext {
@@ -16,7 +16,7 @@ struct Norms {
   int blocks;
 };
 
-// A class that does not exist stops the program as PyTorch's own loss does: without the host waiting for the device.
+// A class that does not exist stops the program, as in PyTorch's own loss: an error would need the host to wait for the device.
 __device__ inline void check_target(bool exists) {
   if (!exists) {
     __assert_fail("a target is neither a class of its head nor ignore_index", __FILE__, __LINE__, __func__);
@@ -39,17 +39,17 @@ __device__ double weight_of_row(const Head<T>& head, int64_t row) {
   return head.class_weight && exists ? weight * static_cast<double>(__ldg(head.class_weight + target)) : weight;
 }
 
-// norms[h] = the sum over rows [begin, end), by the whole block. `scratch` holds a number a thread. Each head has its share of the
-// threads, which take every so manieth row; their sums are added by a warp.
+// norms[h] = the sum over rows [begin, end), by the whole block. `scratch` holds a number for each thread. The block's threads are
+// divided among the heads: thread t of a head takes rows t, t + threads, t + 2 threads, ... A warp adds up the threads' sums.
 template <typename T>
 __device__ void add_rows(double* norms, double* scratch, const Heads<T>& heads, int64_t begin, int64_t end) {
-  const int share = static_cast<int>(blockDim.x) / heads.count;
-  const int head = static_cast<int>(threadIdx.x) / share;
+  const int threads = static_cast<int>(blockDim.x) / heads.count;
+  const int head = static_cast<int>(threadIdx.x) / threads;
   double sum = 0;
   if (head < heads.count) {
     const Head<T>& mine = heads.head[head];
 #pragma unroll 4
-    for (int64_t row = begin + static_cast<int>(threadIdx.x) % share; row < end; row += share) {
+    for (int64_t row = begin + static_cast<int>(threadIdx.x) % threads; row < end; row += threads) {
       sum += weight_of_row(mine, row);
     }
   }
@@ -57,8 +57,8 @@ __device__ void add_rows(double* norms, double* scratch, const Heads<T>& heads, 
   __syncthreads();
   for (int h = warp_id(); h < heads.count; h += static_cast<int>(blockDim.x) / kWarpSize) {
     double total = 0;
-    for (int t = lane_id(); t < share; t += kWarpSize) {
-      total += scratch[h * share + t];
+    for (int t = lane_id(); t < threads; t += kWarpSize) {
+      total += scratch[h * threads + t];
     }
     total = over_warp(total, Sum{});
     if (lane_id() == 0) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
-// The block's norms[h], by whichever way there is. All threads may read them afterwards.
+// Sets the block's norms[h], in the way that `from` says. All threads may read them afterwards.
 template <typename T>
 __device__ void find_norms(double* norms, double* scratch, const Norms& from, const Heads<T>& heads, int64_t rows) {
   if (from.mean && !from.parts) {

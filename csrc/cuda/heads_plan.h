@@ -1,7 +1,7 @@
-// Every decision about how the heads' kernels are launched, from sizes alone; heads_launches.cuh acts on it. Plain C++: no CUDA, no
-// ATen.
+// Every decision about how the heads' kernels are launched, from sizes alone; heads_*_launches.cuh act on it. Plain C++: no CUDA,
+// no ATen.
 //
-// A block of threads sweeps over its own rows, a tile of them in shared memory at a time. For the sweep's life the block keeps the
+// A block of threads sweeps over its own rows, a tile of them in shared memory at a time. During the whole sweep it keeps the
 // weight in shared memory and its part of the weight's gradient in registers. Features too wide for either are swept in slices.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace grl_ext {
 
-// More columns than a warp has lanes go through matrix products: the sweep gives every column of a row its lane.
+// The sweep gives every column of a row its own lane of a warp. More columns than lanes go to matrix products.
 constexpr int kMaxSweepColumns = 32;
 
 // The register tile: a thread holds kPiece neighbouring features, kColumnGroup columns and, backward, kRowGroup rows. The tile of
@@ -34,16 +34,17 @@ constexpr int kMaxFeatures = kMaxGridY * kSliceMultiple;
 // products ask for.
 constexpr int kProductColumns = 8;
 
-// The reading of N * H targets that every block may do by itself: it costs less than launching a kernel that adds their weights once.
+// Up to this many targets, rows times heads, every block adds the rows' weights up itself. That costs less than the launch of a
+// kernel that does it once.
 constexpr int64_t kMaxRowsCountedInPlace = 16384;
 
 constexpr int kNormThreads = 256;
 constexpr int kMaxNormBlocks = 128;
 constexpr int kProductThreads = 256;
 constexpr int kTotalThreads = 256;
-constexpr int kSmallBlocksPerSm = 8;  // of the 256 threads of the three above: they fill a multiprocessor's 2048
+constexpr int kSmallBlocksPerSm = 8;  // 8 blocks of 256 threads (the three constants above) fill a multiprocessor's 2048
 
-// The sweep's static shared memory at most: what it knows of columns and heads. A block's memory is this and the dynamic part.
+// The most static shared memory of the sweep, which describes columns and heads. A block's memory is this and the dynamic part.
 constexpr int kStaticBytes = 4096;
 
 struct HeadsDevice {
@@ -106,14 +107,15 @@ inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   sweep.targets_at = place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
   sweep.sums_at = place(8 * 32 * std::max<int64_t>(logits_tiles, sweep.threads / 32));
   sweep.g_at = place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * kMaxSweepColumns);
-  sweep.scaled_pitch = sweep.tile_rows + kPiece;  // the lanes that write a row meet in fewer banks than without the kPiece
+  sweep.scaled_pitch = sweep.tile_rows + kPiece;  // kPiece: fewer bank conflicts of the lanes that write a row
   sweep.scaled_at = place(int64_t{problem.arithmetic_bytes} * sweep.scaled_pitch * kMaxSweepColumns);
   sweep.shared_bytes = static_cast<int>(end);
 }
 
-// Large tiles divide the traffic of W and of the row phase among more rows; two stages keep the memory busy during arithmetic.
-// Two blocks of 256 threads on a multiprocessor, where they fit, also hide each other's barriers; else one block of 512 threads,
-// which f64, at twice the registers a number, cannot have. To be tuned with bench/compare.py --device cuda.
+// Large tiles divide the cost of reading W, and that of the phase row by row, among more rows. Two stages keep the memory busy
+// during the arithmetic. Where two blocks of 256 threads fit on a multiprocessor, one works while the other waits at a barrier.
+// Else there is one block of 512 threads, or of 256 in f64, whose numbers take two registers. To be tuned with bench/compare.py
+// --device cuda.
 inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
   constexpr int kReservedBytes = 1024;  // by the system, for each block
   const int whole = device.shared_bytes - kStaticBytes;
@@ -151,9 +153,10 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   }
   sweep.slices = static_cast<int>(std::max<int64_t>(1, divide_up(problem.features, std::max(1, sweep.slice_features))));
 
-  // As many blocks as run at a time, if each gets a row group; but past one a multiprocessor no more than keep the partial sums of
-  // the weight's gradient (written and read once, a block) within a quarter of the features' traffic (read and written once).
-  // A block takes one slice of the features, but all of them where the logits' sums run through the slices.
+  // As many blocks as run at a time, if there is a row group for each. But every block writes its partial sums of the weight's
+  // gradient, which are read once more. This traffic may be a quarter of that of the features, which are read and written once; one
+  // block a multiprocessor is always allowed.
+  // A block takes one slice of the features. For logits only it takes all slices, because the sums run through them.
   const int64_t resident = int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1);
   const int64_t across = problem.logits_only ? resident : std::max<int64_t>(1, resident / sweep.slices);
   int64_t blocks = std::min(divide_up(problem.rows, kRowGroup), across);
@@ -166,7 +169,7 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   return sweep;
 }
 
-// What of a problem the pass for the logits alone has to do with.
+// The same problem, for a pass that computes logits only.
 inline HeadsProblem logits_problem(HeadsProblem problem) {
   problem.target_bytes = 0;
   problem.weight_gradient = false;
@@ -193,10 +196,11 @@ inline int norm_blocks_for(int64_t rows_to_count) {
   return static_cast<int>(std::min<int64_t>(kMaxNormBlocks, divide_up(rows_to_count, 16 * kNormThreads)));
 }
 
-// Where one pass does not do, halves go to products and the others to two passes. Counted on the compiled code for an H100, cycles
-// for 16 rows of 1024 features and 12 columns on a multiprocessor: two passes of f32 take 15200 for the memory and 9730 to issue, so
-// that the memory binds; of bf16 7600 and 11390, so that the arithmetic does, which the matrix units of a product hardly notice. In
-// f32 a product has no matrix units (unless the user allows TF32) and pads narrow heads to its own tiles.
+// Where one pass is not possible, half types go to products and the others to two passes. The reason, in cycles of an H100's
+// multiprocessor for 16 rows of 1024 features and 12 columns, counted in the compiled code: two passes of f32 need 15200 for the
+// memory and 9730 to issue the instructions, so that the memory is the limit. Those of bf16 need 7600 and 11390, so that the
+// arithmetic is the limit; for the matrix units of a product it is little work. In f32 a product has no matrix units (unless the
+// user allows TF32), and it pads narrow heads to its own tiles.
 inline HeadsPlan plan_heads(const HeadsProblem& problem, const HeadsDevice& device) {
   HeadsPlan plan{};
   plan.norm_blocks = problem.rows_to_count <= kMaxRowsCountedInPlace ? 0 : norm_blocks_for(problem.rows_to_count);

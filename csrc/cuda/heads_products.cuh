@@ -1,19 +1,20 @@
-// What the heads need between matrix products, for those that the sweep does not take. One product serves all heads, over buffers in
-// which their columns lie side by side, `pitch` of them: a multiple of kProductColumns. Columns past the last head's are zero.
+// The kernels before, between and after matrix products, for heads that the sweep does not take. One product serves all heads, over
+// buffers in which their columns lie side by side. There are `pitch` columns, a multiple of kProductColumns; those after the last
+// head's are zero.
 //
-// Kernels that go through rows give each row of a head the lanes it has a use for: a warp takes several rows of a narrow head.
+// Kernels that go through rows give each row of a head as many lanes as it can use: a warp takes several rows of a narrow head.
 #pragma once
 
 #include "heads_loss.cuh"
 
 namespace grl_ext {
 
-// The lanes of a row, a power of two, and the row's place.
+// The lanes that work on one row, a power of two, and which rows this thread takes part in.
 struct LanesOfRow {
   int lanes;
-  int lane;  // among them
-  int64_t first;  // row of this thread
-  int64_t step;  // from its row to the next
+  int lane;  // this thread's, among them
+  int64_t first;  // this thread's first row
+  int64_t step;  // from one of its rows to the next
 
   __device__ explicit LanesOfRow(int size) : lanes(1) {
     while (lanes < size && lanes < kWarpSize) {
@@ -35,13 +36,13 @@ struct LanesOfRow {
   }
 };
 
-// The columns that head h answers for in a buffer: its own, and the last head of all also those after it.
+// The end of the columns that head h fills in a buffer: its own, and for the last head of all also the padding after them.
 template <typename T>
 __device__ int padded_end(const Heads<T>& heads, int h, int columns, int pitch) {
   return heads.head[h].end == columns ? pitch : heads.head[h].end;
 }
 
-// weight (pitch, features) and bias (pitch) from the heads' own. Traffic: the weights, read and written once. Launch: heads along y.
+// weight (pitch, features) and bias (pitch) from the heads' own. Traffic: weights read and written once. Launch: heads along y.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads)
     heads_gather_weights_kernel(T* weight, T* bias, int features, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
-// Zeros the rows of `weight` that belong to heads with scale 0: what such a head holds, infinities too, stays out of the product
-// that makes dx. Launch: heads along y; those with another scale return at once.
+// Zeros the rows of `weight` that belong to heads with scale 0, so that such a head, which may hold infinities, adds nothing to the
+// product that makes dx. Launch: heads along y; those with another scale return at once.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads)
     heads_silence_kernel(T* weight, int features, const __grid_constant__ Heads<T> heads) {
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(kProductThreads)
 }
 
 // The heads' logits, g and scaled (each where not null), and losses[block][head], from a product's logits z (rows, pitch).
-// Traffic: z once from memory and twice more from the cache; logits, g and scaled written once. Launch: the heads of the launch along
-// y; along x enough blocks to fill the GPU, which stride over the rows.
+// Traffic: z once from memory and twice more from the cache; logits, g and scaled written once. Launch: the heads of the launch
+// along y; along x enough blocks to fill the GPU, which stride over the rows.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
     T* g, T* scaled, double* losses, const T* z, int64_t rows, int columns, int pitch, int all_heads, Norms from,
@@ -128,12 +129,13 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
   const Head<T>& head = heads.head[h];
   const HeadLoss<T> of_head = head_loss(heads, h, norms[h]);
   const int size = head.size();
-  const int first_class = head.binary();  // of the columns: a binary head's one column is class 1, beside the logit 0 of class 0
+  const int first_class = head.binary();  // of the first column: that of a binary head is class 1, and class 0 has the logit 0
   const int end = padded_end(heads, h, columns, pitch) - head.begin;
   const A scale = static_cast<A>(heads.scale_of(h));
   const LanesOfRow at(size);
   double loss = 0;
-  // A warp's lanes leave the loop together: its shuffles need them all. A lane beyond the last row sees the last row and adds nothing.
+  // All lanes of a warp leave the loop together, because its shuffles need them all. A lane beyond the last row reads the last row
+  // and adds nothing.
   const int64_t warp_first = at.first - lane_id() / at.lanes;
   for (int64_t ahead = 0; warp_first + ahead < rows; ahead += at.step) {
     const bool inside = at.first + ahead < rows;
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
         part += expected_part(u, logit(c) - top);
       }
       sum = at.over(sum, Sum{});
-      mass = of_head.sums_to_one ? A(1) : at.over(mass, Sum{});
+      mass = of_head.mass_is_one ? A(1) : at.over(mass, Sum{});
     }
     part = at.over(part, Sum{});
     if (inside && row_target.valid && at.lane == 0) {

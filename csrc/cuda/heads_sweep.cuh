@@ -1,4 +1,4 @@
-// The sweep over the features: one kernel, whose passes make the logits, the gradients, or with the loss in between both at once.
+// The sweep over the features: one kernel that computes, depending on the pass, the logits, the gradients, or both and the loss.
 #pragma once
 
 #include "heads_gradients.cuh"
@@ -19,7 +19,7 @@ template <typename T>
 struct SweepArguments {
   using A = typename Arithmetic<T>::type;
   Pass pass;
-  unsigned weight_columns;  // whose weight gradient is needed
+  unsigned weight_columns;  // bit c: the weight gradient of column c is needed
   int64_t rows;
   int features;
   int columns;
@@ -29,17 +29,17 @@ struct SweepArguments {
   const T* x;              // (rows, features)
   T* dx;                   // (rows, features), or null
   A* z;                    // (rows, columns), or null
-  A* partial;              // by block: the weights' gradient if asked for, then the biases'; `partial_stride` apart
+  A* partial;              // of each block, partial_stride apart: the weights' gradient if needed, then the biases'
   int64_t partial_stride;
   double* losses;          // (blocks, heads): the block's part of each head's mean
   Heads<T> heads;
 };
 
-// Of drivers before CUDA 12.1; the wide types have the largest.
+// The limit of drivers before CUDA 12.1. The arguments of the wide types are the largest.
 static_assert(sizeof(SweepArguments<double>) <= 4096 && sizeof(SweepArguments<float>) <= 4096);
 
-// A lane's column, the same in every row. It and its head's loss lie in shared memory: in registers they would be in the way of the
-// arithmetic between one tile's losses and the next one's.
+// A lane's column, the same in every row. It and its head's loss are in shared memory: they are read once a tile, and the
+// arithmetic in between needs the registers.
 template <typename T>
 struct Column {
   using A = typename Arithmetic<T>::type;
@@ -80,11 +80,12 @@ __device__ Column<T> column_of_lane(const Heads<T>& heads, int columns) {
 
 // z = x W^T + b; g and the loss as in heads_loss.cuh; dx = (g * scale) W; partial dW = g^T x and db = sum g over the block's rows.
 // Per row of D features and K columns, e bytes an element: D e bytes read, D e written; 2 D K operations for the logits and 4 D K
-// for the gradients. Of shared memory about (1 + K / 4 + K / 8) + (3 K / 16) + (5 K / 16) elements are loaded for each feature, so
-// that it binds before the multiply-adds do.
+// for the gradients. From shared memory about (1 + K / 4 + K / 8) + (3 K / 16) + (5 K / 16) elements are loaded for each feature:
+// it is the limit before the multiply-adds are.
 // Launch: persistent blocks, each with its range of rows; slices of the features along y, or one after the other within a block
-// (kLogits: their sums meet in z). Tiles arrive by asynchronous copies, the next during the arithmetic of this one where two fit.
-// kWithLoss: the passes with a loss, and the logits that go before them; without it the others, which need fewer registers.
+// (kLogits: their sums meet in z). Tiles arrive by asynchronous copies; where two fit, the next one during the arithmetic of this
+// one.
+// kWithLoss is for the passes with a loss and for the pass that makes their logits. The others, without it, need fewer registers.
 template <typename T, int kThreads, bool kWithLoss>
 __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type) == 8 ? 1 : 512 / kThreads)
     heads_sweep_kernel(const __grid_constant__ SweepArguments<T> in) {
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
     start_tile(slice, 0, begin);
   };
 
-  // 1. The weights and the first tile start to arrive; meanwhile the block finds out what its lanes and heads are.
+  // 1. The copies of the weights and of the first tile start. Meanwhile the block sets up its columns, norms and losses.
   const int first_slice = static_cast<int>(blockIdx.y);
   {
     const auto mine = column_of_lane(in.heads, in.columns);
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
 
     int stage = 0;
     for (int64_t row = begin; row < end; row += sweep.tile_rows) {
-      // 2. This tile has arrived, and the next one starts to.
+      // 2. Start to copy the next tile, and wait for this one.
       const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
       const T* const x = tiles + stage * sweep.tile_rows * pitch;
       const char* const targets = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
@@ -193,14 +194,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
       }
       __syncthreads();
 
-      // 3. The logits of the tile, in parts.
+      // 3. The logits of the tile, as sums over parts of the features.
       const LogitsTiles logits_tiles(rows, in.columns);
       if (multiplies) {
         logits_tiles.multiply(sums, x, weight, pitch, pieces, in.columns);
         __syncthreads();
       }
 
-      // 4. Row by row, a warp each, its columns on the lanes: logits, loss, g.
+      // 4. Row by row, a warp for each row and a lane for each column: logits, loss, g.
       const Column<T> column = columns[lane_id()];
       for (int r = warp_id(); r < rows; r += kWarps) {
         const int64_t at = (row + r) * in.columns + lane_id();
@@ -236,13 +237,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         g[r * kMaxSweepColumns + lane_id()] = dz;
         scaled[lane_id() * sweep.scaled_pitch + r] = dz * column.scale;
       }
-      const unsigned counted = __ballot_sync(kWholeWarp, column.exists && column.scale != 0);
+      const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.scale != 0);
       __syncthreads();
 
-      // 5. The gradients, while the tile is there.
+      // 5. The gradients, while the tile is in shared memory.
       if (in.dx) {
         write_feature_gradient(
-            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, counted, rows, width,
+            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, dx_columns, rows, width,
             pieces_are_whole(in.dx, in.features));
       }
       if (in.weight_columns != 0) {
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
     }
   }
 
-  // 6. The block's sums over its rows. Each slice has seen the whole g: the blocks of slice 0 write them.
+  // 6. The block's sums over its rows. The blocks of all slices have the same g, so that those of slice 0 write them.
   const Column<T> column = columns[lane_id()];
   if (in.partial) {
     const auto total = static_cast<A>(sum_over_warps(static_cast<double>(db), scratch));

@@ -1,4 +1,4 @@
-// From tensors to what the heads' kernels are told of them, and the matrix products between those kernels.
+// From tensors to the arguments of the heads' kernels, and the matrix products between those kernels.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -13,9 +13,11 @@
 #include <optional>
 #include <vector>
 
-#include "../heads.h"
+#include "../gradient_slots.h"
+#include "../heads_options.h"
 #include "dispatch.h"
-#include "heads_launches.cuh"
+#include "heads_products_launches.cuh"
+#include "heads_sweep_launches.cuh"
 
 namespace grl_ext {
 
@@ -73,10 +75,10 @@ inline std::vector<Tensor> contiguous(const OptionalTensors& tensors) {
   return result;
 }
 
-// One number for each head or adversary: the device's own where it has them, else the host's.
+// One number for each head or adversary. Those on a device are read there by the kernels, the others here.
 class Numbers {
  public:
-  // One number expanded to all stays one on the device: laying it out would be a launch more.
+  // A number that was expanded to all heads stays one number on the device: a contiguous copy would be one more launch.
   explicit Numbers(const Tensor& values)
       : values_(
             !values.is_cuda()           ? values.contiguous().to(at::kDouble)
@@ -126,20 +128,20 @@ inline void check_features(const Sizes& sizes) {
       sizes.features <= kMaxFeatures, "x has ", sizes.features, " features; the CUDA kernels take up to ", kMaxFeatures);
 }
 
-// The gradients that are needed, by the operators' `needs`: of x, of each weight, of each bias; the others empty.
+// Tensors for the gradients that the operator's `needs` asks for: of x, of each weight, of each bias. The others are empty.
 struct Gradients {
   Tensor dx;
   std::vector<Tensor> dw, db;
 
   Gradients(const Sizes& sizes, const at::TensorOptions& options, const c10::List<bool>& needs) {
-    const auto needed = [&](size_t i, at::IntArrayRef shape) {
-      return at::empty(needs.get(i) ? shape : at::IntArrayRef{0}, options);
+    const auto needed = [&](size_t slot, at::IntArrayRef shape) {
+      return at::empty(needs.get(slot) ? shape : at::IntArrayRef{0}, options);
     };
-    const auto count = sizes.heads.size();
-    dx = needed(0, {sizes.rows, sizes.features});
-    for (size_t h = 0; h < count; ++h) {
-      dw.push_back(needed(1 + h, {sizes.heads[h], sizes.features}));
-      db.push_back(needed(1 + count + h, {sizes.heads[h]}));
+    const GradientSlots slots{sizes.heads.size()};
+    dx = needed(slots.x(), {sizes.rows, sizes.features});
+    for (size_t h = 0; h < sizes.heads.size(); ++h) {
+      dw.push_back(needed(slots.weight(h), {sizes.heads[h], sizes.features}));
+      db.push_back(needed(slots.bias(h), {sizes.heads[h]}));
     }
   }
 
@@ -149,7 +151,7 @@ struct Gradients {
   }
 };
 
-// All heads, kHeadsPerLaunch at a time, with their columns and their scales. describe(head, h) says the rest of head h.
+// All heads, kHeadsPerLaunch at a time, with their columns and scales. describe(head, h) sets the other fields of head h.
 template <typename T, class Describe>
 std::vector<Heads<T>> launches_of(
     const Sizes& sizes, const Numbers& lambda, at::IntArrayRef lambda_index, const Describe& describe) {
@@ -177,7 +179,7 @@ std::vector<Heads<T>> launches_of(
 // Products
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The buffers side by side, of which a kernel fills what it is there for.
+// The buffers of Products as tensors. Those that an operator does not need stay undefined.
 struct ProductBuffers {
   Sizes sizes;
   int64_t pitch;
@@ -200,7 +202,7 @@ struct ProductBuffers {
         pointer(scaled)};
   }
 
-  // The gradients from g, scaled and weight, and what of them each head is owed.
+  // Computes the gradients of all heads from g, scaled and weight, and copies each head's part into its tensor.
   void write_gradients(Gradients& gradients, const std::optional<Tensor>& x) const {
     if (scaled.defined()) {
       gradients.dx = at::mm(scaled, weight);
@@ -210,7 +212,7 @@ struct ProductBuffers {
   }
 
  private:
-  // all(): what all heads get together, one after the other.
+  // all() computes the rows of all heads, one head after the other.
   template <class All>
   void write_rows(std::vector<Tensor>& heads, const All& all) const {
     Tensor rows;

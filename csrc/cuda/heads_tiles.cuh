@@ -1,4 +1,4 @@
-// How numbers get into shared memory for the sweep, and how a thread takes them from there: in pieces of kPiece.
+// How the sweep copies numbers into shared memory, and how a thread loads and stores them: in pieces of kPiece.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ __device__ void load_piece(A (&to)[kPiece], const T* from) {
   }
 }
 
-// The first `count` numbers of a piece; all at once where `whole` says that every piece is whole and aligned.
+// Stores the first `count` numbers of a piece. `whole`: every piece is complete and aligned, and can be stored at once.
 template <typename T, typename A>
 __device__ void store_piece(T* to, const A (&from)[kPiece], int count, bool whole) {
   Piece<T> piece;
@@ -71,8 +71,8 @@ __device__ void copy_bytes_by(char* to, const char* from, int bytes) {
   }
 }
 
-// Starts to copy `count` numbers to shared memory, by the whole warp, in the widest copies that both ends are aligned for. Only halves
-// at odd addresses have none: the lanes move those at once.
+// Starts to copy `count` numbers to shared memory, by the whole warp, in the widest copies that both ends are aligned for. Half
+// types at odd multiples of 2 bytes have no such copy: the lanes load and store those.
 template <typename T>
 __device__ void copy_row(T* to, const T* from, int count) {
   const int bytes = count * static_cast<int>(sizeof(T));
@@ -92,7 +92,7 @@ __device__ void copy_row(T* to, const T* from, int count) {
   }
 }
 
-// Zeros what a row's last piece holds past its end: the dot products run over whole pieces.
+// Zeros the last piece of each row from the row's end on: the dot products run over whole pieces.
 template <typename T>
 __device__ void zero_row_ends(T* base, int pitch, int rows, int width) {
   for (int r = static_cast<int>(threadIdx.x); r < rows; r += static_cast<int>(blockDim.x)) {

@@ -1,7 +1,7 @@
-// The sum of what the sweep's blocks left: the weights' and biases' gradients, and the losses.
+// Adds up the partial sums of the sweep's blocks: the weights' and biases' gradients, and the losses.
 #pragma once
 
-#include "heads.cuh"
+#include "heads_arguments.cuh"
 #include "launch.cuh"
 #include "warp.cuh"
 
@@ -28,14 +28,14 @@ struct HeadsTotal {
   int blocks;
   Heads<T> heads;
 
-  // Runs of a warp's width in what a head needs.
+  // How many runs of 32 elements, a warp's width, a head's gradient has; 0 if it is not needed.
   __host__ __device__ int64_t weight_runs(int h) const {
     return heads.head[h].grad_weight ? divide_up(int64_t{heads.head[h].size()} * features, 32) : 0;
   }
   __host__ __device__ int64_t bias_runs(int h) const { return heads.head[h].grad_bias ? divide_up(heads.head[h].size(), 32) : 0; }
 };
 
-// The heads' losses and their weighted sum, by one block: a warp a head.
+// The heads' losses and their weighted sum, by one block: a warp for each head.
 template <typename T>
 __device__ void total_of_losses(const HeadsTotal<T>& in, double* scratch) {
   using A = typename Arithmetic<T>::type;
@@ -59,8 +59,9 @@ __device__ void total_of_losses(const HeadsTotal<T>& in, double* scratch) {
 }
 
 // grad_weight, grad_bias and the losses, each the sum of the blocks' parts in their order.
-// Traffic: the parts once, which the sweep has just left in the L2 cache. Launch: a warp's lanes are 32 neighbouring elements and
-// the block's warps share the parts, so that there are enough loads in flight; block 0 adds the losses first.
+// Traffic: the parts once; the sweep has just written them, so that they are in the L2 cache. Launch: a warp's lanes take 32
+// neighbouring elements, and the warps of a block divide the parts among them, so that there are enough loads in flight. Block 0
+// adds the losses first.
 template <typename T, bool kWithLoss>
 __global__ void __launch_bounds__(kTotalThreads) heads_total_kernel(const __grid_constant__ HeadsTotal<T> in) {
   using A = typename Arithmetic<T>::type;

@@ -1,5 +1,5 @@
-// The one way to start a kernel, and the kernel's end of the dynamic shared memory asked for there. No <<<>>> anywhere: these
-// are plain function calls, so that the CPU tests (tests/cuda_on_cpu) compile the very same text with a C++ compiler.
+// launch(), the only way to start a kernel here, and dynamic_shared_memory(), by which the kernel gets the memory asked for there.
+// These are plain function calls and no <<<>>>, so that the tests in tests/cuda_on_cpu compile the same text with a C++ compiler.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,10 +11,10 @@
 
 namespace grl_ext {
 
-// Lets the kernel have all the dynamic shared memory that the current device gives a block. Without this a block gets 48 KB, of
+// Allows the kernel all the dynamic shared memory that the current device can give a block. Without this a block gets 48 KB, of
 // which the kernel's static shared arrays are a part.
-// The setting is one per device and kernel, for all host threads. So it is made once and to the most there is: a setting to each
-// launch's own size would let one thread lower it between another's setting and launch.
+// All host threads share the setting of a device and kernel. So it is set once, to the largest size. If each launch set its own
+// size, one thread could lower it between another thread's setting and launch.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> allowed;

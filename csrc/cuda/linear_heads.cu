@@ -1,5 +1,5 @@
-// _heads_logits and _heads_gradients on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued on
-// the current stream and nothing waits, so that it can be captured in a CUDA graph.
+// _heads_logits and _heads_gradients on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued
+// on the current stream, and the host never waits, so that it can be captured in a CUDA graph.
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
 

@@ -1,5 +1,5 @@
 // _scale_negate on CUDA: chooses the kernel for the gradients' type and the form of lambda. Everything is enqueued on the current
-// stream and nothing waits, so that it can be captured in a CUDA graph.
+// stream, and the host never waits, so that it can be captured in a CUDA graph.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>

@@ -1,5 +1,5 @@
-// out = -lambda * grad on the GPU: the kernels for one gradient and for several, the three forms of lambda, and the launches on plain
-// pointers. Knows no ATen, so that tests/cuda_on_cpu runs this text as it is; scale_negate.cu brings the tensors.
+// out = -lambda * grad on the GPU: the kernels for one gradient and for several, the three forms of lambda, and the launches on
+// plain pointers. Knows no ATen, so that tests/cuda_on_cpu runs this text as it is; scale_negate.cu brings the tensors.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,9 @@
 
 namespace grl_ext {
 
-// The forms of lambda. fetch() is called once by each thread. What it returns gives, for a run of neighbouring elements that begins
-// at element `i`, a walker whose next() is the lambda of one element after the other; and says whether it would leave a gradient
-// as it is.
+// The forms of lambda. Each thread calls fetch() once. The result's run_from(i) returns an iterator for a run of neighbouring
+// elements that begins at element i: next() returns the lambda of one element after the other. changes_nothing() says whether a
+// gradient would stay as it is.
 
 // A number known to the host.
 template <typename A>
@@ -71,22 +71,22 @@ __device__ T scale_negate_element(T grad, A lambda) {
   return Arithmetic<T>::narrow(lambda == A(0) ? A(0) : -lambda * Arithmetic<T>::widen(grad));
 }
 
-// What a thread moves at a time: the widest access there is.
+// The bytes that a thread moves at a time: the widest access there is.
 constexpr int kVectorBytes = 16;
 template <typename T>
 constexpr int kVectorSize = kVectorBytes / sizeof(T);
 
-// The vectors that a thread has loaded before it stores the first. `out` may be `grad`, so that neither the compiler nor the GPU
-// moves a load past a store: one vector at a time would wait for the memory twice.
+// How many vectors a thread loads before it stores the first. `out` may be `grad`, so that the compiler cannot move a load before a
+// store: with one vector at a time, each load would wait for the store before it.
 constexpr int kVectorsInFlight = 4;
 
 constexpr int kScaleNegateThreads = 256;
-// As many blocks as run at a time, so that none waits for another's end. The kernels take up to 64 registers a thread, by which four
-// blocks fit; their loads in flight, 64 KB a multiprocessor, are several times what hides the memory's latency. Eight would have 32
-// registers and spill. To be tuned with bench/compare.py --device cuda.
+// As many blocks as run at a time, so that none waits for another's end. The kernels take up to 64 registers a thread, with which
+// four blocks fit. Their loads in flight, 64 KB a multiprocessor, are several times what hides the memory's latency. With eight
+// blocks a thread would have 32 registers and spill. To be tuned with bench/compare.py --device cuda.
 constexpr int kScaleNegateBlocksPerSm = 4;
 
-// The elements of a vector, each under the next lambda of the run.
+// Scales the elements of a vector, each by the next lambda of the run.
 template <typename T, typename Run>
 __device__ uint4 scale_negate_vector(uint4 bits, Run run) {
   T elements[kVectorSize<T>];
@@ -142,8 +142,8 @@ __device__ void scale_negate_elements(T* out, const T* grad, int64_t n, Lambda l
 }
 
 // Traffic: one read and one write per element (a broadcast lambda is small and comes from the cache).
-// Launch: one thread per 16 bytes up to full multiprocessors, then each thread strides over the rest. No shared memory: no element
-// meets another. In place by lambda = -1 nothing is read or written.
+// Launch: one thread per 16 bytes until the multiprocessors are full, then each thread strides over the rest. No shared memory, as
+// no element needs another. In place with lambda = -1 nothing is read or written.
 template <typename T, typename Lambda>
 __global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
     scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda form) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
   scale_negate_elements(out, grad, n, lambda, blockIdx.x, gridDim.x);
 }
 
-// As many blocks as have 16 bytes for every thread, and no more than run at a time.
+// As many blocks as have 16 bytes for every thread, but no more than run at a time.
 template <typename T>
 int64_t scale_negate_blocks(int64_t n, int sm_count) {
   constexpr int64_t kPerBlock = kScaleNegateThreads * kVectorSize<T>;
@@ -176,7 +176,7 @@ cudaError_t scale_negate(T* out, const T* grad, int64_t n, Lambda lambda, int sm
 // Several gradients in place, under one lambda
 // ---------------------------------------------------------------------------------------------------------------------
 
-// As many as find room among a kernel's arguments with some to spare.
+// As many as fit into a kernel's arguments, with some room to spare.
 constexpr int kGradientsPerLaunch = 128;
 
 template <typename T>

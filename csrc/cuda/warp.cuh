@@ -40,9 +40,9 @@ struct Maximum {
   }
 };
 
-// Lane i gets the sum over the lanes of v[i]: at every step a lane keeps half of its numbers and sends the other half to the lane
-// that keeps those. 31 exchanges, where 32 sums one by one take 160. A recursion: loops with such bounds the compiler leaves as
-// they are, with v in memory instead of registers.
+// Lane i gets the sum over the lanes of v[i]. At every step a lane keeps half of its numbers and sends the other half to the lane
+// that keeps those. This takes 31 exchanges; 32 sums one by one would take 160. It is a recursion because the compiler does not
+// unroll loops with such bounds, and v would be in memory instead of registers.
 template <int kHalf = kWarpSize / 2, typename T>
 __device__ T transposed_sum(T (&v)[kWarpSize]) {
   const bool upper = lane_id() & kHalf;
@@ -59,7 +59,7 @@ __device__ T transposed_sum(T (&v)[kWarpSize]) {
   }
 }
 
-// Each lane of the first warp gets the sum of its counterparts' values in all warps; `scratch` holds a number a thread.
+// Each lane of the first warp gets the sum of its counterparts' values in all warps; `scratch` holds a number for each thread.
 __device__ inline double sum_over_warps(double value, double* scratch) {
   __syncthreads();
   scratch[threadIdx.x] = value;

@@ -11,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "heads_launches.cuh"
+#include "heads_products_launches.cuh"
+#include "heads_sweep_launches.cuh"
 
 namespace heads_oracle {
 

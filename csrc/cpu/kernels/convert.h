@@ -78,3 +78,18 @@ inline Half narrow<Half, float>(float x) {
   const unsigned finite = select(magnitude < 0x38800000u, tiny, normal);
   return {static_cast<unsigned short>(sign | select(magnitude >= 0x47800000u, special, finite))};
 }
+
+// Rows of a half type to float and back.
+template <class H>
+void widen_rows(float* out, const void* in, long n) {
+  for (long i = 0; i < n; ++i) {
+    out[i] = widen(static_cast<const H*>(in)[i]);
+  }
+}
+
+template <class H>
+void narrow_rows(void* out, const float* in, long n) {
+  for (long i = 0; i < n; ++i) {
+    static_cast<H*>(out)[i] = narrow<H, float>(in[i]);
+  }
+}

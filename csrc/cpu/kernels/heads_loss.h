@@ -1,13 +1,13 @@
-// The losses of one head over a block of rows, with the gradient of its logits. A row weight of 0 takes the row out: no loss and no
-// gradient, though its logits or targets be NaN.
+// The losses of one head over a block of rows, with the gradient of its logits. A row of weight 0 has no loss and no gradient, even
+// where its logits or targets are NaN.
 
-// y * z, and nothing where y is 0, though z be infinite.
+// y * z, and 0 where y is 0, even if z is infinite.
 template <class T>
 inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
   return y == 0 ? Vector<T>{} : y * z;
 }
 
-// Stores the gradient of one logit's column, and what of it goes to the features.
+// Stores the gradient of one column of logits, and the same times the head's scale, which is what goes into dx.
 template <class T>
 inline void store_gradient(const HeadBlock<T>& head, long c, long r, Vector<T> weight, Vector<T> dz) {
   const Vector<T> zero = {};
@@ -18,18 +18,18 @@ inline void store_gradient(const HeadBlock<T>& head, long c, long r, Vector<T> w
 
 // Softmax cross entropy (columns == 1: binary, the softmax over the logits 0 and z). For each row, with y the one-hot class or the
 // given probabilities:
-//   u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes),   s = sum_c u[c]
-//   loss = s log sum_c exp(z[c] - top) - sum_c u[c] (z[c] - top),           dz[c] = s softmax(z)[c] - u[c]
-// with top the row's largest logit; where u is 0 a class adds nothing to the loss, though its logit be -infinity.
+//   u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes),   mass = sum_c u[c]
+//   loss = mass log sum_c exp(z[c] - top) - sum_c u[c] (z[c] - top),        dz[c] = mass softmax(z)[c] - u[c]
+// with top the row's largest logit. A class with u = 0 adds nothing to the loss, even if its logit is -infinity.
 // Returns sum_r row_weight[r] loss[r], summed in T.
 template <class T, bool kLabels>
 double cross_entropy_of(const HeadBlock<T>& head) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   using Integers = Vector<Integer<T>>;
   const bool binary = head.columns == 1;
-  const T uniform = static_cast<T>(head.smoothing / (binary ? 2 : head.columns));
-  const T certain = static_cast<T>(1 - head.smoothing);
-  const bool sums_to_one = kLabels && !head.class_weight;
+  const T smoothing_per_class = static_cast<T>(head.smoothing / (binary ? 2 : head.columns));
+  const T one_minus_smoothing = static_cast<T>(1 - head.smoothing);
+  const bool mass_is_one = kLabels && !head.class_weight;
   const Vector<T> zero = {};
   Vector<T> loss = zero;
   for (long r = 0; r < head.rows; r += kLanes) {
@@ -38,15 +38,15 @@ double cross_entropy_of(const HeadBlock<T>& head) {
     if constexpr (kLabels) {
       label = load(head.label + r);
     }
-    // u for class c, of which a binary head has two and one column.
+    // u[c]. A binary head has one column and two classes.
     const auto wanted = [&](long c) {
       Vector<T> y;
       if constexpr (kLabels) {
         const Integers hit = label == static_cast<Integer<T>>(c);
-        y = uniform + (hit ? broadcast(certain) : zero);
+        y = smoothing_per_class + (hit ? broadcast(one_minus_smoothing) : zero);
       } else {
         const Vector<T> given = load(head.target + (binary ? 0 : c) * kMaxBlockRows + r);
-        y = uniform + certain * (binary && c == 0 ? 1 - given : given);
+        y = smoothing_per_class + one_minus_smoothing * (binary && c == 0 ? 1 - given : given);
       }
       return head.class_weight ? y * head.class_weight[c] : y;
     };
@@ -56,11 +56,11 @@ double cross_entropy_of(const HeadBlock<T>& head) {
       const Vector<T> z = load(head.logits + c * kMaxBlockRows + r);
       top = z <= top ? top : z;  // NaN goes through
     }
-    Vector<T> sum = zero, total = zero, expected = zero;  // of exp(z - top), u and u (z - top)
+    Vector<T> sum = zero, mass = zero, expected = zero;  // of exp(z - top), u and u (z - top)
     if (binary) {
       const Vector<T> u = wanted(0);
       sum = exp_nonpositive(zero - top);
-      total = u;
+      mass = u;
       expected = weighted<T>(u, zero - top);
     }
     for (long c = 0; c < head.columns; ++c) {
@@ -68,16 +68,16 @@ double cross_entropy_of(const HeadBlock<T>& head) {
       const Vector<T> e = exp_nonpositive(shifted);
       const Vector<T> u = wanted(c + first);
       sum += e;
-      total += u;
+      mass += u;
       expected += weighted<T>(u, shifted);
       store(head.grad_logits + c * kMaxBlockRows + r, e);
     }
-    total = sums_to_one ? broadcast(T(1)) : total;
-    const Vector<T> per_exp = total / sum;
+    mass = mass_is_one ? broadcast(T(1)) : mass;
+    const Vector<T> per_exp = mass / sum;
     for (long c = 0; c < head.columns; ++c) {
       store_gradient(head, c, r, weight, load(head.grad_logits + c * kMaxBlockRows + r) * per_exp - wanted(c + first));
     }
-    loss += weight != 0 ? weight * (total * log_at_least_one(sum) - expected) : zero;
+    loss += weight != 0 ? weight * (mass * log_at_least_one(sum) - expected) : zero;
   }
   return sum_lanes<T>(loss);
 }

@@ -1,4 +1,4 @@
-// One instruction set's table. Included by the files of csrc/cpu/isa/ only, each of which has set its target before.
+// One instruction set's table. Only the files of csrc/cpu/isa/ include this; each sets its target first.
 #include "../kernels.h"
 
 // Everything that follows is private to the including file: two instruction sets must not share one symbol.
@@ -7,8 +7,11 @@ namespace {
 #include "convert.h"
 #include "scale_negate.h"
 #include "vector.h"
-//
-#include "heads.h"
+// Comments keep clang-format from sorting the includes: heads_tiles.h needs vector.h,
+#include "heads_tiles.h"
+// and these need heads_tiles.h.
+#include "heads_gradients.h"
+#include "heads_logits.h"
 #include "heads_loss.h"
 }  // namespace
 

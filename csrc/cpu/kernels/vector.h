@@ -24,11 +24,11 @@ inline void store(T* to, Vector<T> v) {
 // Where in a row a vector lies.
 enum class Edge {
   kNone,     // well inside
-  kOverlap,  // at the row's end, over lanes that the vector before has done: only its last `part` lanes are fresh
+  kOverlap,  // at the row's end, overlapping the vector before: only its last `part` lanes are new
   kShort,    // in a row shorter than a vector: only its first `part` lanes exist
 };
 
-// Zeros, then ones: read from a position on, they tell the last lanes from the others.
+// Zeros, then -1, which is true. A vector loaded from element n on is the mask of its last n lanes.
 template <class T>
 struct Ramp {
   Integer<T> steps[2 * VectorOf<T>::kLanes];
@@ -42,7 +42,7 @@ struct Ramp {
 template <class T>
 constexpr Ramp<T> kRamp;
 
-// A vector's way between memory and register, by where it lies.
+// Loads and stores a vector, depending on where in the row it lies.
 template <class T, Edge kEdge>
 class Lanes {
  public:
@@ -65,7 +65,7 @@ class Lanes {
     }
   }
 
-  // a in the lanes to be done, b in those that the vector before has done.
+  // a in the new lanes, b in those that overlap the vector before.
   Vector<T> fresh_or(Vector<T> a, Vector<T> b) const { return kEdge == Edge::kOverlap ? fresh_ ? a : b : a; }
 
  private:
@@ -78,7 +78,7 @@ inline Vector<T> broadcast(T x) {
   return x - Vector<T>{};
 }
 
-// The sum of N lanes by halves, so that many of these sums overlap in the processor.
+// The sum of N lanes by halves: short chains of additions, so that the processor can work on many such sums at a time.
 template <class T, int N>
 inline T sum_lanes(const T* lanes) {
   if constexpr (N == 1) {

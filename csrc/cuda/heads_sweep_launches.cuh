@@ -1,75 +1,15 @@
-// The heads' operators on plain pointers: which kernels run, one after the other. Knows no ATen, so that tests/cuda_on_cpu runs this
-// text as it is; linear_heads.cu and heads_loss.cu bring the tensors.
-//
-// Nothing waits for the device, every sum has one fixed order, and all memory is the caller's.
+// The heads' operators by sweeps, for up to kMaxSweepColumns columns: which kernels run, one after the other.
 #pragma once
 
-#include "heads_products.cuh"
+#include <algorithm>
+
+#include "heads_queue.cuh"
 #include "heads_sweep.cuh"
 #include "heads_total.cuh"
 
 namespace grl_ext {
 
-// Kernels on one stream; after the first that could not start, none.
-struct Launches {
-  cudaStream_t stream;
-  cudaError_t status = cudaSuccess;
-
-  template <typename... Params, typename... Args>
-  void operator()(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared_bytes, Args&&... args) {
-    if (status == cudaSuccess) {
-      status = launch(kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, stream, std::forward<Args>(args)...);
-    }
-  }
-};
-
-// Hands out pieces of a workspace; before there is one, only adds up their sizes.
-class Workspace {
- public:
-  explicit Workspace(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t at = bytes_;
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  int64_t bytes_ = 0;
-};
-
-// place(workspace) takes its pieces, once to measure and once for good. allocate(bytes) gives memory on the device.
-template <typename Allocate, typename Place>
-void place_in_workspace(const Allocate& allocate, const Place& place) {
-  Workspace measured;
-  place(measured);
-  if (measured.bytes() > 0) {
-    Workspace workspace(allocate(measured.bytes()));
-    place(workspace);
-  }
-}
-
-inline dim3 small_grid(int64_t blocks, const HeadsDevice& device, int heads = 1) {
-  return dim3(
-      static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, int64_t{kSmallBlocksPerSm} * device.sm_count)),
-      static_cast<unsigned>(heads));
-}
-
-// Where things run.
-struct HeadsQueue {
-  HeadsDevice device;
-  cudaStream_t stream;
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// By sweeps, for up to kMaxSweepColumns columns
-// ---------------------------------------------------------------------------------------------------------------------
-
-// What an operator is given. Each head says for itself where its parameters, targets and results are.
+// The arguments of an operator. The description of each head says where its parameters, targets and results are.
 template <typename T>
 struct HeadsCall {
   const T* x;  // (rows, features)
@@ -88,7 +28,7 @@ struct HeadsCall {
   }
 };
 
-// Says where each head's targets lie in a row of the sweep's tiles. Returns their bytes.
+// Sets where each head's target and sample weight lie in a row of the sweep's tiles. Returns the bytes of a row.
 template <typename T>
 int place_targets(Heads<T>& heads) {
   int at = 0;
@@ -101,7 +41,7 @@ int place_targets(Heads<T>& heads) {
   return at;
 }
 
-// What is to be read before the norms are known.
+// HeadsProblem::rows_to_count: what must be read before the norms are known.
 template <typename T>
 int64_t rows_to_count(const Heads<T>& heads, int64_t rows, bool mean) {
   return mean ? rows * heads.count : 0;
@@ -191,7 +131,7 @@ void run_total(
   }
 }
 
-// The pass that makes the logits alone.
+// The same sweep as a pass that computes logits only.
 template <typename T>
 SweepArguments<T> logits_pass(SweepArguments<T> arguments, const Sweep& sweep) {
   arguments.pass = Pass::kLogits;
@@ -227,7 +167,7 @@ cudaError_t heads_gradients(const HeadsCall<T>& call, const HeadsQueue& queue, c
   return launches.status;
 }
 
-// For what plan_heads does not leave to products.
+// For problems that plan_heads does not give to products.
 template <typename T, typename Allocate>
 cudaError_t heads_loss(
     const HeadsCall<T>& call, bool mean, const HeadsLosses<typename Arithmetic<T>::type>& losses, const HeadsQueue& queue,
@@ -258,117 +198,6 @@ cudaError_t heads_loss(
   }
   run_sweep<true>(launches, sweep);
   run_total<true>(launches, sweep, losses, queue.device);
-  return launches.status;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Between matrix products, for any number of columns. `all_heads` holds all heads, kHeadsPerLaunch at a time.
-// ---------------------------------------------------------------------------------------------------------------------
-
-// The buffers that the products read and write: what there is of weight (pitch, features), bias (pitch), z, g, scaled (rows, pitch).
-template <typename T>
-struct Products {
-  int64_t rows;
-  int features;
-  int columns;
-  int pitch;
-  T* weight;
-  T* bias;
-  T* z;
-  T* g;
-  T* scaled;
-};
-
-// A thread for each of four elements.
-inline dim3 grid_of_elements(int64_t elements, int heads, const HeadsDevice& device) {
-  return small_grid(divide_up(elements, int64_t{4} * kProductThreads), device, heads);
-}
-
-template <typename T, typename HeadsList>
-cudaError_t gather_weights(const Products<T>& in, const HeadsList& all_heads, const HeadsQueue& queue) {
-  Launches launches{queue.stream};
-  for (const Heads<T>& heads : all_heads) {
-    launches(
-        heads_gather_weights_kernel<T>,
-        grid_of_elements(int64_t{in.pitch} * in.features / heads.count + 1, heads.count, queue.device), kProductThreads, 0,
-        in.weight, in.bias, in.features, in.columns, in.pitch, heads);
-  }
-  return launches.status;
-}
-
-template <typename T, typename HeadsList>
-cudaError_t silence_weights(const Products<T>& in, const HeadsList& all_heads, const HeadsQueue& queue) {
-  Launches launches{queue.stream};
-  for (const Heads<T>& heads : all_heads) {
-    launches(
-        heads_silence_kernel<T>, grid_of_elements(int64_t{in.pitch} * in.features / heads.count + 1, heads.count, queue.device),
-        kProductThreads, 0, in.weight, in.features, heads);
-  }
-  return launches.status;
-}
-
-template <typename T, typename HeadsList>
-cudaError_t split_logits(const Products<T>& in, const HeadsList& all_heads, const HeadsQueue& queue) {
-  Launches launches{queue.stream};
-  for (const Heads<T>& heads : all_heads) {
-    if (in.rows > 0) {
-      launches(
-          heads_split_logits_kernel<T>, grid_of_elements(in.rows * in.pitch / heads.count + 1, heads.count, queue.device),
-          kProductThreads, 0, in.z, in.rows, in.pitch, heads);
-    }
-  }
-  return launches.status;
-}
-
-template <typename T, typename HeadsList>
-cudaError_t gather_gradients(const Products<T>& in, const HeadsList& all_heads, const HeadsQueue& queue) {
-  Launches launches{queue.stream};
-  for (const Heads<T>& heads : all_heads) {
-    if (in.rows > 0) {
-      launches(
-          heads_gather_gradients_kernel<T>, grid_of_elements(in.rows * in.pitch / heads.count + 1, heads.count, queue.device),
-          kProductThreads, 0, in.g, in.scaled, in.rows, in.columns, in.pitch, heads);
-    }
-  }
-  return launches.status;
-}
-
-// From z: the heads' logits, their losses, g and scaled.
-template <typename T, typename HeadsList, typename Allocate>
-cudaError_t heads_loss_of_products(
-    const Products<T>& in, const HeadsList& all_heads, int heads_count, bool mean,
-    const HeadsLosses<typename Arithmetic<T>::type>& losses, const HeadsQueue& queue, const Allocate& allocate) {
-  const int norm_blocks = mean ? norm_blocks_for(in.rows * heads_count) : 0;
-  const dim3 grid = grid_of_elements(in.rows * in.pitch / heads_count + 1, 1, queue.device);
-  const int blocks = in.rows == 0 ? 0 : static_cast<int>(grid.x);
-  double* parts = nullptr;
-  double* partial = nullptr;
-  place_in_workspace(allocate, [&](Workspace& w) {
-    parts = w.take<double>(int64_t{norm_blocks} * kHeadsPerLaunch);
-    partial = w.take<double>(int64_t{blocks} * heads_count);
-  });
-
-  Launches launches{queue.stream};
-  for (const Heads<T>& heads : all_heads) {
-    if (blocks > 0) {
-      if (norm_blocks > 0) {
-        launches(heads_norm_kernel<T>, dim3(static_cast<unsigned>(norm_blocks)), kNormThreads, 0, parts, in.rows, heads);
-      }
-      launches(
-          heads_loss_kernel<T>, dim3(grid.x, static_cast<unsigned>(heads.count)), kProductThreads, 0, in.g, in.scaled, partial,
-          in.z, in.rows, in.columns, in.pitch, heads_count, Norms{mean, parts, norm_blocks}, heads);
-    }
-    HeadsTotal<T> total{};
-    total.losses = partial;
-    total.out = losses;
-    total.all_heads = heads_count;
-    total.blocks = blocks;
-    total.heads = heads;
-    for (Head<T>* head = total.heads.head; head != total.heads.head + heads.count; ++head) {
-      head->grad_weight = head->grad_bias = nullptr;  // the products make those
-    }
-    launches(heads_total_kernel<T, true>, dim3(1), kTotalThreads, 0, total);
-  }
   return launches.status;
 }
 

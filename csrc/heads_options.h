@@ -1,4 +1,4 @@
-// What is said of the heads of a loss, from the operator's schema down to the kernels: element h of each list is head h's.
+// The options of heads_loss, as schema and kernels take them. Element h of each list belongs to head h.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -18,13 +18,13 @@ struct HeadsOptions {
   std::vector<at::Tensor> targets; // (N): classes; (N, size): probabilities, or a squared error's values
   OptionalTensors sample_weight;   // (N), or none: 1
   OptionalTensors class_weight;    // (classes), or none: 1; a head of size 1 has two classes
-  at::Tensor lambda;               // the adversaries' numbers
-  std::vector<int64_t> lambda_index;  // the head's number among them; -1 for a predictor
-  std::optional<at::Tensor> loss_weight;
-  std::vector<int64_t> kind;
+  at::Tensor lambda;               // (adversaries): one number each
+  std::vector<int64_t> lambda_index;  // which of them is the head's; -1 for a predictor, which has none
+  std::optional<at::Tensor> loss_weight;  // (heads), or none: 1
+  std::vector<int64_t> kind;              // LossKind
   std::vector<double> label_smoothing;
   std::vector<int64_t> ignore_index;
-  bool mean = true;  // or the sum over the rows
+  bool mean = true;  // over the rows; false: their sum
 };
 
 inline int64_t classes_of(int64_t head_size) {

@@ -1,4 +1,4 @@
-#include "heads.h"
+#include "head_inputs.h"
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
@@ -16,16 +16,12 @@ using at::Tensor;
 
 HeadInputs prepare(const Tensor& x, at::TensorList weight, const OptionalTensors& bias) {
   HeadInputs inputs{x, x, {weight.vec(), bias}};
-  const auto device = x.device().type();
-  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) {
-    const auto dtype = at::autocast::get_autocast_dtype(device);
-    const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };
+  if (const Autocast cast(x.device().type()); cast.is_on()) {
     inputs.features = cast(x);
     inputs.layers.bias = OptionalTensors();
     for (size_t i = 0; i < weight.size(); ++i) {
       inputs.layers.weight[i] = cast(weight[i]);
-      const auto given = i < bias.size() ? bias.get(i) : std::nullopt;
-      inputs.layers.bias.push_back(given ? std::optional(cast(*given)) : std::nullopt);
+      inputs.layers.bias.push_back(i < bias.size() ? cast(bias.get(i)) : std::nullopt);
     }
   }
   return inputs;
@@ -62,7 +58,7 @@ Tensor numbers_now(const Tensor& values) {
   if (!is_plain(values) || !values.is_contiguous() || values.scalar_type() != at::kDouble || c10::impl::dispatch_mode_enabled()) {
     return values.detach().clone();
   }
-  // The same for a few numbers, without the dispatcher's time.
+  // The same copy without the dispatcher's overhead, which would take longer than copying a few numbers.
   Tensor copy = at::detail::empty_cpu(values.sizes(), values.options());
   std::copy_n(values.const_data_ptr<double>(), values.numel(), copy.mutable_data_ptr<double>());
   return copy;

@@ -1,4 +1,4 @@
-#include "head_loss.h"
+#include "grad_logits_composite.h"
 
 namespace grl_ext {
 namespace {
@@ -10,7 +10,7 @@ Tensor probabilities(const Tensor& target, const Tensor& valid, int64_t size, do
   const auto classes = classes_of(size);
   Tensor y;
   if (target.scalar_type() == at::kLong) {
-    // Not at::one_hot, which fixes the number of rows in a graph.
+    // Not at::one_hot, which makes the number of rows a constant of the graph.
     y = target.masked_fill(valid.logical_not(), 0).unsqueeze(1).eq(at::arange(classes, target.options())).to(dtype);
   } else {
     y = size == 1 ? at::cat({1 - target, target}, 1) : target;
@@ -24,7 +24,8 @@ Tensor probabilities(const Tensor& target, const Tensor& valid, int64_t size, do
 Tensor grad_logits_composite(const Tensor& logits, const HeadsOptions& options, size_t h) {
   const auto wide = logits.to(c10::promoteTypes(logits.scalar_type(), at::kFloat));
   const auto& target = options.targets[h];
-  const auto size = logits.sym_size(1).guard_int(__FILE__, __LINE__);  // not size(1), which would fix the number of rows too
+  // Not size(1), which would make the number of rows a constant of the graph too.
+  const auto size = logits.sym_size(1).guard_int(__FILE__, __LINE__);
   const bool labels = target.scalar_type() == at::kLong;
   const auto zero = at::zeros({}, wide.options());
   const auto given = options.sample_weight.get(h);

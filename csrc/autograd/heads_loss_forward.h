@@ -1,4 +1,4 @@
-// The heads of one loss: their layers and what is said of them; their losses, with the gradients made beside them.
+// The heads of one loss, their layers and options; and their losses, computed together with the gradients.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,21 +7,11 @@
 #include <optional>
 #include <vector>
 
+#include "../gradient_slots.h"
+#include "head_inputs.h"
 #include "head_layers.h"
-#include "heads.h"
 
 namespace grl_ext {
-
-// Where in a flat list of results the gradients of x, the layers' weights and their biases are.
-struct Slots {
-  size_t layers;
-
-  size_t weight(size_t layer) const { return 1 + layer; }
-
-  size_t bias(size_t layer) const { return 1 + layers + layer; }
-
-  size_t count() const { return 1 + 2 * layers; }
-};
 
 class HeadsOfLoss {
  public:
@@ -29,7 +19,7 @@ class HeadsOfLoss {
 
   size_t count() const { return first_.size() - 1; }
 
-  Slots slots() const { return {first_.back()}; }
+  GradientSlots slots() const { return {first_.back()}; }
 
   const HeadLayers& layers() const { return layers_; }
 
@@ -56,10 +46,10 @@ class HeadsOfLoss {
   struct Result {
     at::Tensor loss;
     std::vector<at::Tensor> head_losses, logits;
-    torch::autograd::variable_list gradients;  // by Slots; undefined where not needed
+    torch::autograd::variable_list gradients;  // by GradientSlots; undefined where not needed
   };
 
-  // The losses of some heads, and the gradients that are needed, each head's with its loss_weight.
+  // The losses of the heads in `asked`, and the gradients that are needed. In these each head counts with its loss_weight.
   Result compute(
       const std::vector<size_t>& asked, const at::Tensor& x, const std::optional<at::Tensor>& loss_weight,
       const std::vector<bool>& needs) const;
@@ -75,7 +65,7 @@ class HeadsOfLoss {
 
   HeadLayers layers_;
   HeadsOptions options_;
-  std::vector<size_t> first_;  // layer of each head; and the number of layers
+  std::vector<size_t> first_;  // each head's first layer; at the end, the number of layers
 };
 
 }  // namespace grl_ext

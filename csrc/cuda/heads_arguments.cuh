@@ -1,4 +1,4 @@
-// What a launch of the heads' kernels is told of its heads.
+// The description of the heads that a kernel gets among its arguments.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace grl_ext {
 
-// As many heads as a launch takes. Their descriptions travel among the kernel's arguments, of which there may be 4096 bytes: no
-// operator has to lay weights or targets side by side first.
+// The most heads of one launch. Their descriptions are among the kernel's arguments, which may have 4096 bytes. They hold pointers,
+// so that weights and targets need not be copied into one buffer first.
 constexpr int kHeadsPerLaunch = kMaxSweepColumns;
 
 enum class TargetKind : uint8_t {
@@ -33,12 +33,12 @@ struct Head {
   const A* class_weight;   // (classes), or null: 1
   int64_t ignore_index;
   double smoothing;
-  double scale;  // of what goes into dx: 1 for a predictor, -lambda for an adversary; not read if the device holds lambda
+  double scale;  // the head's factor in dx: 1 for a predictor, -lambda for an adversary; not read if the device holds lambda
   double loss_weight;  // not read if the device holds it
   int begin, end;  // columns, among those of all heads
-  int16_t lambda_index;  // among the adversaries' numbers; -1 for a predictor
-  uint16_t target_at;  // where its target begins in a row's targets, in bytes, as the sweep's tiles keep them
-  uint16_t weight_at;  // the same of its sample weight
+  int16_t lambda_index;  // in `lambda` of the launch; -1 for a predictor
+  uint16_t target_at;  // bytes from the beginning of a row's targets to this head's, in the sweep's tiles
+  uint16_t weight_at;  // the same for its sample weight
   TargetKind kind;
 
   __host__ __device__ int size() const { return end - begin; }
@@ -64,7 +64,7 @@ struct DeviceNumbers {
 template <typename T>
 struct Heads {
   int count;
-  int first;  // its place among the heads of all launches
+  int first;  // the index of head[0] among the heads of all launches
   DeviceNumbers lambda;  // of all adversaries
   DeviceNumbers loss_weight;  // of the heads of all launches
   Head<T> head[kHeadsPerLaunch];

@@ -1,10 +1,10 @@
-// The gradients of heads_loss from its features, where those made in the forward do not serve.
+// The backward of heads_loss, from its features: for where the forward's gradients cannot be returned.
 #pragma once
 
 #include <functional>
 #include <vector>
 
-#include "heads_of_loss.h"
+#include "heads_loss_forward.h"
 
 namespace grl_ext {
 
@@ -29,14 +29,14 @@ struct IncomingGradients {
   bool any(size_t begin, size_t end) const;
 };
 
-// In one more pass over the features. Nothing may be asked of the logits. A head without an incoming gradient takes no part: what it
-// holds may be infinite, and its parameters get no gradient, not zeros.
-torch::autograd::variable_list heads_loss_gradients(
+// By the kernels, in one more pass over the features. The logits must have no incoming gradients. A head whose loss has none takes
+// no part: its values may be infinite, and its parameters get no gradient instead of zeros.
+torch::autograd::variable_list heads_loss_backward(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const at::Tensor& x, const std::vector<bool>& needs);
 
-// The same in operators: differentiable where gradients of gradients are asked for, and with the logits' own gradients.
-// `logits` gives those of a linear head as the forward had them.
-torch::autograd::variable_list heads_loss_gradients_in_operators(
+// The same in ATen operators, which are differentiable; with the logits' incoming gradients. logits(h) returns the logits of linear
+// head h as the forward saved them.
+torch::autograd::variable_list heads_loss_backward_composite(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const at::Tensor& x,
     const std::function<at::Tensor(size_t h)>& logits, const std::vector<bool>& needs);
 

@@ -1,4 +1,4 @@
-#include "heads_of_loss.h"
+#include "heads_loss_forward.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -33,7 +33,7 @@ Output call_kernel(
       loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, to_list(needs));
 }
 
-// tensor.unbind(), without the dispatcher's time where nobody is to see it.
+// tensor.unbind(), without the dispatcher's overhead where no subclass and no mode has to see the call.
 std::vector<Tensor> elements_of(const Tensor& tensor) {
   if (!is_plain(tensor) || c10::impl::dispatch_mode_enabled()) {
     return tensor.unbind();
@@ -90,11 +90,11 @@ LayersOfHead HeadsOfLoss::layers_of(size_t h, const std::vector<bool>& needs) co
     own.needs_weight.push_back(needs[slots().weight(l)]);
     own.needs_bias.push_back(needs[slots().bias(l)]);
   }
-  own.needs_x = needs[0];
+  own.needs_x = needs[slots().x()];
   return own;
 }
 
-// What is said of some of the heads.
+// The options of some of the heads.
 HeadsOptions HeadsOfLoss::options_of(const std::vector<size_t>& heads, const std::optional<Tensor>& loss_weight) const {
   HeadsOptions own;
   own.lambda = options_.lambda;
@@ -138,7 +138,7 @@ void HeadsOfLoss::compute_linear(
     Result& result, const std::vector<size_t>& heads, const Tensor& x, const std::optional<Tensor>& loss_weight,
     const std::vector<bool>& needs) const {
   const auto call_for_some = [&]() -> Output {
-    std::vector<bool> own_needs{needs[0]};
+    std::vector<bool> own_needs{needs[slots().x()]};
     std::vector<Tensor> weight;
     OptionalTensors bias;
     for (const auto h : heads) {
@@ -156,7 +156,7 @@ void HeadsOfLoss::compute_linear(
       ? call_kernel(x, layers_.weight, layers_.bias, options_, loss_weight, needs)
       : call_for_some();
   result.loss = loss;
-  result.gradients[0] = needs[0] ? std::move(dx) : Tensor();
+  result.gradients[slots().x()] = needs[slots().x()] ? std::move(dx) : Tensor();
   auto losses = elements_of(head_losses);
   for (size_t i = 0; i < heads.size(); ++i) {
     const auto h = heads[i];
@@ -171,7 +171,7 @@ void HeadsOfLoss::compute_linear(
   }
 }
 
-// A head of several layers: matrix products, and the last layer with the loss as a linear head over the layer before.
+// A head of several layers: matrix products up to its last layer. That one and its loss are computed as those of a linear head.
 void HeadsOfLoss::compute_layers(
     Result& result, size_t h, const Tensor& x, const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs) const {
   const auto layers = layers_of(h, needs);
@@ -200,10 +200,10 @@ void HeadsOfLoss::compute_layers(
     result.gradients[slots().weight(first(h) + l)] = std::move(gradients.dw[l]);
     result.gradients[slots().bias(first(h) + l)] = std::move(gradients.db[l]);
   }
-  if (needs[0]) {
+  if (needs[slots().x()]) {
     const auto index = options_.lambda_index[h];
     const auto lambda = index < 0 ? Lambda{-1.0, std::nullopt} : read_lambda(options_.lambda.select(0, index));
-    add_reversed_product(result.gradients[0], gradients.first, layers.weight[0], lambda);
+    add_reversed_product(result.gradients[slots().x()], gradients.first, layers.weight[0], lambda);
   }
 }
 

@@ -1,11 +1,13 @@
-#include "heads_loss_gradients.h"
+#include "heads_loss_backward.h"
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
 
+#include "../arithmetic_type.h"
 #include "../ops.h"
-#include "head_loss.h"
+#include "grad_logits_composite.h"
+#include "linear_heads.h"
 #include "node.h"
 #include "scale_negate.h"
 
@@ -25,12 +27,13 @@ bool IncomingGradients::any_batched() const {
 
 namespace {
 
-// What head h's loss counts with: its gradient, and the total's times its loss weight. Undefined if neither has one.
+// The incoming gradient of head h's loss: its own, plus that of the total times the head's loss weight. Undefined if there is
+// neither.
 Tensor factor(const IncomingGradients& incoming, const HeadsOptions& options, size_t h) {
   Tensor factor = incoming.of_head_loss(h);
   if (const auto& total = incoming.of_loss(); total.defined()) {
     const auto own = options.loss_weight
-        ? total * options.loss_weight->select(0, static_cast<int64_t>(h)).to(total.scalar_type())  // wherever it is
+        ? total * options.loss_weight->select(0, static_cast<int64_t>(h)).to(total.scalar_type())  // on whichever device
         : total;
     factor = factor.defined() ? factor + own : own;
   }
@@ -70,7 +73,7 @@ void add_linear_heads(
   std::vector<Tensor> dz, weight;
   std::vector<int64_t> lambda_index;
   std::vector<size_t> asked;
-  std::vector<bool> own_needs{needs[0]};
+  std::vector<bool> own_needs{needs[heads.slots().x()]};
   for (size_t i = 0; i < linear.size(); ++i) {
     const auto h = linear[i];
     if (const auto grad = grad_logits(incoming, options, h, logits[i]); grad.defined()) {
@@ -88,7 +91,7 @@ void add_linear_heads(
     own_needs.push_back(needs[heads.slots().bias(heads.first(h))]);
   }
   const auto [dx, dw, db] = heads_gradients(dz, x, weight, options.lambda, lambda_index, own_needs);
-  result[0] = dx;
+  result[heads.slots().x()] = dx;
   for (size_t i = 0; i < asked.size(); ++i) {
     result[heads.slots().weight(heads.first(asked[i]))] = dw[i];
     result[heads.slots().bias(heads.first(asked[i]))] = db[i];
@@ -115,14 +118,14 @@ void add_layers(
     result[heads.slots().weight(heads.first(h) + l)] = gradients.dw[l];
     result[heads.slots().bias(heads.first(h) + l)] = gradients.db[l];
   }
-  if (needs[0]) {
-    add_reversed_product(result[0], gradients.first, layers.weight[0], lambda);
+  if (needs[heads.slots().x()]) {
+    add_reversed_product(result[heads.slots().x()], gradients.first, layers.weight[0], lambda);
   }
 }
 
 }  // namespace
 
-variable_list heads_loss_gradients(
+variable_list heads_loss_backward(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x, const std::vector<bool>& needs) {
   std::vector<size_t> asked;
   std::vector<Tensor> factors;
@@ -131,17 +134,16 @@ variable_list heads_loss_gradients(
     if (weight.defined()) {
       asked.push_back(h);
     }
-    const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    factors.push_back(weight.defined() ? weight : at::zeros({}, x.options().dtype(dtype)));
+    factors.push_back(weight.defined() ? weight : at::zeros({}, x.options().dtype(arithmetic_type(x.scalar_type()))));
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  // Most often it is one number for all, the gradient of the loss, which the kernels read where it is.
+  // Most often all heads have the same one, the gradient of the total. It is expanded and not copied: kernels read it where it is.
   const bool one = std::all_of(factors.begin(), factors.end(), [&](const Tensor& own) { return own.is_same(factors[0]); });
   const auto weights = one ? factors[0].expand({static_cast<int64_t>(factors.size())}) : at::stack(factors);
   return heads.compute(asked, x, weights, needs).gradients;
 }
 
-variable_list heads_loss_gradients_in_operators(
+variable_list heads_loss_backward_composite(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x, const std::function<Tensor(size_t h)>& logits,
     const std::vector<bool>& needs) {
   variable_list result(heads.slots().count());
