@@ -160,7 +160,7 @@ def _in_graph(x: Tensor, *others: Tensor | None) -> bool:
     if not torch.compiler.is_compiling():
         return False  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.
     # A subclass in a graph, such as DTensor, has a strategy for each of PyTorch's own operators.
-    return not any(hasattr(type(tensor), "__tensor_flatten__") for tensor in (x, *others))
+    return not any(tensor is not None and hasattr(type(tensor), "__tensor_flatten__") for tensor in (x, *others))
 
 
 def _is_distributed(x: Tensor) -> bool:
