@@ -45,9 +45,9 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 def begins_linear(module: nn.Module) -> bool:
     while True:
-        wrapped = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
-        if wrapped is not None:
-            module = wrapped
+        wrapped = [module._modules[name] for name in _WRAPPED if name in module._modules]
+        if wrapped:
+            module = wrapped[0]
         elif isinstance(module, nn.Sequential) and len(module):
             module = module[0]
         else:
