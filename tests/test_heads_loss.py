@@ -65,6 +65,16 @@ def test_heads_of_several_layers_equal_the_layers(device, dtype, head_sizes):
             check_loss(sample, outputs="loss" if half else "all")
 
 
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2, "x"], ids=str)
+def test_hidden_layers_over_many_rows_equal_the_layers(device, frozen):
+    # Their gradients are written over the layers' outputs, some rows at a time.
+    sample = sample_heads(device, torch.float64, leading=(1030,), features=5, head_sizes=((7, 6, 3), (4, 2)), kinds=("classes",))
+    if frozen is not None:
+        (sample.x if frozen == "x" else sample.weight[0][frozen]).requires_grad_(False)
+    check_loss(sample)
+    check_loss(sample, outputs="all")
+
+
 @pytest.mark.parametrize("head_sizes", [(3, 2, 1), (SWITCH, 1, 4), DEEP], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_losses_and_logits_have_the_gradients_of_the_layers_together(device, head_sizes, dtype):

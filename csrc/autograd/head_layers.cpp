@@ -17,6 +17,22 @@ bool in_place(const Tensor& grad) {
   return !at::GradMode::is_enabled() && !is_batched(grad);
 }
 
+// The gradient of a hidden layer's output from that of the layer above. Where no graph is recorded it is written over the output, some
+// rows at a time: a step with large hidden layers then never holds both.
+Tensor hidden_gradient(const Tensor& grad, const Tensor& weight, const Tensor& output) {
+  constexpr int64_t kPieces = 4, kRowsOfPiece = 256;  // fewer rows would make slower products
+  if (!in_place(grad) || !is_plain(output) || output.size(0) < kPieces * kRowsOfPiece) {
+    return relu_gradient(grad.mm(weight), output);
+  }
+  const int64_t rows = output.size(0);
+  for (int64_t i = 0; i < kPieces; ++i) {
+    const int64_t begin = rows * i / kPieces, count = rows * (i + 1) / kPieces - begin;
+    auto piece = output.narrow(0, begin, count);
+    at::threshold_backward_out(piece, grad.narrow(0, begin, count).mm(weight), piece, 0);
+  }
+  return output;
+}
+
 }  // namespace
 
 bool LayersOfHead::needs_input(size_t l) const {
@@ -50,7 +66,7 @@ void gradients_of_layers(
       gradients.db[l] = grad.sum(0);
     }
     if (l > 0 && layers.needs_input(l)) {
-      grad = relu_gradient(grad.mm(layers.weight[l]), inputs[l]);
+      grad = hidden_gradient(grad, layers.weight[l], inputs[l]);
       inputs.pop_back();
     } else {
       gradients.first = l == 0 && layers.needs_x ? std::move(grad) : Tensor();
