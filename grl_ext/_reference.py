@@ -170,13 +170,8 @@ def reversal_by_operators(x: Tensor, lambda_: Tensor | float) -> Tensor:
     if not x.is_floating_point() and not x.is_complex():
         return x.view_as(x)
     value = x.detach()
-    counts = value.isfinite()
-    if isinstance(lambda_, Tensor):
-        lambda_ = lambda_.detach().to(x.device, x.dtype)
-        counts = counts & (lambda_ != 0)  # exact zeros, even from an infinite gradient
-    elif lambda_ == 0:
-        counts = torch.zeros_like(counts)
-    return torch.where(counts, value - lambda_ * (x - value), value)
+    lambda_ = lambda_.detach() if isinstance(lambda_, Tensor) else lambda_
+    return torch.where(value.isfinite(), value + scale_negate(x - value, lambda_), value)
 
 
 def read_now(lambda_: Tensor) -> Tensor | float:

@@ -131,6 +131,23 @@ def test_lambda_0_gives_zeros_in_a_compiled_transform_whatever_comes_in(device, 
     assert_same(compiled(torch.randn(4, 5, device=device)), torch.zeros(4, 5, device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["0-d", "per feature"])
+def test_half_types_are_rounded_once_in_what_records_operators(device, dtype, form):
+    lambda_ = torch.tensor(0.3) if form == "0-d" else torch.full((5,), 0.3, dtype=torch.float64, device=device)
+    weight = torch.tensor([3.0, 7.0, 11.0, 13.0, 999.0], device=device, dtype=dtype)
+    x = torch.randn(4, 5, device=device, dtype=dtype, requires_grad=True)
+
+    def loss(x):
+        return (gradient_reversal(x, lambda_) * weight).sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    compiled = torch.compile(grad(loss), fullgraph=True, backend="aot_eager")
+    assert_same(compiled(x.detach()), expected)
+    recorded = make_fx(lambda x: torch.autograd.grad(loss(x), x)[0])(x)
+    assert_same(recorded(x), expected)
+
+
 def test_features_that_are_not_finite_keep_their_value_in_a_compiled_transform(device):
     x = torch.tensor([1.0, math.inf, -math.inf, math.nan], device=device)
     compiled = torch.compile(vmap(lambda x: gradient_reversal(x, 0.5)), fullgraph=True, backend="aot_eager")
