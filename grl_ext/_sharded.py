@@ -133,7 +133,7 @@ def heads_loss(
     lambda_: Tensor,
     lambda_index: Sequence[int],
     options: HeadsOptions,
-) -> "functional.HeadsLoss | None":
+) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
     """None for a layout that is not this module's."""
     heads = len(depth)
     options = options.filled(heads)
@@ -158,9 +158,11 @@ def heads_loss(
         factors = _factors(rows, sizes, targets, own)
         loss_weight = factors if own.loss_weight is None else factors * own.loss_weight.to(factors)
         own = own._replace(loss_weight=loss_weight)
-    out = functional.run_heads_loss(rows.x, rows.weight, rows.bias, depth, targets, rows.lambda_, lambda_index, own)
-    losses = [loss if factors is None else loss * factors[h].to(loss) for h, loss in enumerate(out.head_losses)]
-    return functional.HeadsLoss(rows.total(out.loss, True), [rows.total(loss, False) for loss in losses], rows.logits(out.logits))
+    given = (rows.x, rows.weight, rows.bias, depth, targets, rows.lambda_, lambda_index, own)
+    loss, head_losses, logits = functional.run_heads_loss(*given)
+    if factors is not None:
+        head_losses = [own_loss * factors[h].to(own_loss) for h, own_loss in enumerate(head_losses)]
+    return rows.total(loss, True), [rows.total(own_loss, False) for own_loss in head_losses], rows.logits(logits)
 
 
 @torch.no_grad()

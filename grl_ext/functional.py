@@ -390,7 +390,7 @@ def heads_loss(
         None if ignore_index is None else _reference_heads.check_ignored(ignore_index),
         check_reduction(reduction),
     )
-    return run_heads_loss(x, matrices, vectors, depth, targets, *_lambda_of_heads(lambda_, heads), options)
+    return HeadsLoss(*run_heads_loss(x, matrices, vectors, depth, targets, *_lambda_of_heads(lambda_, heads), options))
 
 
 def run_heads_loss(
@@ -402,14 +402,14 @@ def run_heads_loss(
     lambda_: Tensor,
     lambda_index: Sequence[int],
     options: HeadsOptions,
-) -> HeadsLoss:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """:func:`heads_loss` with one flat list of layers, of which a head has `depth` (None: one), and one entry per head in all else."""
     path = _linear_path()
     if path == "eager":
         # None where the kernels do not take these tensors.
         result = _backend.C.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, *options)
         if result is not None:
-            return HeadsLoss(*result)
+            return result
     depth = [1] * len(weight) if depth is None else depth
     if path != "traced" and _is_distributed(x):
         from grl_ext import _sharded
@@ -420,19 +420,17 @@ def run_heads_loss(
     weights = (*(options.sample_weight or ()), *(options.class_weight or ()))
     if path == "traced" and _in_graph(x, *weight, *bias, *targets, *weights):
         sample_weight, class_weight, loss_weight, *others = options.filled(len(depth))
-        return HeadsLoss(
-            *torch.ops.grl_ext.heads_loss(
-                x,
-                weight,
-                bias,
-                depth,
-                targets,
-                sample_weight,
-                class_weight,
-                lambda_.to(x.device),
-                lambda_index,
-                None if loss_weight is None else loss_weight.to(x.device),
-                *others,
-            )
+        return torch.ops.grl_ext.heads_loss(
+            x,
+            weight,
+            bias,
+            depth,
+            targets,
+            sample_weight,
+            class_weight,
+            lambda_.to(x.device),
+            lambda_index,
+            None if loss_weight is None else loss_weight.to(x.device),
+            *others,
         )
-    return HeadsLoss(*_reference_heads.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, options))
+    return _reference_heads.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, options)

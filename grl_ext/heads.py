@@ -24,6 +24,7 @@ from grl_ext.modules import GRL, GRLLinear, _LambdaModule, _number
 __all__ = ["AdversarialHeads", "HeadsOutput"]
 
 Head = int | Sequence[int] | nn.Module
+Losses = tuple[Tensor, list[Tensor], list[Tensor]]  # loss, head_losses, logits
 
 
 class HeadsOutput(NamedTuple):
@@ -220,11 +221,10 @@ class AdversarialHeads(_LambdaModule):
         ignore_index: int | Mapping[str, int] = -100,
         reduction: str = "mean",
     ) -> dict[str, Tensor] | HeadsOutput:
-        if isinstance(features, torch.fx.Proxy):
+        if not isinstance(features, Tensor):  # but what stands for one in torch.fx
             given = {"sample_weight": sample_weight, "class_weight": class_weight, "loss_weight": loss_weight}
             given |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
             return self._symbolic(features, targets, given)
-        check_tensor("features", features)
         if targets is None:
             return self._logits(features, self._heads())
         if type(targets) is not dict and not isinstance(targets, Mapping):
@@ -299,6 +299,8 @@ class AdversarialHeads(_LambdaModule):
 
     def _symbolic(self, features: torch.fx.Proxy, targets, options: dict[str, object]) -> torch.fx.Proxy:
         """For `torch.fx.symbolic_trace`: one call of this module in the graph, as of PyTorch's own modules."""
+        if not isinstance(features, torch.fx.Proxy):
+            check_tensor("features", features)
         try:
             name = features.tracer.path_of_module(self)
         except NameError:
@@ -309,11 +311,11 @@ class AdversarialHeads(_LambdaModule):
 
     def _fused_loss(
         self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
-    ) -> functional.HeadsLoss:
+    ) -> Losses:
         layers = [layer for head in heads for layer in head.layers]
         weights, biases = weights_and_biases(layers)
         try:
-            out = functional.run_heads_loss(
+            loss, head_losses, logits = functional.run_heads_loss(
                 features if self.dim == -1 else self._last(features),
                 weights,
                 biases,
@@ -325,13 +327,11 @@ class AdversarialHeads(_LambdaModule):
             )
         except ERRORS as error:
             raise named(error, heads) from None
-        if self.dim == -1:
-            return out
-        return functional.HeadsLoss(out.loss, out.head_losses, [self._back(z, features) for z in out.logits])
+        return loss, head_losses, logits if self.dim == -1 else [self._back(own, features) for own in logits]
 
     def _mixed_loss(
         self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
-    ) -> functional.HeadsLoss:
+    ) -> Losses:
         """The fused heads by their operator, the others' losses from their logits."""
         options = options.filled(len(heads))
         losses: dict[int, Tensor] = {}
@@ -356,7 +356,7 @@ class AdversarialHeads(_LambdaModule):
             losses[h] = loss_of_head(rows, targets, options, h)
         totals.append(total_loss([losses[h] for h in others], _some(options, others).loss_weight))
         every = range(len(heads))
-        return functional.HeadsLoss(sum(totals), [losses[h] for h in every], [logits[h] for h in every])
+        return sum(totals), [losses[h] for h in every], [logits[h] for h in every]
 
     # -- options --------------------------------------------------------------------------------------------------
 
