@@ -286,7 +286,7 @@ LossAndLogits heads_loss(
   prepare(options, inputs.x, sizes);
   const bool recorded = any_requires_grad(inputs.x, inputs.layers);
   const bool now = recorded && inputs.x.scalar_type() != at::kHalf;
-  const auto edges = recorded ? edges_of(inputs.x, inputs.layers) : torch::autograd::edge_list();
+  auto edges = recorded ? edges_of(inputs.x, inputs.layers) : torch::autograd::edge_list();
   std::vector<bool> needs{now && inputs.x.requires_grad()};
   needs.reserve(GradientSlots{weight.size()}.count());
   for (const auto& own : inputs.layers.weight) {
@@ -309,7 +309,7 @@ LossAndLogits heads_loss(
   }
   if (recorded) {
     auto node = make_node<HeadsLossBackward>(inputs.x, std::move(heads), now ? std::move(result.gradients) : variable_list());
-    node->set_next_edges(torch::autograd::edge_list(edges));
+    node->set_next_edges(std::move(edges));
     torch::autograd::set_history(result.loss, node);
     torch::autograd::set_history(result.head_losses, node);
     torch::autograd::set_history(result.logits, node);

@@ -115,6 +115,7 @@ void scale_negate_list(std::vector<at::Tensor>& grads, const Lambda& lambda) {
 
   const bool readable = !lambda.tensor || is_plain(*lambda.tensor);
   std::vector<at::Tensor> together;
+  together.reserve(grads.size());
   for (auto& grad : grads) {
     if (grad.defined() && readable && is_for_kernel(grad) && is_unshared(grad)) {
       together.push_back(grad);

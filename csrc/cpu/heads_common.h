@@ -3,13 +3,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "../gradient_slots.h"
+#include "empty.h"
 #include "heads_limits.h"
 #include "kernels.h"
 
@@ -59,14 +59,15 @@ const HeadsKernels<T>& heads_kernels() {
   }
 }
 
-// at::empty without the dispatcher's overhead.
-inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  return at::detail::empty_cpu(sizes, dtype);
-}
-
 // Some of the operator's heads, their columns side by side: which heads they are, and the columns of each.
 class HeadColumns {
  public:
+  explicit HeadColumns(int64_t most) {
+    heads_.reserve(most);
+    begin_.reserve(most + 1);
+    begin_.push_back(0);
+  }
+
   void add(int64_t head, int64_t size) {
     heads_.push_back(head);
     begin_.push_back(total() + size);
@@ -100,7 +101,7 @@ class HeadColumns {
   }
 
  private:
-  std::vector<int64_t> heads_, begin_{0};
+  std::vector<int64_t> heads_, begin_;
 };
 
 // The heads that the fused kernels take, which is each one for which there is still room, and those left to matrix products.
@@ -111,7 +112,7 @@ struct Division {
 
 template <class F>
 Division divide(int64_t heads, const F& size_of) {
-  Division division;
+  Division division{HeadColumns(heads), {}};
   for (int64_t h = 0; h < heads; ++h) {
     if (division.fused.total() + size_of(h) <= kMaxFusedColumns) {
       division.fused.add(h, size_of(h));

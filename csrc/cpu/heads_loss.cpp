@@ -156,27 +156,31 @@ void fused(
   for (int64_t i = 0; i < columns.count(); ++i) {
     result.logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
   }
-  ParameterGradients<T> of_parameters(columns, threads, d, x.scalar_type(), needs);
+  ParameterGradients<T> of_parameters(result.dw, result.db, columns, threads, d, x.scalar_type(), needs);
+  if (needs.x()) {
+    result.dx = empty(x.sizes(), x.scalar_type());  // after all others: see empty.h
+  }
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(result.dx, d);
     HeadRows<T> out(columns, result.logits);
-    std::vector<T> z(k * kMaxBlockRows), g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
+    std::vector<T> blocks(3 * k * kMaxBlockRows);
+    T *z = blocks.data(), *g = z + k * kMaxBlockRows, *scaled = g + k * kMaxBlockRows;
     for (int64_t r = begin; r < end; r += step) {
       const int64_t rows = std::min(step, end - r);
       const T* block = features.read(r, rows);
       const T* next = features.ahead(std::min(r + rows, end - 1));
-      heads_kernels<T>().logits(z.data(), block, next, parameters.weight(), parameters.bias(), rows, d, k);
-      out.write(z.data(), r, rows);
+      heads_kernels<T>().logits(z, block, next, parameters.weight(), parameters.bias(), rows, d, k);
+      out.write(z, r, rows);
       for (int64_t i = 0; i < columns.count(); ++i) {
         const int64_t at = columns.begin(i) * kMaxBlockRows;
-        losses.block(t, columns.head(i), r, rows, z.data() + at, g.data() + at, scaled.data() + at);
+        losses.block(t, columns.head(i), r, rows, z + at, g + at, scaled + at);
       }
       if (needs.x() || needs.any_weight()) {
         heads_kernels<T>().gradients(
             {.dx = needs.x() ? gradient.write(r) : nullptr,
              .dw = of_parameters.weight(t),
-             .grad_logits = g.data(),
-             .scaled = scaled.data(),
+             .grad_logits = g,
+             .scaled = scaled,
              .x = block,
              .weight = parameters.weight(),
              .rows = rows,
@@ -190,10 +194,10 @@ void fused(
       if (needs.x()) {
         gradient.written(r, rows);
       }
-      of_parameters.end_block(t, g.data(), rows);
+      of_parameters.end_block(t, g, rows);
     }
   });
-  of_parameters.total(result.dw, result.db);
+  of_parameters.total();
 }
 
 // One head by matrix products, with its losses between them.
@@ -247,7 +251,7 @@ Output heads_loss(
   }
   const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
   const auto none = [&] { return empty({0}, x.scalar_type()); };  // a new tensor each time: results must not share memory
-  Result result{std::vector<Tensor>(heads), needs.x() ? empty(x.sizes(), x.scalar_type()) : none(), {}, {}};
+  Result result{std::vector<Tensor>(heads), needs.x() ? Tensor() : none(), {}, {}};
   result.dw.reserve(heads);
   result.db.reserve(heads);
   for (size_t h = 0; h < heads; ++h) {
@@ -259,6 +263,8 @@ Output heads_loss(
     bool dx_begun = division.fused.count() > 0;
     if (dx_begun) {
       fused(result, losses, division.fused, threads, x, weight, bias, scales, needs);
+    } else if (needs.x()) {
+      result.dx = empty(x.sizes(), x.scalar_type());
     }
     for (const auto h : division.by_products) {
       by_products(result, dx_begun, losses, h, threads, x, weight[h], bias.get(h), scales[h], needs);

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -67,11 +69,24 @@ constexpr int64_t kBlocksPerSum = 256;
 template <class T>
 class ParameterGradients {
  public:
-  ParameterGradients(const HeadColumns& columns, int64_t threads, int64_t features, at::ScalarType dtype, const Needs& needs)
-      : columns_(columns), features_(features), dtype_(dtype), needs_(needs),
-        weight_runs_(columns.runs([&](int64_t head) { return needs.weight(head); })), threads_(threads) {
+  // Makes those elements of dw and db that are needed; total() fills them.
+  ParameterGradients(
+      std::vector<Tensor>& dw, std::vector<Tensor>& db, const HeadColumns& columns, int64_t threads, int64_t features,
+      at::ScalarType dtype, const Needs& needs)
+      : dw_(dw), db_(db), columns_(columns), needs_(needs),
+        weight_runs_(columns.runs([&](int64_t head) { return needs.weight(head); })),
+        weights_(weight_runs_.empty() ? 0 : columns.total() * features), threads_(threads) {
+    for (int64_t i = 0; i < columns.count(); ++i) {
+      const auto head = columns.head(i), size = columns.size(i);
+      if (needs.weight(head)) {
+        dw[head] = empty({size, features}, dtype);
+      }
+      if (needs.bias(head)) {
+        db[head] = empty({size}, dtype);
+      }
+    }
     for (auto& thread : threads_) {
-      thread.sums = Sums(weight_runs_.empty() ? 0 : columns.total() * features, columns.total());
+      thread.sums.resize(weights_ + columns.total());
     }
   }
 
@@ -79,17 +94,13 @@ class ParameterGradients {
   const std::vector<Columns>& weight_columns() const { return weight_runs_; }
 
   // The thread's sums for the weights, to which a block's are added; null if none are needed.
-  T* weight(int64_t thread) { return weight_runs_.empty() ? nullptr : threads_[thread].sums.weight.data(); }
+  T* weight(int64_t thread) { return weights_ == 0 ? nullptr : threads_[thread].sums.data(); }
 
   // Adds a block's sums for the biases. The block's last step.
   void end_block(int64_t thread, const T* grad_logits, int64_t rows) {
     auto& own = threads_[thread];
     for (int64_t c = 0; c < columns_.total(); ++c) {
-      T sum = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        sum += grad_logits[c * kMaxBlockRows + r];
-      }
-      own.sums.bias[c] += sum;
+      own.sums[weights_ + c] += sum(grad_logits + c * kMaxBlockRows, rows);
     }
     if (++own.blocks == kBlocksPerSum) {
       own.blocks = 0;
@@ -97,79 +108,85 @@ class ParameterGradients {
     }
   }
 
-  // Adds the threads' sums up, and sets those elements of dw and db that are needed.
-  void total(std::vector<Tensor>& dw, std::vector<Tensor>& db) {
+  // Adds the threads' sums up.
+  void total() {
     for (auto& thread : threads_) {
-      if (thread.aside) {
+      if (!thread.aside.empty()) {
         thread.put_aside();
-        thread.sums = std::move(*thread.aside);
+        thread.sums = std::move(thread.aside);
       }
     }
+    const int64_t features = weights_ / columns_.total();
     for (int64_t i = 0; i < columns_.count(); ++i) {
-      const auto head = columns_.head(i), begin = columns_.begin(i), size = columns_.size(i);
+      const auto head = columns_.head(i), begin = columns_.begin(i);
       if (needs_.weight(head)) {
-        dw[head] = sum_of_threads({size, features_}, begin * features_, &Sums::weight);
+        sum_of_threads(dw_[head], begin * features);
       }
       if (needs_.bias(head)) {
-        db[head] = sum_of_threads({size}, begin, &Sums::bias);
+        sum_of_threads(db_[head], weights_ + begin);
       }
     }
   }
 
  private:
-  struct Sums {
-    std::vector<T> weight, bias;
-
-    Sums() = default;
-    Sums(int64_t weights, int64_t biases) : weight(weights), bias(biases) {}
-
-    void add(const Sums& other) {
-      for (size_t i = 0; i < weight.size(); ++i) {
-        weight[i] += other.weight[i];
-      }
-      for (size_t i = 0; i < bias.size(); ++i) {
-        bias[i] += other.bias[i];
-      }
-    }
-  };
+  using Sums = std::vector<T>;  // of the weights, then of the biases
 
   struct Thread {
-    Sums sums;
-    std::optional<Sums> aside;
+    Sums sums, aside;
     int64_t blocks = 0;
 
     void put_aside() {
-      if (aside) {
-        aside->add(sums);
-        std::fill(sums.weight.begin(), sums.weight.end(), T(0));
-        std::fill(sums.bias.begin(), sums.bias.end(), T(0));
-      } else {
-        Sums zeros(static_cast<int64_t>(sums.weight.size()), static_cast<int64_t>(sums.bias.size()));
-        aside = std::exchange(sums, std::move(zeros));
+      if (aside.empty()) {
+        aside.swap(sums);
+        sums.resize(aside.size());
+        return;
       }
+      for (size_t i = 0; i < sums.size(); ++i) {
+        aside[i] += sums[i];
+      }
+      std::fill(sums.begin(), sums.end(), T(0));
     }
   };
 
-  Tensor sum_of_threads(at::IntArrayRef sizes, int64_t offset, std::vector<T> Sums::* part) const {
-    const auto dtype = arithmetic_type(dtype_);
-    auto result = empty(sizes, dtype);
-    T* to = result.template mutable_data_ptr<T>();
+  // Several chains of additions, because each waits for the one before it.
+  static T sum(const T* values, int64_t n) {
+    constexpr int kChains = 16;
+    std::array<T, kChains> chains{};
+    int64_t i = 0;
+    for (; i + kChains <= n; i += kChains) {
+      for (int j = 0; j < kChains; ++j) {
+        chains[j] += values[i + j];
+      }
+    }
+    for (int j = 0; i + j < n; ++j) {
+      chains[j] += values[i + j];
+    }
+    return std::accumulate(chains.begin(), chains.end(), T(0));
+  }
+
+  void sum_of_threads(const Tensor& result, int64_t offset) const {
     const int64_t n = result.numel();
-    std::copy_n((threads_[0].sums.*part).data() + offset, n, to);
+    const bool converted = result.scalar_type() != c10::CppTypeToScalarType<T>::value;
+    const auto sums = converted ? empty(result.sizes(), c10::CppTypeToScalarType<T>::value) : result;
+    T* to = sums.template mutable_data_ptr<T>();
+    std::copy_n(threads_[0].sums.data() + offset, n, to);
     for (size_t t = 1; t < threads_.size(); ++t) {
-      const T* from = (threads_[t].sums.*part).data() + offset;
+      const T* from = threads_[t].sums.data() + offset;
       for (int64_t i = 0; i < n; ++i) {
         to[i] += from[i];
       }
     }
-    return dtype_ == dtype ? result : result.to(dtype_);
+    if (converted) {
+      result.copy_(sums);
+    }
   }
 
+  std::vector<Tensor>& dw_;
+  std::vector<Tensor>& db_;
   const HeadColumns& columns_;
-  const int64_t features_;
-  const at::ScalarType dtype_;
   const Needs& needs_;
   const std::vector<Columns> weight_runs_;
+  const int64_t weights_;  // elements of all heads' weights; 0 if none needs a gradient
   std::vector<Thread> threads_;
 };
 

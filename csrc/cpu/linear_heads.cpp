@@ -67,7 +67,10 @@ void fused_gradients(
   const auto parameters = needs.x() ? std::optional<Parameters<T>>(std::in_place, columns, weight, OptionalTensors())
                                     : std::nullopt;
   const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
-  ParameterGradients<T> of_parameters(columns, threads, d, dtype, needs);
+  ParameterGradients<T> of_parameters(gradients.dw, gradients.db, columns, threads, d, dtype, needs);
+  if (needs.x()) {
+    gradients.dx = empty({n, d}, dtype);  // after all others: see empty.h
+  }
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(gradients.dx, d);
     HeadRows<T> incoming(columns, grad_logits);
@@ -103,7 +106,7 @@ void fused_gradients(
       of_parameters.end_block(t, g.data(), rows);
     }
   });
-  of_parameters.total(gradients.dw, gradients.db);
+  of_parameters.total();
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
@@ -120,14 +123,13 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
   const auto division = divide(heads, [&](int64_t h) { return grad_logits[h].size(1); });
   Gradients gradients(heads, grad_logits[0].scalar_type(), needs);
   const auto x = needs.any_weight() ? x_->contiguous() : gradients.dx;
-  if (needs.x()) {
-    gradients.dx = empty({n, d}, grad_logits[0].scalar_type());
-  }
   bool dx_begun = division.fused.count() > 0;
-  if (division.fused.count() > 0) {
+  if (dx_begun) {
     dispatch_arithmetic(grad_logits[0].scalar_type(), [&](auto zero) {
       fused_gradients<decltype(zero)>(gradients, division.fused, grad_logits, x, weight, scales, needs, d);
     });
+  } else if (needs.x()) {
+    gradients.dx = empty({n, d}, grad_logits[0].scalar_type());
   }
   for (const auto h : division.by_products) {
     if (needs.x()) {
