@@ -309,9 +309,7 @@ class AdversarialHeads(_LambdaModule):
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
-    def _fused_loss(
-        self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
-    ) -> Losses:
+    def _fused_loss(self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions) -> Losses:
         layers = [layer for head in heads for layer in head.layers]
         weights, biases = weights_and_biases(layers)
         try:
@@ -329,9 +327,7 @@ class AdversarialHeads(_LambdaModule):
             raise named(error, heads) from None
         return loss, head_losses, logits if self.dim == -1 else [self._back(own, features) for own in logits]
 
-    def _mixed_loss(
-        self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
-    ) -> Losses:
+    def _mixed_loss(self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions) -> Losses:
         """The fused heads by their operator, the others' losses from their logits."""
         options = options.filled(len(heads))
         losses: dict[int, Tensor] = {}
