@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ FUSED = "heads(features, targets)"
 CHUNKED = "F.linear_cross_entropy, chunked"
 COPY = "yardstick: one copy"
 PRODUCT = "yardstick: one product"
+PRODUCTS = "yardstick: the layers' products"
 
 Sizes = tuple[int, ...]  # of a head's layers; the last is its classes
 
@@ -259,6 +260,23 @@ def _yardsticks(problem: Problem) -> list[Row]:
     return [Row(name, "yardstick", steps[name])]
 
 
+def _products(problem: Problem) -> Row:
+    """The matrix products of heads with hidden layers, forward and backward, by ATen and with nothing between them."""
+    shape, factory = problem.shape, {"device": problem.features.device, "dtype": problem.features.dtype}
+    operands = []  # each layer's input, weight and output
+    for sizes in (shape.predictor, shape.adversary):
+        for inputs, outputs in pairwise((shape.features, *sizes)):
+            operands.append([torch.randn(size, **factory) for size in ((shape.rows, inputs), (outputs, inputs), (shape.rows, outputs))])
+
+    def step() -> None:
+        for x, weight, y in operands:
+            x @ weight.T
+            y @ weight
+            y.T @ x
+
+    return Row(PRODUCTS, "yardstick", step)
+
+
 def check_whole_gradients(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Each gradient's norm of the difference: a unit within rounding of ReLU's kink passes its gradient in one precision and not in
     the other, which is a large difference in a few entries."""
@@ -310,6 +328,8 @@ def _build(shape: Shape, measured: str, settings: Settings) -> Work:
         return Work(rows, check, "yardstick: the features' gradient alone, " + f"{problem.features.nbytes / 1e6:.1f} MB")
     if measured == "launches":
         return Work(rows, check, "yardstick: none; one of them is PyTorch's own, which makes the gradient of the loss")
+    if not linear:
+        return Work([*rows, _products(problem)], check, "yardstick: the layers' matrix products alone, forward and backward")
     yardsticks = _yardsticks(problem)
     if shape.weighted:
         step = _in_turns(_fused_loss(problem, with_weights=False), problem.turns)
