@@ -221,10 +221,11 @@ class AdversarialHeads(_LambdaModule):
         ignore_index: int | Mapping[str, int] = -100,
         reduction: str = "mean",
     ) -> dict[str, Tensor] | HeadsOutput:
-        if not isinstance(features, Tensor):  # but what stands for one in torch.fx
+        if isinstance(features, torch.fx.Proxy):
             given = {"sample_weight": sample_weight, "class_weight": class_weight, "loss_weight": loss_weight}
             given |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
             return self._symbolic(features, targets, given)
+        check_tensor("features", features)
         if targets is None:
             return self._logits(features, self._heads())
         if type(targets) is not dict and not isinstance(targets, Mapping):
@@ -299,8 +300,6 @@ class AdversarialHeads(_LambdaModule):
 
     def _symbolic(self, features: torch.fx.Proxy, targets, options: dict[str, object]) -> torch.fx.Proxy:
         """For `torch.fx.symbolic_trace`: one call of this module in the graph, as of PyTorch's own modules."""
-        if not isinstance(features, torch.fx.Proxy):
-            check_tensor("features", features)
         try:
             name = features.tracer.path_of_module(self)
         except NameError:
@@ -325,7 +324,9 @@ class AdversarialHeads(_LambdaModule):
             )
         except ERRORS as error:
             raise named(error, heads) from None
-        return loss, head_losses, logits if self.dim == -1 else [self._back(own, features) for own in logits]
+        if self.dim != -1:
+            logits = [self._back(own, features) for own in logits]
+        return loss, head_losses, logits
 
     def _mixed_loss(self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions) -> Losses:
         """The fused heads by their operator, the others' losses from their logits."""

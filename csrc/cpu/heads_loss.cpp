@@ -163,24 +163,23 @@ void fused(
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(result.dx, d);
     HeadRows<T> out(columns, result.logits);
-    std::vector<T> blocks(3 * k * kMaxBlockRows);
-    T *z = blocks.data(), *g = z + k * kMaxBlockRows, *scaled = g + k * kMaxBlockRows;
+    std::vector<T> z(k * kMaxBlockRows), g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
     for (int64_t r = begin; r < end; r += step) {
       const int64_t rows = std::min(step, end - r);
       const T* block = features.read(r, rows);
       const T* next = features.ahead(std::min(r + rows, end - 1));
-      heads_kernels<T>().logits(z, block, next, parameters.weight(), parameters.bias(), rows, d, k);
-      out.write(z, r, rows);
+      heads_kernels<T>().logits(z.data(), block, next, parameters.weight(), parameters.bias(), rows, d, k);
+      out.write(z.data(), r, rows);
       for (int64_t i = 0; i < columns.count(); ++i) {
         const int64_t at = columns.begin(i) * kMaxBlockRows;
-        losses.block(t, columns.head(i), r, rows, z + at, g + at, scaled + at);
+        losses.block(t, columns.head(i), r, rows, z.data() + at, g.data() + at, scaled.data() + at);
       }
       if (needs.x() || needs.any_weight()) {
         heads_kernels<T>().gradients(
             {.dx = needs.x() ? gradient.write(r) : nullptr,
              .dw = of_parameters.weight(t),
-             .grad_logits = g,
-             .scaled = scaled,
+             .grad_logits = g.data(),
+             .scaled = scaled.data(),
              .x = block,
              .weight = parameters.weight(),
              .rows = rows,
@@ -194,7 +193,7 @@ void fused(
       if (needs.x()) {
         gradient.written(r, rows);
       }
-      of_parameters.end_block(t, g, rows);
+      of_parameters.end_block(t, g.data(), rows);
     }
   });
   of_parameters.total();

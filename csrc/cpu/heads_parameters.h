@@ -73,7 +73,7 @@ class ParameterGradients {
   ParameterGradients(
       std::vector<Tensor>& dw, std::vector<Tensor>& db, const HeadColumns& columns, int64_t threads, int64_t features,
       at::ScalarType dtype, const Needs& needs)
-      : dw_(dw), db_(db), columns_(columns), needs_(needs),
+      : dw_(dw), db_(db), columns_(columns), features_(features), needs_(needs),
         weight_runs_(columns.runs([&](int64_t head) { return needs.weight(head); })),
         weights_(weight_runs_.empty() ? 0 : columns.total() * features), threads_(threads) {
     for (int64_t i = 0; i < columns.count(); ++i) {
@@ -116,11 +116,10 @@ class ParameterGradients {
         thread.sums = std::move(thread.aside);
       }
     }
-    const int64_t features = weights_ / columns_.total();
     for (int64_t i = 0; i < columns_.count(); ++i) {
       const auto head = columns_.head(i), begin = columns_.begin(i);
       if (needs_.weight(head)) {
-        sum_of_threads(dw_[head], begin * features);
+        sum_of_threads(dw_[head], begin * features_);
       }
       if (needs_.bias(head)) {
         sum_of_threads(db_[head], weights_ + begin);
@@ -184,6 +183,7 @@ class ParameterGradients {
   std::vector<Tensor>& dw_;
   std::vector<Tensor>& db_;
   const HeadColumns& columns_;
+  const int64_t features_;
   const Needs& needs_;
   const std::vector<Columns> weight_runs_;
   const int64_t weights_;  // elements of all heads' weights; 0 if none needs a gradient
