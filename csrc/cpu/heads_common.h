@@ -3,13 +3,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "../gradient_slots.h"
-#include "empty.h"
 #include "heads_limits.h"
 #include "kernels.h"
 
@@ -57,6 +57,15 @@ const HeadsKernels<T>& heads_kernels() {
   } else {
     return kernels().heads_float;
   }
+}
+
+// at::empty without the dispatcher's overhead.
+//
+// Make the largest tensor last. What glibc's malloc takes from the end of its heap, and gets back while it is still the last block
+// there, serves the next step again. Below other blocks it leaves a gap, too small for the next tensor of its size, which has to be
+// aligned. The heap then grows instead, and when it shrinks again its pages go to the system and come back to be filled with zeros.
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cpu(sizes, dtype);
 }
 
 // Some of the operator's heads, their columns side by side: which heads they are, and the columns of each.

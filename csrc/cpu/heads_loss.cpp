@@ -158,7 +158,7 @@ void fused(
   }
   ParameterGradients<T> of_parameters(result.dw, result.db, columns, threads, d, x.scalar_type(), needs);
   if (needs.x()) {
-    result.dx = empty(x.sizes(), x.scalar_type());  // after all others: see empty.h
+    result.dx = empty(x.sizes(), x.scalar_type());  // after all others: see empty()
   }
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(result.dx, d);

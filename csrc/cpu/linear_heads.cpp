@@ -69,7 +69,7 @@ void fused_gradients(
   const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
   ParameterGradients<T> of_parameters(gradients.dw, gradients.db, columns, threads, d, dtype, needs);
   if (needs.x()) {
-    gradients.dx = empty({n, d}, dtype);  // after all others: see empty.h
+    gradients.dx = empty({n, d}, dtype);  // after all others: see empty()
   }
   for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
     Rows<T> features(x, d), gradient(gradients.dx, d);

@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "../lambda_layout.h"
-#include "empty.h"
 #include "kernels.h"
 
 namespace grl_ext {
@@ -71,7 +70,7 @@ void scale(const at::Tensor& out, const at::Tensor& grad, double value, const st
 }
 
 at::Tensor scale_negate(const at::Tensor& grad, double value, const std::optional<at::Tensor>& lambda) {
-  auto out = cpu::in_huge_pages(at::empty_like(grad));
+  auto out = at::empty_like(grad);
   scale(out, grad, value, lambda);
   return out;
 }
