@@ -1,7 +1,8 @@
 """setuptools as a build backend that first looks which torch the package is built for.
 
-What it finds decides what setup.py compiles, the wheel's version and its torch requirement. Where torch is a CUDA build and the machine
-has no CUDA toolkit, it asks the installer for the packages that make one up. torch itself is only read here, not imported.
+What it finds decides what setup.py compiles, the wheel's version and its torch requirement. Where torch is a CUDA build
+and the machine has no CUDA toolkit, it asks the installer for the packages that make one up. torch itself is only read
+here, not imported.
 
 GRL_EXT_BUILD=auto (default)   CUDA kernels too, if torch is a CUDA build and a matching toolkit is found or can be fetched
               cuda             the same, or an error that says what is missing
@@ -10,7 +11,8 @@ GRL_EXT_BUILD=auto (default)   CUDA kernels too, if torch is a CUDA build and a 
 CUDA_HOME                      the CUDA toolkit, where it is not found by itself
 GRL_EXT_REPOSITORY             the address of the repository, for the links on a package page
 
-`python build_backend.py` prints the packages that make up the CUDA toolkit for the torch of this Python, or nothing if there are none.
+`python build_backend.py` prints the packages that make up the CUDA toolkit for the torch of this Python, or nothing if
+there are none.
 """
 
 import ast
@@ -33,7 +35,8 @@ ROOT = Path(__file__).parent
 SYSTEM_TOOLKITS = Path("/usr/local")
 OLDEST_TORCH = (2, 8)
 
-# nvcc's own requirements name no version, so all are named here. They unpack into one folder, which is then a complete toolkit.
+# nvcc's own requirements name no version, so all are named here. They unpack into one folder, which is then a complete
+# toolkit.
 TOOLKIT_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 FIRST_CUDA_WITH_PACKAGES = 13  # the packages of CUDA 12 lack nvcc
 
@@ -126,10 +129,15 @@ def find_toolkit(torch: Torch) -> tuple[Path | None, str]:
         version = nvcc_version(home)
         if version.split(".")[0] == torch.cuda.split(".")[0]:
             return home, ""
-        problem = problem or f"nvcc in {home} is {version} but torch was built for CUDA {torch.cuda}; set CUDA_HOME to a matching toolkit"
+        problem = (
+            problem
+            or f"nvcc in {home} is {version} but torch was built for CUDA {torch.cuda}; set CUDA_HOME to a matching toolkit"
+        )
     if problem:
         return None, problem
-    asked = f" (CUDA_HOME={os.environ['CUDA_HOME']} has no bin/nvcc or no headers)" if os.environ.get("CUDA_HOME") else ""
+    asked = (
+        f" (CUDA_HOME={os.environ['CUDA_HOME']} has no bin/nvcc or no headers)" if os.environ.get("CUDA_HOME") else ""
+    )
     remedy = f"install the one for CUDA {torch.cuda} or set CUDA_HOME to its folder"
     if torch.toolkit_packages:
         remedy = "pip install " + " ".join(f"'{package}'" for package in torch.toolkit_packages)
@@ -137,7 +145,8 @@ def find_toolkit(torch: Torch) -> tuple[Path | None, str]:
 
 
 def name_cudart(libraries: list[str], folders: list[str]) -> list[str]:
-    """The packages have libcudart.so.13 without the link libcudart.so: the linker must ask for the file by its own name."""
+    """The packages have libcudart.so.13 without the link libcudart.so: the linker must ask for the file by its own
+    name."""
     if any(Path(folder, "libcudart.so").exists() for folder in folders):
         return libraries
     files = [file.name for folder in folders for file in sorted(Path(folder).glob("libcudart.so.*"))]
@@ -191,9 +200,11 @@ def torch_requirement(plan: Plan) -> str:
 
 
 def package_page() -> dict:
-    """setup()'s arguments for a package page: the README, and links into the repository if GRL_EXT_REPOSITORY says where that is.
+    """setup()'s arguments for a package page: the README, and links into the repository if GRL_EXT_REPOSITORY says
+    where that is.
 
-    A package page has no tree beside it, so there the README's links into the tree lead to this release in the repository.
+    A package page has no tree beside it, so there the README's links into the tree lead to this release in the
+    repository.
     """
     readme = (ROOT / "README.md").read_text()
     urls = {}
@@ -203,15 +214,22 @@ def package_page() -> dict:
             kind = "raw" if link[1].endswith((".png", ".svg")) else "blob"
             return f"]({repository}/{kind}/v{release()}/{link[1]})"
 
-        parts = re.split(r"(```.*?```|`[^`\n]*`)", readme, flags=re.DOTALL)  # code, which has brackets of its own, at the odd places
+        parts = re.split(
+            r"(```.*?```|`[^`\n]*`)", readme, flags=re.DOTALL
+        )  # code, which has brackets of its own, at the odd places
         parts[::2] = [re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", absolute, part) for part in parts[::2]]
         readme = "".join(parts)
-        urls = {"Source": repository, "Issues": f"{repository}/issues", "Changelog": f"{repository}/blob/v{release()}/CHANGELOG.md"}
+        urls = {
+            "Source": repository,
+            "Issues": f"{repository}/issues",
+            "Changelog": f"{repository}/blob/v{release()}/CHANGELOG.md",
+        }
     return {"long_description": readme, "long_description_content_type": "text/markdown", "project_urls": urls}
 
 
 def missing_toolkit_packages() -> list[str]:
-    """What the installer must fetch before the build. Every problem is left to the build, which has the words for it."""
+    """What the installer must fetch before the build. Every problem is left to the build, which has the words for
+    it."""
     if wanted_build() not in ("auto", "cuda"):
         return []
     torch = find_torch()

@@ -27,7 +27,8 @@ def extension(plan: build_backend.Plan) -> dict:
 
     # grl_ext/_backend.py loads the one for the torch that is running.
     name = "grl_ext._C_torch{}_{}".format(*plan.torch.release)
-    # Paths in error messages and assertions begin at the tree's root and at torch's package, on whatever machine they were compiled.
+    # Paths in error messages and assertions begin at the tree's root and at torch's package, on whatever machine they
+    # were compiled.
     site = os.path.dirname(torch.__path__[0])
     here = [f"-ffile-prefix-map={folder}/=" for folder in (os.getcwd(), site)]
     sources = sorted(f for f in glob("csrc/**/*.cpp", recursive=True) if not f.startswith("csrc/cuda/"))
@@ -37,7 +38,9 @@ def extension(plan: build_backend.Plan) -> dict:
     if plan.toolkit:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
         nvcc = build_backend.nvcc_version(plan.toolkit)
-        build_backend.say(f"CPU and CUDA kernels ({archs}) for torch {plan.torch.version}, with nvcc {nvcc} in {plan.toolkit}")
+        build_backend.say(
+            f"CPU and CUDA kernels ({archs}) for torch {plan.torch.version}, with nvcc {nvcc} in {plan.toolkit}"
+        )
         module = CUDAExtension(
             name,
             sources + sorted(glob("csrc/cuda/*.cu")),
@@ -52,7 +55,11 @@ def extension(plan: build_backend.Plan) -> dict:
         module = CppExtension(name, sources, extra_compile_args=[*flags, '-DGRL_EXT_CUDA_ARCHS=""'])
     # Objects made for one torch are no good for another.
     build_base = f"build/torch-{plan.torch.version}" + ("-cuda" if plan.toolkit else "")
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}, "options": {"build": {"build_base": build_base}}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"build": {"build_base": build_base}},
+    }
 
 
 commands = set(sys.argv)

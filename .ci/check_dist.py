@@ -1,6 +1,8 @@
-"""Checks the wheel and the sdist in dist/, and that each, installed into an environment of its own, computes a right gradient.
+"""Checks the wheel and the sdist in dist/, and that each, installed into an environment of its own, computes a right
+gradient.
 
-The wheel is first given its manylinux tag by auditwheel. torch's own libraries stay outside: the installed torch has them.
+The wheel is first given its manylinux tag by auditwheel. torch's own libraries stay outside: the installed torch has
+them.
 """
 
 import os
@@ -54,7 +56,9 @@ def check_wheel(wheel: Path) -> None:
     expected = {f"grl_ext/{path.name}" for path in (ROOT / "grl_ext").glob("*.py")} | {"grl_ext/py.typed"}
     extension = files - expected
     assert expected <= files, f"{wheel.name} lacks {sorted(expected - files)}"
-    assert len(extension) == 1 and min(extension).startswith("grl_ext/_C_torch"), f"{wheel.name} also holds {sorted(extension)}"
+    assert len(extension) == 1 and min(extension).startswith("grl_ext/_C_torch"), (
+        f"{wheel.name} also holds {sorted(extension)}"
+    )
 
 
 def check_sdist(sdist: Path) -> None:
@@ -67,11 +71,26 @@ def check_use(package: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "venv", folder)
         python = Path(folder) / "bin" / "python"
-        site = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip()
+        site = subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        ).strip()
         # torch is large: the new environment sees the one that this script runs with.
         Path(site, "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        run(python, "-m", "pip", "install", "--quiet", "setuptools>=77", "wheel", "ninja")  # what an isolated build would install
-        run(python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir", package)
+        run(
+            python, "-m", "pip", "install", "--quiet", "setuptools>=77", "wheel", "ninja"
+        )  # what an isolated build would install
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-build-isolation",
+            "--no-deps",
+            "--no-index",
+            "--no-cache-dir",
+            package,
+        )
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         run(python, "-c", USE, cwd=folder, env=environment)
         run(python, "-m", "grl_ext", cwd=folder, env=environment)
@@ -80,7 +99,15 @@ def check_use(package: Path) -> None:
 def main() -> None:
     (built,) = DIST.glob("*.whl")
     excluded = [f"--exclude={library}" for library in TORCH_LIBRARIES]
-    run(tool("auditwheel"), "repair", *excluded, "--wheel-dir", DIST, built, env={**os.environ, "PATH": f"{tool('')}:{os.environ['PATH']}"})
+    run(
+        tool("auditwheel"),
+        "repair",
+        *excluded,
+        "--wheel-dir",
+        DIST,
+        built,
+        env={**os.environ, "PATH": f"{tool('')}:{os.environ['PATH']}"},
+    )
     built.unlink()
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     run(tool("twine"), "check", "--strict", wheel, sdist)

@@ -2,8 +2,9 @@
 
     python bench/allocators.py
 
-An allocator that returns a large block to the system with its tensor gets fresh pages for the next one: each is a page fault, and
-the system fills it with zeros. Each setting is a process of its own, the lowest processor time of several steps counts.
+An allocator that returns a large block to the system with its tensor gets fresh pages for the next one: each is a page
+fault, and the system fills it with zeros. Each setting is a process of its own, the lowest processor time of several
+steps counts.
 """
 
 import ctypes.util
@@ -69,7 +70,9 @@ def main() -> None:
     for name, variables in settings().items():
         # One thread: the time that threads spend waiting for each other is not the allocator's.
         environment = {"PYTHONPATH": str(Path(__file__).parents[1]), **os.environ, "OMP_NUM_THREADS": "1", **variables}
-        result = subprocess.run([sys.executable, __file__, "here"], env=environment, capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, __file__, "here"], env=environment, capture_output=True, text=True, check=True
+        )
         print(name + ":" + result.stdout.rstrip(), flush=True)
 
 

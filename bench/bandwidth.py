@@ -21,7 +21,10 @@ def turns(nbytes: int) -> int:
 def _build(numel: int, settings: Settings) -> Work:
     # Steps take turns over several buffers, so that none finds its input in the GPU's cache.
     kwargs = {"device": settings.device, "dtype": settings.dtype}
-    grads = [torch.randn(numel, **kwargs) for _ in range(turns(numel * settings.dtype.itemsize) if settings.device == "cuda" else 2)]
+    grads = [
+        torch.randn(numel, **kwargs)
+        for _ in range(turns(numel * settings.dtype.itemsize) if settings.device == "cuda" else 2)
+    ]
     out = torch.empty(numel, **kwargs)
     host, device = (COEFF, None), (1.0, torch.tensor(COEFF, device=settings.device))
     scale, scale_ = torch.ops.grl_ext._scale_negate, torch.ops.grl_ext._scale_negate_
@@ -35,8 +38,8 @@ def _build(numel: int, settings: Settings) -> Work:
         Row("tuned: one mul", "peer", in_turns(lambda grad: grad * -COEFF)),
         Row("out of place, lambda on the host", "ours", in_turns(lambda grad: scale(grad, *host))),
         Row("out of place, lambda on the device", "ours", in_turns(lambda grad: scale(grad, *device))),
-        # Lambda 1 and -1 by turns would leave the numbers in range; a constant keeps the kernel from skipping its work, and what the
-        # buffers become, zeros at last, takes as long to move.
+        # Lambda 1 and -1 by turns would leave the numbers in range; a constant keeps the kernel from skipping its work,
+        # and what the buffers become, zeros at last, takes as long to move.
         Row("in place, lambda on the host", "ours", in_turns(lambda grad: scale_(grad, *host))),
         Row("in place, lambda on the device", "ours", in_turns(lambda grad: scale_(grad, *device))),
         Row("yardstick", "yardstick", in_turns(out.copy_)),

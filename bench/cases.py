@@ -1,8 +1,8 @@
-"""What is measured. A case builds rows (callables that do the same work with different layers), says how their results are
-checked, and whether they are timed or their memory is counted.
+"""What is measured. A case builds rows (callables that do the same work with different layers), says how their results
+are checked, and whether they are timed or their memory is counted.
 
-To add a group: write a function that takes `Settings` and returns its `Case`s, and name it in `GROUPS`. Ratios are taken within a
-section; a case that wants eager and compiled rows compared with each other gives them the same one.
+To add a group: write a function that takes `Settings` and returns its `Case`s, and name it in `GROUPS`. Ratios are
+taken within a section; a case that wants eager and compiled rows compared with each other gives them the same one.
 """
 
 from collections.abc import Callable, Sequence
@@ -94,10 +94,11 @@ SIZES = {"64": 2**6, "4k": 2**12, "1M": 2**20, "16M": 2**24}
 
 
 class Chain(nn.Module):
-    """mul -> layer -> mul, so that the gradient reaches the layer in a buffer fresh from another operation, as in a network.
+    """mul -> layer -> mul, so that the gradient reaches the layer in a buffer fresh from another operation, as in a
+    network.
 
-    A multiplication by a number saves nothing for backward and its gradient is one more multiplication: the cheapest neighbours
-    there are, next to which the layer shows most.
+    A multiplication by a number saves nothing for backward and its gradient is one more multiplication: the cheapest
+    neighbours there are, next to which the layer shows most.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -109,12 +110,16 @@ class Chain(nn.Module):
 
 
 def _build_chain(numel: int, with_yardstick: bool, settings: Settings) -> Work:
-    # What torch.compile makes of the published layers is what it makes of the pasted one: their graphs are the same. And between
-    # the ends of the range nothing changes but the size, so that the minutes of compiling are spent on timing the ends only.
-    compiled = ("identity", "pasted", "tuned", "grl_ext") if with_yardstick and numel in (SIZES["64"], SIZES["16M"]) else ()
+    # What torch.compile makes of the published layers is what it makes of the pasted one: their graphs are the same.
+    # And between the ends of the range nothing changes but the size, so that the minutes of compiling are spent on
+    # timing the ends only.
+    compiled = (
+        ("identity", "pasted", "tuned", "grl_ext") if with_yardstick and numel in (SIZES["64"], SIZES["16M"]) else ()
+    )
     kwargs = {"device": settings.device, "dtype": settings.dtype}
     generator = torch.Generator().manual_seed(0)
-    # Sizes that do not fit the caches take turns over several tensors, so that no row finds its input left there by the last.
+    # Sizes that do not fit the caches take turns over several tensors, so that no row finds its input left there by the
+    # last.
     turns = 4 if numel >= SIZES["16M"] else 1
     inputs = [torch.randn(numel, generator=generator).to(**kwargs).requires_grad_() for _ in range(turns)]
     grad = torch.randn(numel, generator=generator).to(**kwargs)
@@ -129,7 +134,12 @@ def _build_chain(numel: int, with_yardstick: bool, settings: Settings) -> Work:
         return step
 
     rows = [
-        Row(layer.name, layer.kind, chain_step(compiled_in(Chain(layer.make(COEFF).to(settings.device)), section)), section)
+        Row(
+            layer.name,
+            layer.kind,
+            chain_step(compiled_in(Chain(layer.make(COEFF).to(settings.device)), section)),
+            section,
+        )
         for section, found in sections(settings, compiled)
         for layer in found
     ]
@@ -146,7 +156,9 @@ def _build_chain(numel: int, with_yardstick: bool, settings: Settings) -> Work:
     buffers = cycle([x.detach().clone() for x in inputs])
     # By -1 the values neither grow nor fade while the row repeats; the cost is that of any factor.
     yardstick = Row("yardstick", "yardstick", lambda: next(buffers).mul_(-1.0))
-    return Work([*rows, yardstick], check, "yardstick: one in-place mul_ of that size, which reads the gradient and writes it")
+    return Work(
+        [*rows, yardstick], check, "yardstick: one in-place mul_ of that size, which reads the gradient and writes it"
+    )
 
 
 def tax(settings: Settings) -> list[Case]:

@@ -83,7 +83,10 @@ def wait_until_idle(seconds: float = LONGEST_WAIT) -> None:
     """Returns when the machine is no longer busy, or after so many seconds."""
     end = time.monotonic() + seconds
     if is_busy():
-        print(f"the machine is busy (load {load()} on {os.cpu_count()} cores): waiting for at most {seconds:.0f} s", flush=True)
+        print(
+            f"the machine is busy (load {load()} on {os.cpu_count()} cores): waiting for at most {seconds:.0f} s",
+            flush=True,
+        )
     while is_busy() and time.monotonic() < end:
         time.sleep(1)
 
@@ -138,7 +141,9 @@ def run(case: cases.Case, settings: cases.Settings) -> report.CaseResult:
     work = case.build()
     work.check()
     if case.measures == "memory":
-        return report.summarise(case, work, {row: [measure.peak_memory(row.step, settings.device)] for row in work.rows})
+        return report.summarise(
+            case, work, {row: [measure.peak_memory(row.step, settings.device)] for row in work.rows}
+        )
     if case.measures == "launches":
         return report.summarise(case, work, {row: [measure.launches(row.step)] for row in work.rows})
     if settings.device == "cpu":
@@ -155,10 +160,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help=f"groups ({', '.join(GROUPS)}) or cases (tax/64)")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], metavar="NAME", help=f"groups ({', '.join(GROUPS)}) or cases (tax/64)"
+    )
     parser.add_argument("--list", action="store_true", help="name the cases that would run, and stop")
     parser.add_argument("--quick", action="store_true", help="smaller work, fewer rounds, no torch.compile")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice, which is what users get)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads (default: PyTorch's own choice, which is what users get)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the tax by size (PNG, SVG, ...)")
     return parser.parse_args(argv)
@@ -178,8 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = environment(settings)
     print(headline(facts))
     if is_busy():
-        # Not a matter of width only: each parallel loop then waits a whole time slice for the thread that was descheduled.
-        print(f"the machine is busy (load {facts['load']} on {facts['cores']} cores): repeat when it is not, or with --threads 1")
+        # Not a matter of width only: each parallel loop then waits a whole time slice for the thread that was
+        # descheduled.
+        print(
+            f"the machine is busy (load {facts['load']} on {facts['cores']} cores): repeat when it is not, or with --threads 1"
+        )
     for reason in baselines.layers()[1]:
         print(reason)
     if not settings.quick and (problem := baselines.compile_problem(settings.device)):

@@ -1,6 +1,8 @@
-"""Peak memory of a linear adversary conditioned on the predictions: over the outer product, and without it (docs/recipes.md).
+"""Peak memory of a linear adversary conditioned on the predictions: over the outer product, and without it
+(docs/recipes.md).
 
-Forward and backward, with the gradients of features, weight and bias. What counts is what the step holds beyond its inputs.
+Forward and backward, with the gradients of features, weight and bias. What counts is what the step holds beyond its
+inputs.
 """
 
 import argparse

@@ -9,7 +9,11 @@ import compare
 import measure
 
 LAMBDA = 0.3
-SHAPES = [(128, 768, (100, 100)), (64, 256, (10, 1024)), (4096, 1024, (10, 1024))]  # rows, features, outputs of a predictor, an adversary
+SHAPES = [
+    (128, 768, (100, 100)),
+    (64, 256, (10, 1024)),
+    (4096, 1024, (10, 1024)),
+]  # rows, features, outputs of a predictor, an adversary
 
 Gradients = list[Tensor]
 
@@ -42,7 +46,10 @@ def main() -> None:
         steps = {form.__name__: partial(form, *arguments) for form in (two_products, one_product)}
         samples = measure.interleave(steps, measure.wall_timer(), seconds=4.0, min_rounds=9)
         medians = {name: sorted(own)[len(own) // 2] * 1e6 for name, own in samples.items()}
-        print(f"{rows}x{features}, {'+'.join(map(str, outputs))}: " + ", ".join(f"{name} {us:.0f}" for name, us in medians.items()))
+        print(
+            f"{rows}x{features}, {'+'.join(map(str, outputs))}: "
+            + ", ".join(f"{name} {us:.0f}" for name, us in medians.items())
+        )
 
 
 if __name__ == "__main__":

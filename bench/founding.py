@@ -1,4 +1,5 @@
-"""A whole training step of the experiment that this project began with (does a pair of digits contain a zero?), as the examples have it.
+"""A whole training step of the experiment that this project began with (does a pair of digits contain a zero?), as the
+examples have it.
 
 The rows exchange the reversal layer; the last puts fused heads in the place of the layer and the two heads.
 """
@@ -31,7 +32,9 @@ def _build(batch: int, settings: Settings) -> Work:
     start = MnistNN2(baselines.Identity()).to(settings.device, settings.dtype)
     rows, made = [], {}
 
-    def add(name: str, kind: baselines.Kind, network: MnistNN2, loss: Callable[[], Tensor], section: str = "eager") -> None:
+    def add(
+        name: str, kind: baselines.Kind, network: MnistNN2, loss: Callable[[], Tensor], section: str = "eager"
+    ) -> None:
         optimizer = torch.optim.SGD(network.parameters(), lr=0.001)
 
         def step() -> None:
@@ -53,11 +56,14 @@ def _build(batch: int, settings: Settings) -> Work:
             add(layer.name, layer.kind, network, compiled_in(partial(layered, network), section), section)
 
     network, targets = copy.deepcopy(start), {"out": labels, "advout": 1 - labels}
-    heads = grl_ext.AdversarialHeads(network.out.in_features, {"out": network.out}, {"advout": network.advout}, lambda_=COEFF)
+    heads = grl_ext.AdversarialHeads(
+        network.out.in_features, {"out": network.out}, {"advout": network.advout}, lambda_=COEFF
+    )
     add("AdversarialHeads", "ours", network, lambda: heads(network.extractor(images), targets).loss)
 
     def check() -> None:
-        # TF32, the default of CUDA's convolutions, would drown the comparison: off here, on in the steps that are timed.
+        # TF32, the default of CUDA's convolutions, would drown the comparison: off here, on in the steps that are
+        # timed.
         with torch.backends.cudnn.flags(allow_tf32=False):
             expected = gradients_without_layer()
             for row, (network, loss) in made.items():
@@ -77,8 +83,9 @@ def _build(batch: int, settings: Settings) -> Work:
     def heads_of(network: MnistNN2) -> list[Tensor]:
         return [*network.out.parameters(), *network.advout.parameters()]
 
-    # The longest sum is a convolution's weight gradient over batch x 28 x 28 terms, added up in float32 (or float64) in an order
-    # that may differ: its rounding grows like a random walk. Half types round once more after each of the eight layers.
+    # The longest sum is a convolution's weight gradient over batch x 28 x 28 terms, added up in float32 (or float64) in
+    # an order that may differ: its rounding grows like a random walk. Half types round once more after each of the
+    # eight layers.
     accumulator = torch.float64 if settings.dtype == torch.float64 else torch.float32
     tolerance = math.sqrt(batch * 28 * 28) * torch.finfo(accumulator).eps
     if settings.dtype in (torch.float16, torch.bfloat16):

@@ -1,9 +1,11 @@
-"""A day with a GPU in one command: builds for it, tests, measures, and writes what it found to bench/results/gpu-<name>/.
+"""A day with a GPU in one command: builds for it, tests, measures, and writes what it found to
+bench/results/gpu-<name>/.
 
     make gpu             # environment, then this
     make gpu DRY=1       # no GPU: every step's command line is checked, nothing is measured
 
-The most important parts come first. A part that fails, hangs or lacks a tool is named in the summary; the others run all the same.
+The most important parts come first. A part that fails, hangs or lacks a tool is named in the summary; the others run
+all the same.
 """
 
 import argparse
@@ -36,7 +38,9 @@ COUNTERS = "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.av
 class Part:
     name: str
     command: Sequence[str]
-    check: Sequence[str] | Callable[[], object]  # asks only whether the command line makes sense: a command, or a call here
+    check: (
+        Sequence[str] | Callable[[], object]
+    )  # asks only whether the command line makes sense: a command, or a call here
     limit: int  # seconds
     needs: str = ""  # a tool on the PATH
     environment: dict[str, str] = field(default_factory=dict)
@@ -66,8 +70,18 @@ def kernels_part(name: str, limit: int, wrapper: Sequence[str]) -> Part:
 
 
 def bench_part(name: str, dtype: str, folder: Path, limit: int, cases: Sequence[str]) -> Part:
-    arguments = ["--device", "cuda", "--dtype", dtype, "--cases", *cases, "--json", str(folder / f"{name}-{dtype}.json")]
-    # The check is the same command line with --list, which names the cases: it fails on an option or a case that there is not.
+    arguments = [
+        "--device",
+        "cuda",
+        "--dtype",
+        dtype,
+        "--cases",
+        *cases,
+        "--json",
+        str(folder / f"{name}-{dtype}.json"),
+    ]
+    # The check is the same command line with --list, which names the cases: it fails on an option or a case that there
+    # is not.
     return Part(
         f"bench {name} {dtype}",
         python("bench/compare.py", *arguments),
@@ -108,13 +122,20 @@ def parts(folder: Path, capability: str) -> list[Part]:
     found += [bench_part("goals", dtype, folder, 300, cases[dtype].pop("goals")) for dtype in DTYPES]
     found += [
         pytest_part(
-            "all tests", 420, "tests", "--ignore=tests/test_cuda_on_cpu.py", "--ignore=tests/test_cuda_code.py", "--ignore-glob=*example*"
+            "all tests",
+            420,
+            "tests",
+            "--ignore=tests/test_cuda_on_cpu.py",
+            "--ignore=tests/test_cuda_code.py",
+            "--ignore-glob=*example*",
         ),
         kernels_part("sanitizer memcheck", 180, ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]),
         kernels_part("sanitizer racecheck", 180, ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"]),
     ]
     # The heads of the other sizes first.
-    rest = sorted(cases[DTYPES[0]], key=lambda group: (not group.startswith("heads"), list(cases[DTYPES[0]]).index(group)))
+    rest = sorted(
+        cases[DTYPES[0]], key=lambda group: (not group.startswith("heads"), list(cases[DTYPES[0]]).index(group))
+    )
     found += [bench_part(group, dtype, folder, 150, cases[dtype][group]) for group in rest for dtype in DTYPES]
     found += [
         kernels_part(f"sanitizer {tool}", 120, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"])
@@ -143,10 +164,17 @@ def run(part: Part, folder: Path, seconds: float, dry: bool) -> Outcome:
         out.flush()
         try:
             status = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=min(seconds, part.limit)
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=min(seconds, part.limit),
             ).returncode
             outcome = Outcome(
-                part, "passed" if status == 0 else "failed", note="" if status == 0 else f"exit status {status}, see {log.name}"
+                part,
+                "passed" if status == 0 else "failed",
+                note="" if status == 0 else f"exit status {status}, see {log.name}",
             )
         except subprocess.TimeoutExpired:
             outcome = Outcome(part, "ran out of time", note=f"see {log.name}")
@@ -244,7 +272,10 @@ def times_compiled(factor: float) -> Callable[[Rows], tuple[bool, str]]:
 
 
 def over_linear(rows: Rows) -> tuple[bool, str]:
-    ratio = named(rows, "of ours", lambda row: row["kind"] == "ours")[1] / named(rows, "nn.Linear", lambda row: row["kind"] == "peer")[1]
+    ratio = (
+        named(rows, "of ours", lambda row: row["kind"] == "ours")[1]
+        / named(rows, "nn.Linear", lambda row: row["kind"] == "peer")[1]
+    )
     return ratio <= 1.01, f"{ratio:.3f} of nn.Linear"
 
 
@@ -256,12 +287,41 @@ def at_most(launches: int) -> Callable[[Rows], tuple[bool, str]]:
 LARGE = {"float32": "heads/65536x1024_", "bfloat16": "heads/65536x2048_"}
 
 GOALS = (
-    *(Goal("scale-and-negate at 95 % of a copy's bandwidth in every form", r"bandwidth/", d, every_form_within(1 / 0.95)) for d in DTYPES),
-    Goal("heads and loss within 1.3 copies, up to 12 columns", LARGE["float32"] + r"(2|10)\+2$", "float32", within(1.3)),
-    Goal("heads and loss within 1.5 copies, up to 32 columns", LARGE["bfloat16"] + r"(2|10|30)\+2$", "bfloat16", within(1.5)),
-    *(Goal("heads and loss 5 times as fast as layer by layer, 256 MB of features", LARGE[d], d, times_pasted(5)) for d in DTYPES),
-    *(Goal("heads and loss 2 times as fast as the best compiled row, 256 MB", LARGE[d], d, times_compiled(2)) for d in DTYPES),
-    *(Goal("heads and loss 5 times as fast as layer by layer, wall-clock, 128x256", r"heads/128x256_", d, times_pasted(5)) for d in DTYPES),
+    *(
+        Goal(
+            "scale-and-negate at 95 % of a copy's bandwidth in every form",
+            r"bandwidth/",
+            d,
+            every_form_within(1 / 0.95),
+        )
+        for d in DTYPES
+    ),
+    Goal(
+        "heads and loss within 1.3 copies, up to 12 columns", LARGE["float32"] + r"(2|10)\+2$", "float32", within(1.3)
+    ),
+    Goal(
+        "heads and loss within 1.5 copies, up to 32 columns",
+        LARGE["bfloat16"] + r"(2|10|30)\+2$",
+        "bfloat16",
+        within(1.5),
+    ),
+    *(
+        Goal("heads and loss 5 times as fast as layer by layer, 256 MB of features", LARGE[d], d, times_pasted(5))
+        for d in DTYPES
+    ),
+    *(
+        Goal("heads and loss 2 times as fast as the best compiled row, 256 MB", LARGE[d], d, times_compiled(2))
+        for d in DTYPES
+    ),
+    *(
+        Goal(
+            "heads and loss 5 times as fast as layer by layer, wall-clock, 128x256",
+            r"heads/128x256_",
+            d,
+            times_pasted(5),
+        )
+        for d in DTYPES
+    ),
     *(Goal("heads and loss in 4 launches or fewer, 128x256", r"heads_launches/", d, at_most(4)) for d in DTYPES),
     *(Goal("GRLLinear within 1 % of nn.Linear", r"grl_linear/", d, over_linear) for d in DTYPES),
 )
@@ -326,8 +386,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + BUDGET
     outcomes: list[Outcome] = []
     for part in parts(folder, capability):
-        same = next((o for o in outcomes if options.dry and o.part.check == part.check), None)  # every_kernel.py, once for all tools
-        outcomes.append(Outcome(part, same.state, note=same.note) if same else run(part, folder, end - time.monotonic(), options.dry))
+        same = next(
+            (o for o in outcomes if options.dry and o.part.check == part.check), None
+        )  # every_kernel.py, once for all tools
+        outcomes.append(
+            Outcome(part, same.state, note=same.note)
+            if same
+            else run(part, folder, end - time.monotonic(), options.dry)
+        )
         print(f"{outcomes[-1].state:>15} {outcomes[-1].seconds:6.1f} s  {part.name}  {outcomes[-1].note}", flush=True)
         write_summary(folder, device, outcomes)
     print(f"summary: {folder / 'summary.md'}")

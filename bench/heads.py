@@ -1,4 +1,5 @@
-"""The fused heads: two heads over the same features, forward, losses and all gradients, against the layer-by-layer network.
+"""The fused heads: two heads over the same features, forward, losses and all gradients, against the layer-by-layer
+network.
 
 Every row starts from the same weights and computes the loss and the gradients of features and parameters.
 """
@@ -84,14 +85,21 @@ class Problem:
         self.features = self.turns[0]
         self.regression = shape.adversary_loss == "mse"
         classes = torch.randint(shape.predictor[-1], (n,), generator=generator)
-        other = torch.randn(n, 1, generator=generator) if self.regression else torch.randint(shape.adversary[-1], (n,), generator=generator)
+        other = (
+            torch.randn(n, 1, generator=generator)
+            if self.regression
+            else torch.randint(shape.adversary[-1], (n,), generator=generator)
+        )
         self.targets = [target.to(settings.device) for target in (classes, other)]
         self.sample_weight = torch.rand(n, generator=generator).to(settings.device) if shape.weighted else None
-        self.class_weight = torch.rand(shape.predictor[-1], generator=generator).to(settings.device) if shape.weighted else None
+        self.class_weight = (
+            torch.rand(shape.predictor[-1], generator=generator).to(settings.device) if shape.weighted else None
+        )
         torch.manual_seed(0)
         made = grl_ext.AdversarialHeads(d, {"predictor": shape.predictor}, {"adversary": shape.adversary}).to(**kwargs)
         self.modules = [made.predictors["predictor"], made.adversaries["adversary"]]
-        # Sums over n rows or d features, in float32 at least, in any order; half types round what each layer gives once more.
+        # Sums over n rows or d features, in float32 at least, in any order; half types round what each layer gives once
+        # more.
         accumulator = torch.float64 if settings.dtype == torch.float64 else torch.float32
         self.tolerance = 4 * math.sqrt(max(n, d)) * torch.finfo(accumulator).eps
         if settings.dtype in (torch.float16, torch.bfloat16):
@@ -100,7 +108,11 @@ class Problem:
     def losses(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """As plain PyTorch has them."""
         if self.sample_weight is None:
-            adversary = F.mse_loss(other, self.targets[1].to(other)) if self.regression else F.cross_entropy(other, self.targets[1])
+            adversary = (
+                F.mse_loss(other, self.targets[1].to(other))
+                if self.regression
+                else F.cross_entropy(other, self.targets[1])
+            )
             return F.cross_entropy(logits, self.targets[0]), adversary
         weight, classes = self.sample_weight.to(logits), self.class_weight.to(logits)
         rows = F.cross_entropy(logits, self.targets[0], weight=classes, reduction="none")
@@ -149,7 +161,9 @@ def _linear_cross_entropy(problem: Problem, **options: object) -> Made:
 
     def loss(x: Tensor) -> Tensor:
         own = F.linear_cross_entropy(x, predictor.weight, problem.targets[0], linear_bias=predictor.bias, **options)
-        return own + F.linear_cross_entropy(layer(x), adversary.weight, problem.targets[1], linear_bias=adversary.bias, **options)
+        return own + F.linear_cross_entropy(
+            layer(x), adversary.weight, problem.targets[1], linear_bias=adversary.bias, **options
+        )
 
     return loss, [*predictor.parameters(), *adversary.parameters()]
 
@@ -173,8 +187,9 @@ def _fused_logits(problem: Problem) -> Made:
 def turns(features: Tensor) -> int:
     """How many copies of the features the steps take turns over.
 
-    On CUDA they exceed the L2 cache together, so that no row finds there what the last one left. Where that would take too many,
-    launches are the cost and not the memory. A CPU step finds its features where the extractor left them, as in a network.
+    On CUDA they exceed the L2 cache together, so that no row finds there what the last one left. Where that would take
+    too many, launches are the cost and not the memory. A CPU step finds its features where the extractor left them, as
+    in a network.
     """
     return min(64, bandwidth.turns(features.nbytes)) if features.is_cuda else 1
 
@@ -216,10 +231,13 @@ def _in_graphs(made: Made, buffers: Sequence[Tensor]) -> Callable[[], Sequence[T
 
 
 def _reduce_overhead(made: Made, buffers: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
-    """Compiled with CUDA graphs. These copy an input whose address changes: to spare the row that copy its features stay in place."""
+    """Compiled with CUDA graphs. These copy an input whose address changes: to spare the row that copy its features
+    stay in place."""
     loss, parameters = made
     torch._dynamo.mark_static_address(buffers[0])
-    return _in_turns((torch.compile(loss, fullgraph=True, dynamic=False, mode="reduce-overhead"), parameters), buffers[:1])
+    return _in_turns(
+        (torch.compile(loss, fullgraph=True, dynamic=False, mode="reduce-overhead"), parameters), buffers[:1]
+    )
 
 
 def _if_it_runs(name: str, make: Callable[[], Callable[[], Sequence[Tensor]]]) -> list[Row]:
@@ -228,7 +246,9 @@ def _if_it_runs(name: str, make: Callable[[], Callable[[], Sequence[Tensor]]]) -
         step = make()
         step()
     except Exception as error:  # a compiler fails in many ways
-        print(f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        print(
+            f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        )
         return []
     return [Row(name, "peer", step)]
 
@@ -257,7 +277,12 @@ def _products(problem: Problem) -> Row:
     operands = []  # each layer's input, weight and output
     for sizes in (shape.predictor, shape.adversary):
         for inputs, outputs in pairwise((shape.features, *sizes)):
-            operands.append([torch.randn(size, **factory) for size in ((shape.rows, inputs), (outputs, inputs), (shape.rows, outputs))])
+            operands.append(
+                [
+                    torch.randn(size, **factory)
+                    for size in ((shape.rows, inputs), (outputs, inputs), (shape.rows, outputs))
+                ]
+            )
 
     def step() -> None:
         for x, weight, y in operands:
@@ -269,12 +294,14 @@ def _products(problem: Problem) -> Row:
 
 
 def check_whole_gradients(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Each gradient's norm of the difference: a unit within rounding of ReLU's kink passes its gradient in one precision and not in
-    the other, which is a large difference in a few entries."""
+    """Each gradient's norm of the difference: a unit within rounding of ReLU's kink passes its gradient in one
+    precision and not in the other, which is a large difference in a few entries."""
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         error = ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
         if not error <= 0.03:
-            raise WrongResult(f"{name}: gradient {index} of shape {list(a.shape)} is off by {error:.2g} of its norm, allowed are 0.03")
+            raise WrongResult(
+                f"{name}: gradient {index} of shape {list(a.shape)} is off by {error:.2g} of its norm, allowed are 0.03"
+            )
 
 
 def _rows(problem: Problem, measured: str, settings: Settings) -> list[Row]:
@@ -316,11 +343,15 @@ def _build(shape: Shape, measured: str, settings: Settings) -> Work:
                 check_whole_gradients(row.name, row.step(), expected)
 
     if measured == "memory":
-        return Work(rows, check, "yardstick: the features' gradient alone, " + f"{problem.features.nbytes / 1e6:.1f} MB")
+        return Work(
+            rows, check, "yardstick: the features' gradient alone, " + f"{problem.features.nbytes / 1e6:.1f} MB"
+        )
     if measured == "launches":
         return Work(rows, check, "yardstick: none; one of them is PyTorch's own, which makes the gradient of the loss")
     if not linear:
-        return Work([*rows, _products(problem)], check, "yardstick: the layers' matrix products alone, forward and backward")
+        return Work(
+            [*rows, _products(problem)], check, "yardstick: the layers' matrix products alone, forward and backward"
+        )
     yardsticks = _yardsticks(problem)
     if shape.weighted:
         step = _in_turns(_fused_loss(problem, with_weights=False), problem.turns)
@@ -335,7 +366,8 @@ def _case(group: str, shape: Shape, what: str, settings: Settings) -> Case:
         f"{what}, forward + backward, {shape.rows}x{shape.features} features",
         partial(_build, shape, "time", settings),
         seconds=1.0 if settings.quick else 2.0 if settings.device == "cuda" else 5.0,
-        # Device events leave out what the host does before the first launch and after the last; a small step is mostly that.
+        # Device events leave out what the host does before the first launch and after the last; a small step is mostly
+        # that.
         clock="wall" if shape.rows <= 128 else "device",
     )
 
@@ -357,7 +389,9 @@ def heads_mse(settings: Settings) -> list[Case]:
 
 def heads_hidden(settings: Settings) -> list[Case]:
     shapes = [Shape(64, 256, (10,), (32, 2))] if settings.quick else HIDDEN
-    return [_case("heads_hidden", shape, "heads with hidden layers and their cross entropy", settings) for shape in shapes]
+    return [
+        _case("heads_hidden", shape, "heads with hidden layers and their cross entropy", settings) for shape in shapes
+    ]
 
 
 def heads_memory(settings: Settings) -> list[Case]:

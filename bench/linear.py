@@ -92,7 +92,12 @@ def switch(settings: Settings) -> list[Case]:
     """Where the CPU kernels stop paying: csrc/cpu/heads_limits.h. Past its bound both rows are matrix products."""
     columns = (12,) if settings.quick else (4, 12, 24, 33, 48, 64, 96, 128)
     return [
-        Case(f"switch/{k}", f"4096x1024 features, {k} columns: logits and gradients", partial(_build_switch, k, settings), seconds=2.0)
+        Case(
+            f"switch/{k}",
+            f"4096x1024 features, {k} columns: logits and gradients",
+            partial(_build_switch, k, settings),
+            seconds=2.0,
+        )
         for k in columns
         if settings.device == "cpu"
     ]

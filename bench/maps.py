@@ -48,7 +48,9 @@ def _build(n: int, c: int, side: int, settings: Settings) -> Work:
 
     def check() -> None:
         expected = measured[0].step()
-        eps = max(torch.finfo(settings.dtype).eps, torch.finfo(torch.float32).eps if settings.dtype != torch.float64 else 0)
+        eps = max(
+            torch.finfo(settings.dtype).eps, torch.finfo(torch.float32).eps if settings.dtype != torch.float64 else 0
+        )
         for row in measured[1:]:
             check_gradients(row.name, row.step(), [t.double() for t in expected], 16 * math.sqrt(n * side * side) * eps)
 

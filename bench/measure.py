@@ -1,8 +1,8 @@
 """Times callables side by side and counts the memory they need.
 
-Everything here serves one rule: a number is only ever compared with numbers of the same run. The callables take turns in rounds,
-in random order, so that whatever drifts (clock rate, other processes, caches) hits all of them; differences and ratios are taken
-within a round, and the spread that is reported is that of these paired values.
+Everything here serves one rule: a number is only ever compared with numbers of the same run. The callables take turns
+in rounds, in random order, so that whatever drifts (clock rate, other processes, caches) hits all of them; differences
+and ratios are taken within a round, and the spread that is reported is that of these paired values.
 """
 
 import gc
@@ -20,15 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# The profiler's library announces every start and stop on stderr, into the progress bar, unless told so before its first use.
+# The profiler's library announces every start and stop on stderr, into the progress bar, unless told so before its
+# first use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 Step = Callable[[], object]
 Timer = Callable[[Step, int], float]  # (step, repeats) -> seconds that all repeats took together
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
-# Long beside the timer's own cost (below 1 us for the clock, about 10 us for device events); no longer than a scheduler's time
-# slice, so that on a busy machine many samples run undisturbed and the median is one of them.
+# Long beside the timer's own cost (below 1 us for the clock, about 10 us for device events); no longer than a
+# scheduler's time slice, so that on a busy machine many samples run undisturbed and the median is one of them.
 SAMPLE_SECONDS = 2e-3
 
 
@@ -63,7 +64,13 @@ def device_timer() -> Timer:
 
 
 def interleave(
-    steps: Mapping[str, Step], timer: Timer, *, seconds: float, min_rounds: int, progress: Progress = iter, seed: int = 0
+    steps: Mapping[str, Step],
+    timer: Timer,
+    *,
+    seconds: float,
+    min_rounds: int,
+    progress: Progress = iter,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds per call of each step, one value per round; index i of every list belongs to the same round."""
     order, shuffle = list(steps), random.Random(seed).shuffle
@@ -119,10 +126,11 @@ def launches(step: Step) -> int:
 def peak_memory(step: Step, device: str) -> int:
     """The most bytes of tensors that one call holds at a time beyond those that existed before it.
 
-    On CUDA the caching allocator keeps this number. On the CPU nobody does; the profiler records every tensor allocation with the
-    running total, and its exported trace is the documented way to read it. That is exact and repeatable, which the process's
-    resident size is not: it grows by pages, keeps what was freed, and cannot be reset. Scratch memory that a library takes
-    straight from malloc is not seen; element-wise chains have none.
+    On CUDA the caching allocator keeps this number. On the CPU nobody does; the profiler records every tensor
+    allocation with the running total, and its exported trace is the documented way to read it. That is exact and
+    repeatable, which the process's
+    resident size is not: it grows by pages, keeps what was freed, and cannot be reset. Scratch memory that a library
+    takes straight from malloc is not seen; element-wise chains have none.
     """
     step()
     if device == "cuda":
@@ -176,7 +184,8 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> Spread | None:
 def is_above(a: Sequence[float], b: Sequence[float], margin: float) -> bool:
     """Whether a exceeds b beyond the noise: by more than `margin` in the middle, and in more rounds than chance allows.
 
-    The second is a sign test at three standard deviations, so that among the hundred pairs of a run none is expected by chance.
+    The second is a sign test at three standard deviations, so that among the hundred pairs of a run none is expected by
+    chance.
     """
     differences = paired_difference(a, b)
     n = len(differences)

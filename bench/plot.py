@@ -1,4 +1,5 @@
-"""Draws the tax from a document that compare.py wrote: `python bench/plot.py results.json tax.png`, or compare.py's --plot."""
+"""Draws the tax from a document that compare.py wrote: `python bench/plot.py results.json tax.png`, or compare.py's
+--plot."""
 
 import itertools
 import json
@@ -20,8 +21,8 @@ NAMES = {"yardstick": "yardstick: one mul_"}
 def draw(document: dict, path: Path) -> None:
     """One panel per size, one bar per eager row.
 
-    The sizes are a factor of 10^4 apart, so each panel has its own scale; it is linear, because a cost that is lost in the noise
-    lies around zero, on either side, where a logarithm has no place for it.
+    The sizes are a factor of 10^4 apart, so each panel has its own scale; it is linear, because a cost that is lost in
+    the noise lies around zero, on either side, where a logarithm has no place for it.
     """
     cases = [case for case in document["cases"] if case["name"].startswith("tax/")]
     if not cases:
@@ -34,9 +35,13 @@ def draw(document: dict, path: Path) -> None:
             panel.set_visible(False)
         else:
             _panel(panel, case, with_names=panel in panels[:, 0])
-    figure.suptitle("What a gradient reversal layer adds to forward + backward", fontsize=13, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(
+        "What a gradient reversal layer adds to forward + backward", fontsize=13, fontweight="bold", x=0.01, ha="left"
+    )
     facts = document["environment"]
-    where = f"{facts['device_name']}, CPU threads {facts['threads']}" if facts["device"] == "cpu" else facts["device_name"]
+    where = (
+        f"{facts['device_name']}, CPU threads {facts['threads']}" if facts["device"] == "cpu" else facts["device_name"]
+    )
     figure.supxlabel(
         f"time over a plain view in the same chain; bar: median, line: middle half of the paired rounds\n"
         f"{where}, {facts['dtype']}, torch {facts['torch']}, eager, commit {facts['commit'] or 'unknown'}",
@@ -55,8 +60,16 @@ def _panel(panel: Axes, case: dict, with_names: bool) -> None:
         middle, q1, q3 = (row["cost"][key] / size for key in ("median", "q1", "q3"))
         panel.barh(place, middle, height=0.62, color=COLOURS.get(row["kind"], PEERS))
         panel.plot([q1, q3], [place, place], color="black", linewidth=1)
-        panel.text(max(q3, 0.0) + 0.03 * right, place, f"{middle:.2g}" if abs(middle) < 10 else f"{middle:.0f}", va="center", fontsize=9)
-    panel.set_yticks(range(len(rows)), [NAMES.get(row["name"], row["name"]) for row in rows] if with_names else [], fontsize=10)
+        panel.text(
+            max(q3, 0.0) + 0.03 * right,
+            place,
+            f"{middle:.2g}" if abs(middle) < 10 else f"{middle:.0f}",
+            va="center",
+            fontsize=9,
+        )
+    panel.set_yticks(
+        range(len(rows)), [NAMES.get(row["name"], row["name"]) for row in rows] if with_names else [], fontsize=10
+    )
     for label, row in zip(panel.get_yticklabels(), rows, strict=False):
         if row["kind"] == "ours":
             label.set(color=COLOURS["ours"], fontweight="bold")

@@ -90,7 +90,11 @@ def as_json(result: CaseResult) -> dict:
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
 
-_UNITS = {"s": (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)), "B": (("MB", 1e6), ("kB", 1e3), ("B", 1.0)), "launches": (("launches", 1.0),)}
+_UNITS = {
+    "s": (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)),
+    "B": (("MB", 1e6), ("kB", 1e3), ("B", 1.0)),
+    "launches": (("launches", 1.0),),
+}
 
 
 def _scale(result: CaseResult) -> tuple[str, float]:
@@ -130,7 +134,9 @@ def table(result: CaseResult) -> str:
             line = f"{mark} {row.name:<{width}}{total}" + (_cell(row.cost, size, 28) if taxed else "")
             lines.append(line + _cell(row.to_reference, 1.0, 24) + _cell(row.to_best_peer, 1.0, 24))
     rounds = max(row.total.n for row in result.rows)
-    lines.append(f"  {f'median [quartiles] of {rounds} rounds, paired within a round' if rounds > 1 else 'counted exactly'}")
+    lines.append(
+        f"  {f'median [quartiles] of {rounds} rounds, paired within a round' if rounds > 1 else 'counted exactly'}"
+    )
     lines.append(f"  {result.yardstick}")
     verdict = f"above {', '.join(result.slower)}" if result.slower else "above no other row beyond the noise"
     lines.append(f"  grl_ext is {verdict}")

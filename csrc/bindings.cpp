@@ -62,7 +62,8 @@ at::Tensor grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py
   return grl_linear_by_value(features, matrix, vector, number);
 }
 
-// The heads' arguments come as sequences with an entry for each head. None instead of a sequence means the option's default.
+// The heads' arguments come as sequences with an entry for each head. None instead of a sequence means the option's
+// default.
 std::vector<at::Tensor> to_tensors(const char* name, py::handle sequence) {
   std::vector<at::Tensor> tensors;
   tensors.reserve(py::len_hint(sequence));
@@ -123,7 +124,8 @@ bool are_exact(py::handle sequence) {
 
 // Returns None where the kernels do not take these tensors; Python then takes its other path.
 py::object linear_heads_eager(
-    py::handle x, py::handle weight, py::handle bias, const at::Tensor& lambda, const std::vector<int64_t>& lambda_index) {
+    py::handle x, py::handle weight, py::handle bias, const at::Tensor& lambda,
+    const std::vector<int64_t>& lambda_index) {
   if (!is_exact(x) || !are_exact(weight) || !are_exact(bias)) {
     return py::none();
   }

@@ -14,17 +14,19 @@ inline std::string dtype_name(const at::Tensor& tensor) {
 }
 
 inline void check_lambda(const at::Tensor& x, const at::Tensor& lambda) {
-  TORCH_CHECK_TYPE(!lambda.is_complex(), "lambda_ must be a real number or a real tensor, got a tensor of ", dtype_name(lambda));
+  TORCH_CHECK_TYPE(
+      !lambda.is_complex(), "lambda_ must be a real number or a real tensor, got a tensor of ", dtype_name(lambda));
   const bool elsewhere = lambda.device() != x.device();
   TORCH_CHECK_VALUE(
-      !elsewhere || (lambda.dim() == 0 && lambda.device().is_cpu()), "lambda_ is on ", lambda.device(), " but x is on ", x.device(),
-      ": only a 0-d lambda_ may be elsewhere, on the CPU");
+      !elsewhere || (lambda.dim() == 0 && lambda.device().is_cpu()), "lambda_ is on ", lambda.device(), " but x is on ",
+      x.device(), ": only a 0-d lambda_ may be elsewhere, on the CPU");
   const auto offset = x.dim() - lambda.dim();
   bool broadcasts = offset >= 0;
   for (int64_t d = 0; broadcasts && d < lambda.dim(); ++d) {
     broadcasts = lambda.sym_size(d) == 1 || lambda.sym_size(d) == x.sym_size(offset + d);
   }
-  TORCH_CHECK_VALUE(broadcasts, "lambda_ of shape ", lambda.sym_sizes(), " does not broadcast to x of shape ", x.sym_sizes());
+  TORCH_CHECK_VALUE(
+      broadcasts, "lambda_ of shape ", lambda.sym_sizes(), " does not broadcast to x of shape ", x.sym_sizes());
 }
 
 inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -41,11 +43,12 @@ inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const st
       dtype_name(weight));
   if (bias) {
     TORCH_CHECK_VALUE(
-        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [", weight.sym_size(0), "], got ",
-        bias->sym_sizes());
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [", weight.sym_size(0),
+        "], got ", bias->sym_sizes());
     TORCH_CHECK_VALUE(bias->device() == x.device(), "bias is on ", bias->device(), " but x is on ", x.device());
     TORCH_CHECK_TYPE(
-        bias->scalar_type() == x.scalar_type(), "bias must have x's dtype ", dtype_name(x), ", got ", dtype_name(*bias));
+        bias->scalar_type() == x.scalar_type(), "bias must have x's dtype ", dtype_name(x), ", got ",
+        dtype_name(*bias));
   }
 }
 

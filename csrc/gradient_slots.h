@@ -1,5 +1,5 @@
-// The order in which autograd and the kernels list the gradients of linear layers: that of x, those of the weights, those of the
-// biases. `needs` of an operator and the edges of a node have the same order.
+// The order in which autograd and the kernels list the gradients of linear layers: that of x, those of the weights,
+// those of the biases. `needs` of an operator and the edges of a node have the same order.
 #pragma once
 
 #include <cstddef>

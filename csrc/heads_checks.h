@@ -1,4 +1,5 @@
-// The checks of the heads' arguments. grl_ext/_reference_heads.py makes the same ones, in the same order and with the same texts.
+// The checks of the heads' arguments. grl_ext/_reference_heads.py makes the same ones, in the same order and with the
+// same texts.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,8 @@ inline std::string of_head(const char* name, size_t head) {
   return std::string(name) + "[" + std::to_string(head) + "]";
 }
 
-// Whether the tensor has one of the four floating-point types that the operators compute with. 8-bit types are not among them.
+// Whether the tensor has one of the four floating-point types that the operators compute with. 8-bit types are not
+// among them.
 inline bool is_floating(const at::Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
   return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
@@ -32,29 +34,32 @@ inline void check_layer(
     const c10::SymInt& features) {
   const auto name = of_head("weight", layer);
   TORCH_CHECK_VALUE(
-      weight.dim() == 2 && weight.sym_size(1) == features && weight.sym_size(0) > 0, name, " must have shape [K, ", features,
-      "] with K at least 1, got ", weight.sym_sizes());
+      weight.dim() == 2 && weight.sym_size(1) == features && weight.sym_size(0) > 0, name, " must have shape [K, ",
+      features, "] with K at least 1, got ", weight.sym_sizes());
   TORCH_CHECK_VALUE(weight.device() == x.device(), name, " is on ", weight.device(), " but x is on ", x.device());
   TORCH_CHECK_TYPE(
-      weight.scalar_type() == x.scalar_type(), name, " must have x's dtype ", dtype_name(x), ", got ", dtype_name(weight));
+      weight.scalar_type() == x.scalar_type(), name, " must have x's dtype ", dtype_name(x), ", got ",
+      dtype_name(weight));
   if (bias) {
     const auto bias_name = of_head("bias", layer);
     TORCH_CHECK_VALUE(
-        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), bias_name, " must have shape [", weight.sym_size(0), "], got ",
-        bias->sym_sizes());
+        bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), bias_name, " must have shape [",
+        weight.sym_size(0), "], got ", bias->sym_sizes());
     TORCH_CHECK_VALUE(bias->device() == x.device(), bias_name, " is on ", bias->device(), " but x is on ", x.device());
     TORCH_CHECK_TYPE(
-        bias->scalar_type() == x.scalar_type(), bias_name, " must have x's dtype ", dtype_name(x), ", got ", dtype_name(*bias));
+        bias->scalar_type() == x.scalar_type(), bias_name, " must have x's dtype ", dtype_name(x), ", got ",
+        dtype_name(*bias));
   }
 }
 
 // Checks the layers of all heads, of which head h has depth[h].
-inline void check_layers(const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth) {
+inline void check_layers(
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth) {
   check_features(x);
   TORCH_CHECK_VALUE(!weight.empty(), "weight must hold at least one head's matrix, got none");
   TORCH_CHECK_VALUE(
-      bias.size() == weight.size(), "bias must have an entry for each of the ", weight.size(), " matrices in weight, got ",
-      bias.size());
+      bias.size() == weight.size(), "bias must have an entry for each of the ", weight.size(),
+      " matrices in weight, got ", bias.size());
   size_t layer = 0;
   for (const auto layers : depth) {
     TORCH_CHECK_VALUE(
@@ -67,24 +72,30 @@ inline void check_layers(const at::Tensor& x, at::TensorList weight, const Optio
     }
   }
   TORCH_CHECK_VALUE(
-      layer == weight.size(), "depth must be positive and sum to the ", weight.size(), " matrices in weight, got ", depth);
+      layer == weight.size(), "depth must be positive and sum to the ", weight.size(), " matrices in weight, got ",
+      depth);
 }
 
-inline void check_lambda_of_heads(const at::Tensor& x, const at::Tensor& lambda, at::IntArrayRef lambda_index, size_t heads) {
+inline void check_lambda_of_heads(
+    const at::Tensor& x, const at::Tensor& lambda, at::IntArrayRef lambda_index, size_t heads) {
   TORCH_CHECK_TYPE(
-      lambda.scalar_type() == at::kFloat || lambda.scalar_type() == at::kDouble, "lambda_ must be float32 or float64, got ",
-      dtype_name(lambda));
-  TORCH_CHECK_VALUE(lambda.dim() == 1, "lambda_ must hold the adversaries' numbers, shape [A], got ", lambda.sym_sizes());
+      lambda.scalar_type() == at::kFloat || lambda.scalar_type() == at::kDouble,
+      "lambda_ must be float32 or float64, got ", dtype_name(lambda));
   TORCH_CHECK_VALUE(
-      lambda.device() == x.device() || lambda.device().is_cpu(), "lambda_ is on ", lambda.device(), " but x is on ", x.device());
+      lambda.dim() == 1, "lambda_ must hold the adversaries' numbers, shape [A], got ", lambda.sym_sizes());
   TORCH_CHECK_VALUE(
-      lambda_index.size() == heads, "lambda_index must have an entry for each of the ", heads, " heads, got ", lambda_index.size());
+      lambda.device() == x.device() || lambda.device().is_cpu(), "lambda_ is on ", lambda.device(), " but x is on ",
+      x.device());
+  TORCH_CHECK_VALUE(
+      lambda_index.size() == heads, "lambda_index must have an entry for each of the ", heads, " heads, got ",
+      lambda_index.size());
   for (const auto index : lambda_index) {
     TORCH_CHECK_VALUE(
-        index >= -1 && index < lambda.sym_size(0), "lambda_index must be -1 or an element of lambda_, of which there are ",
-        lambda.sym_size(0), ", got ", index);
+        index >= -1 && index < lambda.sym_size(0),
+        "lambda_index must be -1 or an element of lambda_, of which there are ", lambda.sym_size(0), ", got ", index);
   }
-  TORCH_CHECK_VALUE(!lambda.requires_grad(), "lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()");
+  TORCH_CHECK_VALUE(
+      !lambda.requires_grad(), "lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()");
 }
 
 // The loss has no derivative for its targets and weights. An error is better than a gradient that is silently missing.
@@ -133,7 +144,8 @@ inline void check_target(
 }
 
 inline void check_weights(
-    const at::Tensor& x, const char* argument, const std::optional<at::Tensor>& weights, size_t head, c10::SymIntArrayRef sizes) {
+    const at::Tensor& x, const char* argument, const std::optional<at::Tensor>& weights, size_t head,
+    c10::SymIntArrayRef sizes) {
   if (!weights) {
     return;
   }
@@ -160,7 +172,8 @@ inline void check_options(const at::Tensor& x, const std::vector<c10::SymInt>& s
   for (size_t h = 0; h < heads; ++h) {
     const bool squared = options.kind[h] == kSquaredError;
     TORCH_CHECK_VALUE(
-        squared || options.kind[h] == kCrossEntropy, "kind must be 0 (cross entropy) or 1 (squared error), got ", options.kind[h]);
+        squared || options.kind[h] == kCrossEntropy, "kind must be 0 (cross entropy) or 1 (squared error), got ",
+        options.kind[h]);
     check_target(x, options.targets[h], h, leading, sizes[h], squared);
     check_weights(x, "sample_weight", options.sample_weight.get(h), h, leading);
     TORCH_CHECK_VALUE(
@@ -179,11 +192,11 @@ inline void check_options(const at::Tensor& x, const std::vector<c10::SymInt>& s
     const auto& weights = *options.loss_weight;
     TORCH_CHECK_TYPE(!weights.is_complex(), "loss_weight must hold real numbers, got ", dtype_name(weights));
     TORCH_CHECK_VALUE(
-        weights.dim() == 1 && weights.sym_size(0) == static_cast<int64_t>(heads), "loss_weight must have an entry for each of the ",
-        heads, " heads, got shape ", weights.sym_sizes());
+        weights.dim() == 1 && weights.sym_size(0) == static_cast<int64_t>(heads),
+        "loss_weight must have an entry for each of the ", heads, " heads, got shape ", weights.sym_sizes());
     TORCH_CHECK_VALUE(
-        weights.device() == x.device() || weights.device().is_cpu(), "loss_weight is on ", weights.device(), " but x is on ",
-        x.device());
+        weights.device() == x.device() || weights.device().is_cpu(), "loss_weight is on ", weights.device(),
+        " but x is on ", x.device());
     refuse_gradient("loss_weight", weights);
   }
 }

@@ -1,4 +1,5 @@
-// Which element of a lambda tensor scales which element of a contiguous gradient, for kernels that do not expand the tensor.
+// Which element of a lambda tensor scales which element of a contiguous gradient, for kernels that do not expand the
+// tensor.
 #pragma once
 
 #include <c10/util/ArrayRef.h>

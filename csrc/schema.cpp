@@ -1,11 +1,11 @@
 // Every operator on one screen.
 //
-// The public ones are composite: they check their arguments, join the autograd graph and call the kernels below them, so that
-// tracing (torch.compile, make_fx, export) sees through them. The kernels, whose names begin with an underscore, know no
-// autograd; csrc/cpu and csrc/cuda implement them, and csrc/shapes.cpp says what they return.
+// The public ones are composite: they check their arguments, join the autograd graph and call the kernels below them,
+// so that tracing (torch.compile, make_fx, export) sees through them. The kernels, whose names begin with an
+// underscore, know no autograd; csrc/cpu and csrc/cuda implement them, and csrc/shapes.cpp says what they return.
 //
-// Element h of a list that describes heads belongs to head h. lambda_index[h] says which element of lambda_ is its own; a
-// predictor, which has none, has -1 there.
+// Element h of a list that describes heads belongs to head h. lambda_index[h] says which element of lambda_ is its own;
+// a predictor, which has none, has -1 there.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -17,10 +17,12 @@ TORCH_LIBRARY(grl_ext, m) {
   m.def("gradient_reversal(Tensor(a) x, Tensor lambda_) -> Tensor(a)");
   m.def("grl_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lambda_) -> Tensor");
   m.def("linear_heads(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor lambda_, int[] lambda_index) -> Tensor[]");
-  // A head has `depth` linear layers with ReLU between them; weight and bias list the layers of one head after the other.
+  // A head has `depth` linear layers with ReLU between them; weight and bias list the layers of one head after the
+  // other.
   m.def(
       "heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, int[] depth, Tensor[] targets, Tensor?[] sample_weight, "
-      "Tensor?[] class_weight, Tensor lambda_, int[] lambda_index, Tensor? loss_weight, int[] kind, float[] label_smoothing, "
+      "Tensor?[] class_weight, Tensor lambda_, int[] lambda_index, Tensor? loss_weight, int[] kind, float[] "
+      "label_smoothing, "
       "int[] ignore_index, bool mean) -> (Tensor loss, Tensor[] head_losses, Tensor[] logits)");
 
   // -lambda * grad; lambda is `value`, times `lambda_` if that has one element, or `lambda_` alone if it has more.
@@ -29,16 +31,19 @@ TORCH_LIBRARY(grl_ext, m) {
   // The same for several gradients of one dtype under one number: on CUDA one launch.
   m.def("_scale_negate_list_(Tensor(a!)[] grads, float value, Tensor? lambda_) -> ()");
 
-  // x is (N, D). `needs` says which gradients are needed: that of x, then those of the weights, then those of the biases. The
-  // others come back empty. x may be left out where no weight needs a gradient, and weight where x needs none: nothing else reads
-  // them.
+  // x is (N, D). `needs` says which gradients are needed: that of x, then those of the weights, then those of the
+  // biases. The others come back empty. x may be left out where no weight needs a gradient, and weight where x needs
+  // none: nothing else reads them.
   m.def("_heads_logits(Tensor x, Tensor[] weight, Tensor?[] bias) -> Tensor[]");
   m.def(
-      "_heads_gradients(Tensor[] grad_logits, Tensor? x, Tensor[] weight, Tensor lambda_, int[] lambda_index, bool[] needs) "
+      "_heads_gradients(Tensor[] grad_logits, Tensor? x, Tensor[] weight, Tensor lambda_, int[] lambda_index, bool[] "
+      "needs) "
       "-> (Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
   m.def(
-      "_heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] sample_weight, Tensor?[] class_weight, "
-      "Tensor lambda_, int[] lambda_index, Tensor? loss_weight, int[] kind, float[] label_smoothing, int[] ignore_index, "
+      "_heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] sample_weight, Tensor?[] "
+      "class_weight, "
+      "Tensor lambda_, int[] lambda_index, Tensor? loss_weight, int[] kind, float[] label_smoothing, int[] "
+      "ignore_index, "
       "bool mean, bool[] needs) "
       "-> (Tensor loss, Tensor head_losses, Tensor[] logits, Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
 }

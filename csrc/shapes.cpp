@@ -48,12 +48,13 @@ Gradients heads_gradients(
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_loss(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::TensorList, const OptionalTensors&,
-    const OptionalTensors&, const Tensor& lambda, at::IntArrayRef lambda_index, const std::optional<Tensor>&, at::IntArrayRef,
-    at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>& needs) {
+    const OptionalTensors&, const Tensor& lambda, at::IntArrayRef lambda_index, const std::optional<Tensor>&,
+    at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>& needs) {
   const auto loss_options = x.options().dtype(arithmetic_type(x.scalar_type()));
   auto logits = heads_logits(x, weight, bias);
   auto [dx, dw, db] = heads_gradients(logits, x, weight, lambda, lambda_index, needs);
-  return {at::empty({}, loss_options), at::empty({static_cast<int64_t>(weight.size())}, loss_options), logits, dx, dw, db};
+  return {
+      at::empty({}, loss_options), at::empty({static_cast<int64_t>(weight.size())}, loss_options), logits, dx, dw, db};
 }
 
 }  // namespace

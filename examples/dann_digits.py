@@ -1,10 +1,11 @@
 """Domain adaptation: learn digits from clean images, read them in front of photographs, without a label there.
 
-The source is clean digits; the target is the same kind of digits blended with photographs by absolute difference, the recipe of
-MNIST-M. The domain-adversarial network (Ganin et al., JMLR 2016) learns digits from source labels alone, from features in which an
-adversary cannot tell the domains apart. It stands between two networks of the same shape: one trained on the source only, one on
-target labels that the others never see. The share of that gap it closes is the result. The control is the source-only network with
-the target's batch-norm statistics (AdaBN): what DANN adds to it is what the reversal does.
+The source is clean digits; the target is the same kind of digits blended with photographs by absolute difference, the
+recipe of MNIST-M. The domain-adversarial network (Ganin et al., JMLR 2016) learns digits from source labels alone, from
+features in which an adversary cannot tell the domains apart. It stands between two networks of the same shape: one
+trained on the source only, one on target labels that the others never see. The share of that gap it closes is the
+result. The control is the source-only network with the target's batch-norm statistics (AdaBN): what DANN adds to it is
+what the reversal does.
 Distributed: `torchrun --nproc-per-node 2 examples/dann_digits.py --ddp` gives the same run as one process.
 """
 
@@ -50,7 +51,9 @@ def load_domains(args: Namespace) -> Domains:
     digits = data.load_digits(args.mnist, size)
     photos = data.load_photos(args.photos)
     # Smaller digits want smaller photographs, so that a crop shows as much as it would at MNIST's 28 pixels.
-    photos = [F.interpolate(photo[None], scale_factor=size / 28, mode="bilinear", antialias=True)[0] for photo in photos]
+    photos = [
+        F.interpolate(photo[None], scale_factor=size / 28, mode="bilinear", antialias=True)[0] for photo in photos
+    ]
     # The test's crops come from the right-hand third of the photographs, which training never sees.
     left = [photo[:, :, : photo.shape[2] * 2 // 3] for photo in photos]
     right = [photo[:, :, photo.shape[2] * 2 // 3 :] for photo in photos]
@@ -58,7 +61,12 @@ def load_domains(args: Namespace) -> Domains:
     target = data.blend(digits.train_images, left, generator, args.crops)
     target_test = data.blend(digits.test_images, right, generator)
     return Domains(
-        digits.train_images, digits.train_digits, target, digits.train_digits.repeat(args.crops), target_test, digits.test_digits
+        digits.train_images,
+        digits.train_digits,
+        target,
+        digits.train_digits.repeat(args.crops),
+        target_test,
+        digits.test_digits,
     )
 
 
@@ -85,8 +93,8 @@ def mean_of_all_processes(images: Tensor) -> Tensor:
 class Network(nn.Module):
     """The paper's network for MNIST: two convolutions, a label predictor of 100-100-10, a domain classifier of 100-1.
 
-    With batch norm, which the paper's has not: without it the adversary wins as lambda nears 1. No mean is subtracted from the
-    images, because batch norm after a convolution without padding removes it.
+    With batch norm, which the paper's has not: without it the adversary wins as lambda nears 1. No mean is subtracted
+    from the images, because batch norm after a convolution without padding removes it.
     """
 
     def __init__(self, size: int) -> None:
@@ -108,7 +116,8 @@ class Network(nn.Module):
         self.heads = grl_ext.AdversarialHeads(features, {"digit": [100, 100, 10]}, {"domain": [100, 1]})
 
     def forward(self, *domains: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of the digit (N, 10) for the images of one or of both domains; of the domain (N,) where there are both.
+        """Logits of the digit (N, 10) for the images of one or of both domains; of the domain (N,) where there are
+        both.
 
         The encoder sees the domains one after the other, so that batch norm takes each one's own statistics.
         """
@@ -120,7 +129,8 @@ class Network(nn.Module):
 
 
 class Training:
-    """One network in training, and all that it takes to resume it: weights, Adam's state, where lambda is, the random draws."""
+    """One network in training, and all that it takes to resume it: weights, Adam's state, where lambda is, the random
+    draws."""
 
     def __init__(self, method: str, seed: int, domains: Domains, args: Namespace) -> None:
         self.method, self.domains = method, domains
@@ -128,14 +138,19 @@ class Training:
         torch.manual_seed(seed)
         self.network = Network(domains.source.shape[-1]).to(args.device)
         # Only DANN sees both domains and uses the domain classifier.
-        self.model = DistributedDataParallel(self.network, find_unused_parameters=method != "DANN") if args.ddp else self.network
+        self.model = (
+            DistributedDataParallel(self.network, find_unused_parameters=method != "DANN") if args.ddp else self.network
+        )
         # Little momentum, as is usual where two networks play against each other.
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=args.lr, betas=(0.5, 0.999))
-        self.lambdas = grl_ext.LambdaScheduler(self.network, grl_ext.schedules.warm_start(args.gamma, hi=args.lambda_), args.steps)
+        self.lambdas = grl_ext.LambdaScheduler(
+            self.network, grl_ext.schedules.warm_start(args.gamma, hi=args.lambda_), args.steps
+        )
         self.generator = torch.Generator().manual_seed(seed)
 
     def batch(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        """This process's part of the batch: the images of each domain that the method sees, and the digits of the first one."""
+        """This process's part of the batch: the images of each domain that the method sees, and the digits of the first
+        one."""
         part = slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
         # Every process draws the whole batch and keeps its part, so that all draws are those of a single process.
         i, j = (
@@ -167,7 +182,8 @@ class Training:
         return self.lambdas.last_step
 
     def judge(self) -> dict[str, dict[str, float]]:
-        """On the test images, with the batch-norm statistics of the domain that the method may use: training images, no label."""
+        """On the test images, with the batch-norm statistics of the domain that the method may use: training images, no
+        label."""
         if self.method != "source only":
             self.use_statistics_of("target")
             return {self.method: self.target_accuracy()}
@@ -184,13 +200,16 @@ class Training:
     def images(self, domain: str, n: int) -> Iterator[Tensor]:
         """Training images of one domain in portions, spread over the whole set."""
         whole = self.domains.source if domain == "source" else self.domains.target
-        rows = torch.linspace(0, len(whole) - 1, min(n, len(whole)), dtype=torch.float64, device=self.domains.source.device).long()
+        rows = torch.linspace(
+            0, len(whole) - 1, min(n, len(whole)), dtype=torch.float64, device=self.domains.source.device
+        ).long()
         for portion in rows.split(250):
             yield whole[portion].expand(-1, 3, -1, -1)
 
     @torch.no_grad()
     def target_accuracy(self) -> dict[str, float]:
-        """Of all test images, and of those in front of dark and of bright crops, where the difference makes a digit its negative."""
+        """Of all test images, and of those in front of dark and of bright crops, where the difference makes a digit its
+        negative."""
         digits = self.domains.target_test_digits
         right, is_bright = [], []
         for rows in torch.arange(len(digits), device=digits.device).split(250):
@@ -211,7 +230,8 @@ class Training:
 
 
 def train(training: Training, checkpoint: Path, args: Namespace, progress: tqdm) -> None:
-    """To the end, from the checkpoint if there is one and `--resume` asks for it. The last step counts: no label chooses a better one."""
+    """To the end, from the checkpoint if there is one and `--resume` asks for it. The last step counts: no label
+    chooses a better one."""
     if args.resume and checkpoint.exists():
         # To the CPU first: that is where the generator's state belongs; the rest moves to the device as it is loaded.
         training.load_state_dict(torch.load(checkpoint, map_location="cpu"))
@@ -232,7 +252,8 @@ def is_first_process() -> bool:
 
 @torch.no_grad()
 def features(training: Training, n: int) -> tuple[Tensor, Tensor]:
-    """Features of n training images of each domain, as the network would see them: DANN with each domain's own statistics."""
+    """Features of n training images of each domain, as the network would see them: DANN with each domain's own
+    statistics."""
     found = []
     for domain in ("source", "target"):
         training.use_statistics_of(domain if training.method == "DANN" else "source")
@@ -241,7 +262,8 @@ def features(training: Training, n: int) -> tuple[Tensor, Tensor]:
 
 
 def plot(trained: dict[str, Training], domains: Domains, results: dict):
-    """Some images of both domains; the accuracies; and the features of the source-only network and of DANN, in two dimensions."""
+    """Some images of both domains; the accuracies; and the features of the source-only network and of DANN, in two
+    dimensions."""
     figure, axes = experiment.plt.subplots(1, 4, figsize=(16, 3.9), layout="constrained", width_ratios=[0.8, 1.2, 1, 1])
     some = torch.arange(5, device=domains.source.device)
     shown = (domains.source[some].expand(-1, 3, -1, -1), domains.target[some], domains.target_test[some])
@@ -261,7 +283,9 @@ def plot(trained: dict[str, Training], domains: Domains, results: dict):
         capsize=4,
     )
     for i, accuracy in enumerate(accuracies):
-        axes[1].text(i, accuracy["mean"] / 2, f"{accuracy['mean']:.3f}\n± {accuracy['sd']:.3f}", ha="center", color="white")
+        axes[1].text(
+            i, accuracy["mean"] / 2, f"{accuracy['mean']:.3f}\n± {accuracy['sd']:.3f}", ha="center", color="white"
+        )
     axes[1].set(ylim=(0, 1), title=f"target accuracy; gap closed: {results['gap_closed']['mean']:.0%}")
     for axis, method in zip(axes[2:], ("source only", "DANN"), strict=True):
         parts = features(trained[method], 400)
@@ -277,10 +301,16 @@ def plot(trained: dict[str, Training], domains: Domains, results: dict):
 
 def main(arguments: list[str] | None = None) -> dict | None:
     options = experiment.parser("dann_digits", __doc__.splitlines()[0], seeds=3)
-    options.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files (gz or not), instead of scikit-learn's digits")
-    options.add_argument("--photos", help="a folder with pictures, or scikit-image for those of its wheel; default: scikit-learn's two")
     options.add_argument(
-        "--crops", type=int, help="target images made of each digit; default: 1 of MNIST's (as MNIST-M), 4 of scikit-learn's"
+        "--mnist", type=Path, help="folder with MNIST's IDX files (gz or not), instead of scikit-learn's digits"
+    )
+    options.add_argument(
+        "--photos", help="a folder with pictures, or scikit-image for those of its wheel; default: scikit-learn's two"
+    )
+    options.add_argument(
+        "--crops",
+        type=int,
+        help="target images made of each digit; default: 1 of MNIST's (as MNIST-M), 4 of scikit-learn's",
     )
     options.add_argument("--steps", type=int, default=1500)
     options.add_argument("--batch", type=int, default=128, help="half from each domain")
@@ -323,7 +353,8 @@ def run(args: Namespace) -> dict | None:
     if not is_first_process():
         return None
     results = {
-        method: {name: experiment.spread([accuracies[name] for accuracies in runs]) for name in runs[0]} for method, runs in found.items()
+        method: {name: experiment.spread([accuracies[name] for accuracies in runs]) for name in runs[0]}
+        for method, runs in found.items()
     }
     low, control, dann, high = ([accuracies["target_accuracy"] for accuracies in found[method]] for method in JUDGED)
     closed = [(b - a) / (c - a) if c != a else 0.0 for a, b, c in zip(low, dann, high, strict=True)]
@@ -334,7 +365,9 @@ def run(args: Namespace) -> dict | None:
         + ", ".join(f"{method} {experiment.shown(results[method]['target_accuracy'])}" for method in JUDGED)
         + f"; gap closed {experiment.shown(results['gap_closed'], 2)}; DANN over the control {experiment.shown(results['over_control'])}; "
         + "DANN "
-        + ", ".join(f"{name.replace('_', ' ')} {experiment.shown(results['DANN'][name])}" for name in list(results["DANN"])[1:])
+        + ", ".join(
+            f"{name.replace('_', ' ')} {experiment.shown(results['DANN'][name])}" for name in list(results["DANN"])[1:]
+        )
         + " (published on MNIST-M: source only .5225, DANN .7666, train on target .9596; 0.56)"
     )
     return experiment.finish(args, results, plot(trained, domains, results), finding)

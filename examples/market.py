@@ -1,10 +1,12 @@
-"""Excess returns without the market: features that predict a stock's next excess return and do not know what the market did.
+"""Excess returns without the market: features that predict a stock's next excess return and do not know what the market
+did.
 
-A stock moves with the market, by its beta, and beyond it: the excess return, a small part of which can be predicted. The encoder
-sees the last days of the stock and of the market; a predictor reads the stock's next excess return from its features, an adversary
-behind the reversal reads the market's return of the day. Judged on later dates: does the prediction still rank the stocks, and how
-much of the market does a fresh linear probe find in the features? Beside them stand two forecasts without a network: a ridge
-regression on the same windows, and the one-day reversal (yesterday's losers will win).
+A stock moves with the market, by its beta, and beyond it: the excess return, a small part of which can be predicted.
+The encoder sees the last days of the stock and of the market; a predictor reads the stock's next excess return from its
+features, an adversary behind the reversal reads the market's return of the day. Judged on later dates: does the
+prediction still rank the stocks, and how much of the market does a fresh linear probe find in the features? Beside them
+stand two forecasts without a network: a ridge regression on the same windows, and the one-day reversal (yesterday's
+    losers will win).
 """
 
 from argparse import Namespace
@@ -25,13 +27,14 @@ WINDOW = 10  # days that the encoder sees
 BETA_DAYS = 250  # days before a return that its beta is estimated on
 TRAINING_SHARE = 0.7
 FEATURES = 16
-# Daily returns have fat tails (kurtosis near 30 for large stocks): a few days would decide a squared error. Inputs and targets are
-# standard scores within +-3. Raw scores and ranks did worse on the dates before the test (`--until 0.7`).
+# Daily returns have fat tails (kurtosis near 30 for large stocks): a few days would decide a squared error. Inputs and
+# targets are standard scores within +-3. Raw scores and ranks did worse on the dates before the test (`--until 0.7`).
 CLIP = 3.0
 
 
 def generated_returns(dates: int, stocks: int, seed: int) -> Tensor:
-    """Daily returns (dates, stocks) of a factor model: beta times a market with calm and wild regimes, and an excess part.
+    """Daily returns (dates, stocks) of a factor model: beta times a market with calm and wild regimes, and an excess
+    part.
 
     Today's excess return is partly the reversal of the last three days' (what can be predicted), the rest is noise.
     """
@@ -39,7 +42,9 @@ def generated_returns(dates: int, stocks: int, seed: int) -> Tensor:
     beta = 0.5 + torch.rand(stocks, generator=generator)
     # A regime lasts 50 days on average; the wild one has three times the volatility and falls instead of rising.
     wild = (torch.rand(dates, generator=generator) < 1 / 50).cumsum(0) % 2 == 1
-    market = torch.randn(dates, generator=generator) * torch.where(wild, 0.021, 0.007) + torch.where(wild, -0.001, 0.001)
+    market = torch.randn(dates, generator=generator) * torch.where(wild, 0.021, 0.007) + torch.where(
+        wild, -0.001, 0.001
+    )
     excess = 0.01 * torch.randn(dates, stocks, generator=generator)
     for day in range(3, dates):
         excess[day] -= 0.12 * excess[day - 3 : day].sum(0)
@@ -47,7 +52,8 @@ def generated_returns(dates: int, stocks: int, seed: int) -> Tensor:
 
 
 def load_returns(args: Namespace, seed: int) -> tuple[Tensor, Tensor]:
-    """Daily returns of the stocks (dates, stocks) and of the market (dates,), which without an index is the mean of the stocks."""
+    """Daily returns of the stocks (dates, stocks) and of the market (dates,), which without an index is the mean of the
+    stocks."""
     if args.csv is None:
         returns = generated_returns(args.dates, args.stocks, seed)
         return returns, returns.mean(1)
@@ -58,7 +64,8 @@ def load_returns(args: Namespace, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Samples:
-    """One row for each date and stock, in this order; all are scaled by their standard deviation on the training dates."""
+    """One row for each date and stock, in this order; all are scaled by their standard deviation on the training
+    dates."""
 
     windows: Tensor  # (dates, stocks, 2 WINDOW): the stock's last days, the market's last days; clipped
     market: Tensor  # (dates, stocks): the market's return on the window's last day
@@ -105,7 +112,8 @@ class Network(nn.Module):
 
     def __init__(self, lambda_: float) -> None:
         super().__init__()
-        # A linear path, because on real prices little more than that is there to be found, and a small network beside it.
+        # A linear path, because on real prices little more than that is there to be found, and a small network beside
+        # it.
         self.linear = nn.Linear(2 * WINDOW, FEATURES, bias=False)
         self.hidden = nn.Sequential(nn.Linear(2 * WINDOW, 32), nn.ReLU(), nn.Linear(32, FEATURES, bias=False))
         nn.init.zeros_(self.hidden[-1].weight)
@@ -139,7 +147,9 @@ def train(lambda_: float, seed: int, sample: Samples, args: Namespace, progress:
     network = Network(lambda_).to(args.device)
     # Little momentum, as is usual where two networks play against each other.
     optimizer = torch.optim.Adam(network.parameter_groups(args.lr, args.hidden_rate), betas=(0.5, 0.999))
-    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.steps)  # to 0: the noise is far larger than what can be learned
+    rate = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 0.0, args.steps
+    )  # to 0: the noise is far larger than what can be learned
     # The control without reversal has nothing to schedule.
     lambdas = grl_ext.LambdaScheduler(network, grl_ext.schedules.linear(0.0, 1.0), args.steps) if lambda_ else None
     for _ in range(args.steps):
@@ -169,7 +179,9 @@ def t_statistic(daily: Tensor) -> float:
 def ridge(x: Tensor, y: Tensor, strength: float) -> Tensor:
     """Weights of a ridge regression of y (N,) on x (N, D) and a constant, the last weight."""
     x, y = with_one(x), y.double()
-    return torch.linalg.solve(x.T @ x + strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device), x.T @ y)
+    return torch.linalg.solve(
+        x.T @ x + strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device), x.T @ y
+    )
 
 
 def with_one(x: Tensor) -> Tensor:
@@ -188,7 +200,9 @@ def judge(network: Network, train_sample: Samples, test_sample: Samples) -> tupl
     """On the later dates: the probe's R^2 of the market, and the daily rank correlations."""
     features, test_features = network.features(train_sample.windows), network.features(test_sample.windows)
     daily = rank_correlation(network.heads.predictors["excess"](test_features).squeeze(-1), test_sample.excess)
-    r2 = probe_r2(features.flatten(0, 1), train_sample.market.flatten(), test_features.flatten(0, 1), test_sample.market.flatten())
+    r2 = probe_r2(
+        features.flatten(0, 1), train_sample.market.flatten(), test_features.flatten(0, 1), test_sample.market.flatten()
+    )
     return r2, daily.cpu()
 
 
@@ -213,9 +227,17 @@ def plot(results: dict, daily: dict[str, list[Tensor]]):
     for axis, (measure, (names, title)) in zip(axes, panels.items(), strict=False):
         found = [results[name][measure] for name in names]
         ticks = [name.replace(" ", "\n", 1) for name in names]
-        axis.bar(ticks, [f["mean"] for f in found], color=[experiment.COLOURS[colours[name]] for name in names], alpha=0.5, width=0.6)
+        axis.bar(
+            ticks,
+            [f["mean"] for f in found],
+            color=[experiment.COLOURS[colours[name]] for name in names],
+            alpha=0.5,
+            width=0.6,
+        )
         for i, f in enumerate(found):
-            axis.scatter([i] * len(f["values"]), f["values"], s=14, color="black", zorder=3, label="one seed" if i == 0 else None)
+            axis.scatter(
+                [i] * len(f["values"]), f["values"], s=14, color="black", zorder=3, label="one seed" if i == 0 else None
+            )
         axis.set(title=title)
         axis.margins(y=0.12)
         axis.axhline(0, color="black", linewidth=0.8)
@@ -236,10 +258,16 @@ def verdict(results: dict, fixed_data: bool) -> str:
         f"rank correlation {experiment.shown(results[name]['rank_correlation'], 4)} (t over dates {results[name]['t']:.1f})"
         for name in METHODS
     ]
-    rows += [f"{name}: {results[name]['rank_correlation']['mean']:.4f} (t {results[name]['t']:.1f})" for name in BASELINES]
+    rows += [
+        f"{name}: {results[name]['rank_correlation']['mean']:.4f} (t {results[name]['t']:.1f})" for name in BASELINES
+    ]
     cost = results["with minus without reversal"]
     rows.append(f"with minus without reversal: {cost['rank_correlation']['mean']:+.4f} (t {cost['t']:.1f})")
-    varied = "initial weights and batches on the same prices" if fixed_data else "generated returns, initial weights and batches"
+    varied = (
+        "initial weights and batches on the same prices"
+        if fixed_data
+        else "generated returns, initial weights and batches"
+    )
     return f"finding: {'; '.join(rows)}; ± is the spread over seeds of {varied}"
 
 
@@ -251,7 +279,9 @@ def main(arguments: list[str] | None = None) -> dict:
         help="prices (columns date, ticker, close; or a date and one column a ticker; gz or not), instead of generated returns",
     )
     options.add_argument(
-        "--index", type=Path, help="the market's own series for --csv (a date and one column), instead of the stocks' mean"
+        "--index",
+        type=Path,
+        help="the market's own series for --csv (a date and one column), instead of the stocks' mean",
     )
     options.add_argument(
         "--until",
@@ -263,9 +293,15 @@ def main(arguments: list[str] | None = None) -> dict:
     options.add_argument("--stocks", type=int, default=50, help="generated stocks")
     options.add_argument("--steps", type=int, default=3000)
     options.add_argument("--dates-per-batch", type=int, default=64)
-    options.add_argument("--lr", type=float, default=1e-3, help="of Adam at the start, falling to 0; thirty times that for the adversary")
-    options.add_argument("--hidden-rate", type=float, default=0.1, help="times the learning rate, for the encoder's hidden part")
-    options.add_argument("--lambda", dest="lambda_", type=float, default=1.0, help="where lambda rises to, in a straight line")
+    options.add_argument(
+        "--lr", type=float, default=1e-3, help="of Adam at the start, falling to 0; thirty times that for the adversary"
+    )
+    options.add_argument(
+        "--hidden-rate", type=float, default=0.1, help="times the learning rate, for the encoder's hidden part"
+    )
+    options.add_argument(
+        "--lambda", dest="lambda_", type=float, default=1.0, help="where lambda rises to, in a straight line"
+    )
     args = options.parse_args(arguments)
     if args.index and not args.csv:
         options.error("--index needs --csv: the market's own series goes with the stocks' prices")
@@ -281,7 +317,9 @@ def main(arguments: list[str] | None = None) -> dict:
                 daily[name].append(correlations)
             for method, lambda_ in zip(METHODS, (0.0, args.lambda_), strict=True):
                 progress.set_description(f"{method}, seed {seed}")
-                found, correlations = judge(train(lambda_, seed, train_sample, args, progress), train_sample, test_sample)
+                found, correlations = judge(
+                    train(lambda_, seed, train_sample, args, progress), train_sample, test_sample
+                )
                 r2[method].append(found)
                 daily[method].append(correlations)
     # The difference day by day: what the two share on a date, luck above all, is not in it.

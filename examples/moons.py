@@ -1,8 +1,8 @@
 """Inter-twining moons: a class boundary learned on one pair of moons, used on the same moons rotated by 35 degrees.
 
-The source moons have labels, the rotated target moons have none. A plain network fits the source and fails where the target moons
-have turned away. The domain-adversarial network (Ganin et al., JMLR 2016, section 5.1) learns the same labels from features in which
-an adversary cannot tell the domains apart, so that its boundary turns with the moons.
+The source moons have labels, the rotated target moons have none. A plain network fits the source and fails where the
+target moons have turned away. The domain-adversarial network (Ganin et al., JMLR 2016, section 5.1) learns the same
+labels from features in which an adversary cannot tell the domains apart, so that its boundary turns with the moons.
 """
 
 import math
@@ -35,7 +35,9 @@ class Network(nn.Module):
     def __init__(self, lambda_: float) -> None:
         super().__init__()
         self.hidden = nn.Sequential(nn.Linear(2, HIDDEN), nn.Sigmoid())
-        self.heads = grl_ext.AdversarialHeads(HIDDEN, predictors={"moon": 1}, adversaries={"domain": 1}, lambda_=lambda_)
+        self.heads = grl_ext.AdversarialHeads(
+            HIDDEN, predictors={"moon": 1}, adversaries={"domain": 1}, lambda_=lambda_
+        )
 
     def loss(self, points: Tensor, moon: Tensor, domain: Tensor) -> Tensor:
         return self.heads(self.hidden(points), {"moon": moon, "domain": domain}, ignore_index=NO_LABEL).loss
@@ -49,7 +51,9 @@ def batch(source: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Tenso
     """All points, their moon (unknown for the target) and their domain (0 source, 1 target)."""
     points = torch.cat([source, target])
     moon = torch.cat([labels, torch.full((len(target),), NO_LABEL, device=labels.device)])
-    domain = torch.arange(2, device=labels.device).repeat_interleave(torch.tensor([len(source), len(target)], device=labels.device))
+    domain = torch.arange(2, device=labels.device).repeat_interleave(
+        torch.tensor([len(source), len(target)], device=labels.device)
+    )
     return points, moon, domain
 
 
@@ -92,7 +96,9 @@ def plot(shown: dict[str, tuple[Network, dict[str, dict]]], source: Tensor, labe
             else:
                 for points, tint, name in ((source, "blue", "source"), (target, "orange", "target")):
                     axis.scatter(*points.T, s=10, color=colour[tint], label=name)
-                axis.set_title(f"{title}: which domain\nadversary's accuracy {experiment.shown(found['domain_accuracy'])}")
+                axis.set_title(
+                    f"{title}: which domain\nadversary's accuracy {experiment.shown(found['domain_accuracy'])}"
+                )
     for row in axes:
         row[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -100,7 +106,9 @@ def plot(shown: dict[str, tuple[Network, dict[str, dict]]], source: Tensor, labe
 
 def main(arguments: list[str] | None = None) -> dict:
     options = experiment.parser("moons", __doc__.splitlines()[0], seeds=10)
-    options.add_argument("--points", type=int, nargs="+", default=[150, 300], help="points in each domain; the last is plotted")
+    options.add_argument(
+        "--points", type=int, nargs="+", default=[150, 300], help="points in each domain; the last is plotted"
+    )
     options.add_argument("--lambda", dest="lambda_", type=float, default=6.0, help="of the adversary, as in the paper")
     options.add_argument("--steps", type=int, default=2500, help="of gradient descent on all points")
     options.add_argument("--lr", type=float, default=0.1, help="with momentum 0.9")
@@ -108,7 +116,10 @@ def main(arguments: list[str] | None = None) -> dict:
     results: dict[str, dict] = {}
     with tqdm(total=len(args.points) * 2 * args.seeds * args.steps, unit="step") as progress:
         for n in args.points:
-            found = {title: {"source_accuracy": [], "target_accuracy": [], "domain_accuracy": []} for title in ("plain", "DANN")}
+            found = {
+                title: {"source_accuracy": [], "target_accuracy": [], "domain_accuracy": []}
+                for title in ("plain", "DANN")
+            }
             networks: dict[str, list[Network]] = {"plain": [], "DANN": []}
             for seed in range(args.seed, args.seed + args.seeds):
                 # Every seed has its own moons; the target is judged on fresh points.
@@ -122,7 +133,9 @@ def main(arguments: list[str] | None = None) -> dict:
                     networks[title].append(network)
                     found[title]["source_accuracy"].append(accuracy(network.logits(source)["moon"], labels))
                     found[title]["target_accuracy"].append(accuracy(network.logits(fresh)["moon"], fresh_labels))
-                    found[title]["domain_accuracy"].append(accuracy(network.logits(data[0].cpu())["domain"], data[2].cpu()))
+                    found[title]["domain_accuracy"].append(
+                        accuracy(network.logits(data[0].cpu())["domain"], data[2].cpu())
+                    )
             results[f"{n} points"] = {t: {k: experiment.spread(v) for k, v in by.items()} for t, by in found.items()}
     last = results[f"{n} points"]
     figure = plot({title: (networks[title][-1], last[title]) for title in last}, source, labels, target)

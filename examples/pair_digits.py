@@ -1,10 +1,12 @@
-"""Does a pair of digits contain a zero? The founding experiment: a predictor, and an adversary that learns the complement.
+"""Does a pair of digits contain a zero? The founding experiment: a predictor, and an adversary that learns the
+complement.
 
-Two digits are added pixel by pixel. The predictor says whether one of them is a zero; behind the gradient reversal layer, the
-adversary learns to say the opposite. The published claim is that the reversed branch makes the predictor learn faster and better.
-The same network is trained as published (stock layers and `GRL`) and in its fused form (`AdversarialHeads`), with the reversal on
-and off, and without it at twice and half the learning rate; and at every point we ask whether the reversed gradient points
-where the predictor's own does. `--published` is the published setting itself, on MNIST.
+Two digits are added pixel by pixel. The predictor says whether one of them is a zero; behind the gradient reversal
+layer, the adversary learns to say the opposite. The published claim is that the reversed branch makes the predictor
+learn faster and better. The same network is trained as published (stock layers and `GRL`) and in its fused form
+(`AdversarialHeads`), with the reversal on and off, and without it at twice and half the learning rate; and at every
+point we ask whether the reversed gradient points where the predictor's own does. `--published` is the published setting
+itself, on MNIST.
 """
 
 import copy
@@ -52,7 +54,8 @@ class Variant:
 VARIANTS = {
     "reversed": Variant("with reversal, published layers", 1.0, colour="orange"),
     "fused": Variant("with reversal, fused heads", 1.0, fused=True, colour="blue", style=":"),
-    # Lambda 0 is the network without an adversary: nothing of it reaches the features. It still learns, and can be watched.
+    # Lambda 0 is the network without an adversary: nothing of it reaches the features. It still learns, and can be
+    # watched.
     "plain": Variant("no reversal", 0.0, colour="green"),
     "double": Variant("no reversal, twice the rate", 0.0, rate=2.0, colour="pink", style="--"),
     "half": Variant("no reversal, half the rate", 0.0, rate=0.5, colour="grey", style="--"),
@@ -60,7 +63,15 @@ VARIANTS = {
 
 
 # The published setting: 2000 steps in all, at a rate so low that one run takes some eight minutes of one core.
-PUBLISHED = {"pairs": 2000, "batch": 1000, "epochs": 1000, "every": 10, "lr": 0.001, "seeds": 3, "variants": ["reversed", "plain"]}
+PUBLISHED = {
+    "pairs": 2000,
+    "batch": 1000,
+    "epochs": 1000,
+    "every": 10,
+    "lr": 0.001,
+    "seeds": 3,
+    "variants": ["reversed", "plain"],
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,8 @@ class Pairs:
 
 
 def build(variant: Variant, seed: int) -> tuple[nn.Module, MnistNN2, Callable[[Tensor, Tensor], Tensor]]:
-    """What is trained, the published network (to look into) and the loss; the initial weights depend on the seed alone."""
+    """What is trained, the published network (to look into) and the loss; the initial weights depend on the seed
+    alone."""
     torch.manual_seed(seed)
     network = MnistNN2(grl_ext.GRL(variant.lambda_))
     if variant.fused:
@@ -97,14 +109,17 @@ def train(variant: Variant, seed: int, pairs: Pairs, held_out: Pairs, args: Name
         if epoch % args.every == 0:
             published = published_form(trained, network)
             on_training = measure(published, pairs)
-            found = measure(published, held_out) | {f"training_{name}": on_training[name] for name in ("accuracy", "adversary")}
+            found = measure(published, held_out) | {
+                f"training_{name}": on_training[name] for name in ("accuracy", "adversary")
+            }
             for name, value in found.items():
                 curves[name].append(value)
     return dict(curves)
 
 
 def saved_or_trained(name: str, seed: int, pairs: Pairs, held_out: Pairs, args: Namespace, progress: tqdm) -> Curves:
-    """One run, kept in a file of the output folder. `--resume` takes a finished run from there, if it had the same settings."""
+    """One run, kept in a file of the output folder. `--resume` takes a finished run from there, if it had the same
+    settings."""
     file = args.out / "runs" / f"{name}-{seed}.json"
     settings = {option: getattr(args, option) for option in ("pairs", "batch", "epochs", "every", "lr")}
     settings["digits"] = "MNIST" if args.mnist else "scikit-learn"
@@ -123,16 +138,22 @@ def published_form(trained: nn.Module, network: MnistNN2) -> MnistNN2:
     """The network as published, with the weights of what is trained."""
     if isinstance(trained, FusedNN2):
         predictors, adversaries = trained.heads.predictors, trained.heads.adversaries
-        network.extractor, network.out, network.advout = trained.extractor, predictors["zero"], adversaries["complement"]
+        network.extractor, network.out, network.advout = (
+            trained.extractor,
+            predictors["zero"],
+            adversaries["complement"],
+        )
     return network
 
 
 @torch.no_grad()
 def measure(network: MnistNN2, pairs: Pairs) -> dict[str, float]:
-    """The loss, both accuracies against the label, so that an adversary who succeeds is below 0.5; and the gradients' agreement."""
+    """The loss, both accuracies against the label, so that an adversary who succeeds is below 0.5; and the gradients'
+    agreement."""
     _, prediction, adversarial = network(pairs.images)
     labels = pairs.labels
-    # What the features are told by each head, in closed form: the softmax's error times the weights; then the reversal's sign.
+    # What the features are told by each head, in closed form: the softmax's error times the weights; then the
+    # reversal's sign.
     own = (prediction.softmax(1) - F.one_hot(labels, 2)) @ network.out.weight
     reversed_ = -(adversarial.softmax(1) - F.one_hot(1 - labels, 2)) @ network.advout.weight
     return {
@@ -183,7 +204,9 @@ def plot(curves: dict[str, list[Curves]], args: Namespace):
     for axis, (quantity, title) in zip(axes, panels.items(), strict=True):
         for name in curves:
             variant = VARIANTS[name]
-            experiment.curve(axis, epochs, [run[quantity] for run in curves[name]], variant.title, variant.colour, variant.style)
+            experiment.curve(
+                axis, epochs, [run[quantity] for run in curves[name]], variant.title, variant.colour, variant.style
+            )
         axis.set(title=title, xlabel="epoch")
     for axis in axes[:2]:
         axis.set_ylim(0.5, 1.0)
@@ -200,20 +223,30 @@ def largest_differences(runs: list[Curves], others: list[Curves]) -> dict[str, f
     """By quantity, over all seeds and epochs."""
     return {
         quantity: max(
-            abs(a - b) for run, other in zip(runs, others, strict=True) for a, b in zip(run[quantity], other[quantity], strict=True)
+            abs(a - b)
+            for run, other in zip(runs, others, strict=True)
+            for a, b in zip(run[quantity], other[quantity], strict=True)
         )
         for quantity in runs[0]
     }
 
 
 def verdict(results: dict, args: Namespace) -> str:
-    """With and without reversal, and at other rates where they were run: speed, end, and how the two gradients agree."""
+    """With and without reversal, and at other rates where they were run: speed, end, and how the two gradients
+    agree."""
     with_, without = results["reversed"], results["plain"]
-    titles = {"reversed": "with reversal", "plain": "without", "double": "without at twice the rate", "half": "without at half the rate"}
+    titles = {
+        "reversed": "with reversal",
+        "plain": "without",
+        "double": "without at twice the rate",
+        "half": "without at half the rate",
+    }
     titles = {name: title for name, title in titles.items() if name in results}
 
     def each(quantity: str, digits: int = 3) -> str:
-        return ", ".join(f"{experiment.shown(results[name][quantity], digits)} {title}" for name, title in titles.items())
+        return ", ".join(
+            f"{experiment.shown(results[name][quantity], digits)} {title}" for name, title in titles.items()
+        )
 
     parts = [
         f"epochs to 90 % {each('epochs_to_0.90', 0)} (past {args.epochs}: not reached)",
@@ -234,15 +267,25 @@ def verdict(results: dict, args: Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> dict:
     options = experiment.parser("pair_digits", __doc__.splitlines()[0], seeds=5)
-    options.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files (gz or not), instead of scikit-learn's digits")
-    options.add_argument("--published", action="store_true", help="the published setting, on MNIST: other defaults for the options below")
+    options.add_argument(
+        "--mnist", type=Path, help="folder with MNIST's IDX files (gz or not), instead of scikit-learn's digits"
+    )
+    options.add_argument(
+        "--published", action="store_true", help="the published setting, on MNIST: other defaults for the options below"
+    )
     options.add_argument("--pairs", type=int, default=200, help="training pairs")
     options.add_argument("--batch", type=int, default=100)
     options.add_argument("--epochs", type=int, default=100)
-    options.add_argument("--every", type=int, default=4, help="epochs between measurements on the training pairs and 500 held-out pairs")
+    options.add_argument(
+        "--every", type=int, default=4, help="epochs between measurements on the training pairs and 500 held-out pairs"
+    )
     options.add_argument("--lr", type=float, default=0.03, help="of plain SGD")
-    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="reversed and plain must be among them")
-    options.add_argument("--resume", action="store_true", help="take finished runs with the same settings from the output folder")
+    options.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="reversed and plain must be among them"
+    )
+    options.add_argument(
+        "--resume", action="store_true", help="take finished runs with the same settings from the output folder"
+    )
     if options.parse_known_args(arguments)[0].published:
         options.set_defaults(**PUBLISHED)
     args = options.parse_args(arguments)

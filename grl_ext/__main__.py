@@ -12,7 +12,9 @@ def main() -> None:
     untested = ""
     if _backend.release(torch.__version__) > _backend.NEWEST_TESTED_TORCH:
         untested = f" (not tested; the newest tested torch is {'.'.join(map(str, _backend.NEWEST_TESTED_TORCH))})"
-    print(f"grl_ext {__version__} on torch {torch.__version__}{untested}, Python {platform.python_version()}, {platform.machine()}")
+    print(
+        f"grl_ext {__version__} on torch {torch.__version__}{untested}, Python {platform.python_version()}, {platform.machine()}"
+    )
     if info is None:
         print(f"compiled: no ({_backend.why_not})")
     else:
@@ -20,13 +22,19 @@ def main() -> None:
         print(f"CPU kernels: {info['cpu_isa']} (GRL_EXT_CPU_ISA asks for another), {torch.get_num_threads()} threads")
         print(f"CUDA kernels: {info['cuda_archs'] or 'no'}")
 
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else []) + (["mps"] if torch.backends.mps.is_available() else [])
+    devices = (
+        ["cpu"]
+        + (["cuda"] if torch.cuda.is_available() else [])
+        + (["mps"] if torch.backends.mps.is_available() else [])
+    )
     for device in devices:
         compiled = device in _backend.kernel_devices
         why = "" if compiled else f" ({'nothing compiled for it' if info else 'nothing compiled'})"
         scale = "fused scale backward" + (", in place where unshared" if device == "cpu" else "")
         layer = f"view forward; {scale}" if compiled else "PyTorch operators" + why
-        linear = "PyTorch's matrix products, lambda inside where the host knows it" if info else "PyTorch operators" + why
+        linear = (
+            "PyTorch's matrix products, lambda inside where the host knows it" if info else "PyTorch operators" + why
+        )
         heads = "PyTorch operators" + why
         if compiled:
             heads = f"fused kernels up to {info[f'max_columns_{device}']} columns, matrix products beyond"

@@ -25,9 +25,16 @@ def _load() -> tuple[ModuleType | None, str]:
     Its name says which torch it was built for, because one that was built for another may not be loaded to be asked.
     """
     name = "_C_torch{}_{}".format(*release(torch.__version__))
-    present = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name.startswith("_C_torch"))
+    present = sorted(
+        module.name
+        for module in pkgutil.iter_modules([str(Path(__file__).parent)])
+        if module.name.startswith("_C_torch")
+    )
     if not present:
-        return None, "this installation has no compiled extension (GRL_EXT_BUILD=python, or a source tree that was not built)"
+        return (
+            None,
+            "this installation has no compiled extension (GRL_EXT_BUILD=python, or a source tree that was not built)",
+        )
     if name in present:
         try:
             return importlib.import_module(f"grl_ext.{name}"), ""

@@ -1,4 +1,5 @@
-"""How a head is run: which of its layers are computed together with those of the others, and why; and errors by the heads' names."""
+"""How a head is run: which of its layers are computed together with those of the others, and why; and errors by the
+heads' names."""
 
 import contextlib
 import re
@@ -58,7 +59,8 @@ class HeadPath(NamedTuple):
     name: str
     module: nn.Module
     index: int  # its number in lambda_, -1 for a predictor
-    # How it is run: the path's name in the repr, the reason, the linear layers that are computed together, and what follows them.
+    # How it is run: the path's name in the repr, the reason, the linear layers that are computed together, and what
+    # follows them.
     path: str
     why: str
     layers: tuple[nn.Module, ...]
@@ -82,7 +84,9 @@ def path_of(module: nn.Module) -> tuple[str, str, tuple[nn.Module, ...], tuple[n
     return "first layer fused", "begins with a linear layer", parts[:1], parts[1:]
 
 
-_PLACE = re.compile(r"\b(lambda_|weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]")
+_PLACE = re.compile(
+    r"\b(lambda_|weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]"
+)
 ERRORS = (TypeError, ValueError, IndexError)
 
 

@@ -1,4 +1,5 @@
-"""What PyTorch's tools ask of the compiled heads: decompositions into its own operators, and counts of floating-point operations."""
+"""What PyTorch's tools ask of the compiled heads: decompositions into its own operators, and counts of floating-point
+operations."""
 
 import torch
 from torch._guards import detect_fake_mode
@@ -26,15 +27,22 @@ def _decompose(operator, decomposition) -> None:
     @operator.py_impl(_COMPOSITE)
     def either(*args):
         mode = detect_fake_mode(args)
-        return decomposition(*args) if mode is not None and mode.fake_tensor_converter.export else operator._op_dk(_COMPOSITE, *args)
+        return (
+            decomposition(*args)
+            if mode is not None and mode.fake_tensor_converter.export
+            else operator._op_dk(_COMPOSITE, *args)
+        )
 
 
-def _heads_loss(x, weight, bias, depth, targets, sample_weight, class_weight, lambda_, lambda_index, loss_weight, *others):
+def _heads_loss(
+    x, weight, bias, depth, targets, sample_weight, class_weight, lambda_, lambda_index, loss_weight, *others
+):
     options = _reference_heads.HeadsOptions(sample_weight, class_weight, loss_weight, *others)
     return _reference_heads.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, options)
 
 
-# Shapes in place of tensors, as FlopCounterMode gives them. Products only, as PyTorch counts them: a multiplication and an addition.
+# Shapes in place of tensors, as FlopCounterMode gives them. Products only, as PyTorch counts them: a multiplication and
+# an addition.
 
 
 def _flops_of_logits(x, weight, bias, out_shape=None, **_) -> int:
@@ -49,4 +57,6 @@ def _flops_of_gradients(grad_logits, x, weight, lambda_, lambda_index, needs, ou
 
 def _flops_of_loss(x, weight, bias, *others, out_shape=None, **_) -> int:
     needs = others[-1]
-    return sum(2 * x[0] * columns * features * (1 + needs[0] + needs[1 + h]) for h, (columns, features) in enumerate(weight))
+    return sum(
+        2 * x[0] * columns * features * (1 + needs[0] + needs[1 + h]) for h, (columns, features) in enumerate(weight)
+    )

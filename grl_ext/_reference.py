@@ -1,6 +1,7 @@
 """Every operation in plain PyTorch: the fallback where nothing is compiled, and the oracle of the tests.
 
-The rules are the compiled operations' own: same results, same errors, same gradients of gradients. It also serves where C++
+The rules are the compiled operations' own: same results, same errors, same gradients of gradients. It also serves where
+C++
 autograd nodes cannot go: `torch.func` transforms, and devices for which no kernel is compiled.
 """
 
@@ -29,7 +30,9 @@ def check_operand(name: str, value: object) -> None:
     """What a linear layer or a loss takes."""
     check_tensor(name, value)
     if isinstance(value, MaskedTensor):
-        raise TypeError(f"{name} must not be a MaskedTensor: pass {name}.to_tensor(value), with the value that masked elements are to have")
+        raise TypeError(
+            f"{name} must not be a MaskedTensor: pass {name}.to_tensor(value), with the value that masked elements are to have"
+        )
 
 
 def check_tensors(x: object, weight: object, bias: object) -> None:
@@ -44,7 +47,9 @@ def check_number(name: str, value: object) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number or a real tensor, got {type(value).__name__}")
     value = float(value)
-    if not abs(value) <= sys.float_info.max:  # torch.compile can trace neither math.isfinite nor a comparison with infinity
+    if (
+        not abs(value) <= sys.float_info.max
+    ):  # torch.compile can trace neither math.isfinite nor a comparison with infinity
         raise ValueError(f"{name} must be finite, got {value}")
     return value
 
@@ -65,23 +70,31 @@ def check_lambda(x: Tensor, lambda_: Tensor) -> None:
         raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {lambda_.dtype}")
     if lambda_.dim() > 0:
         if lambda_.device != x.device:
-            raise ValueError(f"lambda_ is on {lambda_.device} but x is on {x.device}: only a 0-d lambda_ may be elsewhere, on the CPU")
+            raise ValueError(
+                f"lambda_ is on {lambda_.device} but x is on {x.device}: only a 0-d lambda_ may be elsewhere, on the CPU"
+            )
         offset = x.dim() - lambda_.dim()
         if offset < 0 or any(b not in (1, x.shape[offset + d]) for d, b in enumerate(lambda_.shape)):
             raise ValueError(f"lambda_ of shape {list(lambda_.shape)} does not broadcast to x of shape {list(x.shape)}")
     elif lambda_.device != x.device and lambda_.device.type != "cpu":
-        raise ValueError(f"lambda_ is on {lambda_.device} but x is on {x.device}: only a 0-d lambda_ may be elsewhere, on the CPU")
+        raise ValueError(
+            f"lambda_ is on {lambda_.device} but x is on {x.device}: only a 0-d lambda_ may be elsewhere, on the CPU"
+        )
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got shape []")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight must have shape [K, D] with D = x.shape[-1] = {x.shape[-1]}, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape [K, D] with D = x.shape[-1] = {x.shape[-1]}, got {list(weight.shape)}"
+        )
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device} but x is on {x.device}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dtype != x.dtype:
-        raise TypeError(f"x and weight must have the same dtype, float16, bfloat16, float32 or float64, got {x.dtype} and {weight.dtype}")
+        raise TypeError(
+            f"x and weight must have the same dtype, float16, bfloat16, float32 or float64, got {x.dtype} and {weight.dtype}"
+        )
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
@@ -97,7 +110,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def scale_negate(grad: Tensor, lambda_: Tensor | float) -> Tensor:
-    """-lambda * grad in grad's dtype, rounded once, and exact zeros where lambda is 0 (even of an infinite gradient)."""
+    """-lambda * grad in grad's dtype, rounded once, and exact zeros where lambda is 0 (even of an infinite
+    gradient)."""
     if isinstance(grad, MaskedTensor):  # torch.where would take the mask of the zeros
         return as_masked_tensor(scale_negate(grad.get_data(), lambda_), grad.get_mask())
     if grad.is_complex():  # by parts: the product with a complex number would make NaN of infinity times 0
@@ -110,7 +124,11 @@ def scale_negate(grad: Tensor, lambda_: Tensor | float) -> Tensor:
         return torch.sparse_coo_tensor(entries.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
     if not isinstance(lambda_, Tensor):
         # Not zeros_like: gradients of gradients need the graph.
-        return grad * -lambda_ if lambda_ != 0 else grad.masked_fill(torch.ones((), dtype=torch.bool, device=grad.device), 0)
+        return (
+            grad * -lambda_
+            if lambda_ != 0
+            else grad.masked_fill(torch.ones((), dtype=torch.bool, device=grad.device), 0)
+        )
     wide = torch.promote_types(grad.dtype, torch.float32)
     factor = -lambda_.to(grad.device, wide)
     scaled = (grad.to(wide) * factor).to(grad.dtype)
@@ -161,12 +179,14 @@ fx_records = getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", torch.f
 
 
 def in_make_fx() -> bool:
-    """Whether make_fx records what runs: PyTorch's operators below autograd, so that a Function's own backward is lost."""
+    """Whether make_fx records what runs: PyTorch's operators below autograd, so that a Function's own backward is
+    lost."""
     return not torch.compiler.is_compiling() and fx_records()
 
 
 def reversal_by_operators(x: Tensor, lambda_: Tensor | float) -> Tensor:
-    """The value of x, the derivative -lambda: what any recording of operators keeps. The derivative is 0 where x is not finite."""
+    """The value of x, the derivative -lambda: what any recording of operators keeps. The derivative is 0 where x is not
+    finite."""
     if not x.is_floating_point() and not x.is_complex():
         return x.view_as(x)
     value = x.detach()
@@ -188,7 +208,11 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
         check_lambda(x, lambda_)
         if not x.requires_grad and not functorch:
             lambda_ = lambda_.detach()  # the output must not require a gradient for lambda's sake
-        if lambda_.dim() == 0 and lambda_.device.type == "cpu" and not (lambda_.requires_grad or functorch or in_make_fx()):
+        if (
+            lambda_.dim() == 0
+            and lambda_.device.type == "cpu"
+            and not (lambda_.requires_grad or functorch or in_make_fx())
+        ):
             lambda_ = read_now(lambda_)
     else:
         lambda_ = check_number("lambda_", lambda_)
@@ -250,7 +274,8 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
 
 
 def register_operators() -> None:
-    """The layer's operators where no extension has registered them: what a graph holds, so that its gradient is reversed too."""
+    """The layer's operators where no extension has registered them: what a graph holds, so that its gradient is
+    reversed too."""
     for name, function, schema in (
         ("gradient_reversal", gradient_reversal, "(Tensor(a) x, Tensor lambda_) -> Tensor(a)"),
         ("grl_linear", grl_linear, "(Tensor x, Tensor weight, Tensor? bias, Tensor lambda_) -> Tensor"),

@@ -91,7 +91,9 @@ def check_layers(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | No
     layer = 0
     for layers in depth:
         if layers < 1 or layer + layers > len(weight):
-            raise ValueError(f"depth must be positive and sum to the {len(weight)} matrices in weight, got {list(depth)}")
+            raise ValueError(
+                f"depth must be positive and sum to the {len(weight)} matrices in weight, got {list(depth)}"
+            )
         features = x.shape[-1]
         for _ in range(layers):
             check_layer(x, weight[layer], bias[layer], layer, features)
@@ -112,7 +114,9 @@ def check_lambda_of_heads(x: Tensor, lambda_: Tensor, lambda_index: Sequence[int
         raise ValueError(f"lambda_index must have an entry for each of the {heads} heads, got {len(lambda_index)}")
     for index in lambda_index:
         if not -1 <= index < lambda_.shape[0]:
-            raise ValueError(f"lambda_index must be -1 or an element of lambda_, of which there are {lambda_.shape[0]}, got {index}")
+            raise ValueError(
+                f"lambda_index must be -1 or an element of lambda_, of which there are {lambda_.shape[0]}, got {index}"
+            )
     if lambda_.requires_grad:
         raise ValueError("lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()")
 
@@ -135,7 +139,9 @@ def check_target(x: Tensor, target: Tensor, head: int, leading: list[int], size:
     with_size = [*leading, size]
     shapes = ([leading] if labels else [with_size]) + ([with_size, leading] if size == 1 else [])
     if list(target.shape) not in shapes:
-        raise ValueError(f"{name} must have shape {leading if labels or size == 1 else with_size}, got {list(target.shape)}")
+        raise ValueError(
+            f"{name} must have shape {leading if labels or size == 1 else with_size}, got {list(target.shape)}"
+        )
     if target.device != x.device:
         raise ValueError(f"{name} is on {target.device} but x is on {x.device}")
     refuse_gradient(name, target)
@@ -155,8 +161,11 @@ def check_weights(x: Tensor, argument: str, weights: Tensor | None, head: int, s
     refuse_gradient(name, weights)
 
 
-def check_options(x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], options: HeadsOptions, first: int = 0) -> None:
-    """x (..., D) or whatever else has the targets' leading sizes; `sizes`, the columns of each head's logits. `first` numbers them."""
+def check_options(
+    x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], options: HeadsOptions, first: int = 0
+) -> None:
+    """x (..., D) or whatever else has the targets' leading sizes; `sizes`, the columns of each head's logits. `first`
+    numbers them."""
     heads = len(sizes)
     for name, entries in zip(("targets", *HeadsOptions._fields), (targets, *options), strict=True):
         if name not in ("loss_weight", "mean") and len(entries) != heads:
@@ -183,7 +192,9 @@ def check_options(x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], op
         if weights.is_complex():
             raise TypeError(f"loss_weight must hold real numbers, got {weights.dtype}")
         if weights.shape != (heads,):
-            raise ValueError(f"loss_weight must have an entry for each of the {heads} heads, got shape {list(weights.shape)}")
+            raise ValueError(
+                f"loss_weight must have an entry for each of the {heads} heads, got shape {list(weights.shape)}"
+            )
         if weights.device != x.device and weights.device.type != "cpu":
             raise ValueError(f"loss_weight is on {weights.device} but x is on {x.device}")
         refuse_gradient("loss_weight", weights)
@@ -192,7 +203,12 @@ def check_options(x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], op
 def check_values(target: Tensor, sample_weight: Tensor | None, head: int, size: int, ignore_index: int) -> None:
     """Values are only looked at where that costs no synchronisation and they exist."""
     plain = target.device.type == "cpu" and type(target) is Tensor
-    if not plain or torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+    if (
+        not plain
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return
     if in_make_fx():  # as in torch.func.linearize
         return
@@ -205,7 +221,9 @@ def check_values(target: Tensor, sample_weight: Tensor | None, head: int, size: 
         classes = max(2, size)
         wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
         if wrong.any():
-            raise IndexError(f"targets[{head}] must be in [0, {classes}) or ignore_index ({ignore_index}), got {target[wrong][0]}")
+            raise IndexError(
+                f"targets[{head}] must be in [0, {classes}) or ignore_index ({ignore_index}), got {target[wrong][0]}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +272,8 @@ def weights_of_rows(
     class_weight: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """The weight of each row (N,), 0 for one that is not valid, and what their mean is divided by. `like` (N, ...) is any float tensor."""
+    """The weight of each row (N,), 0 for one that is not valid, and what their mean is divided by. `like` (N, ...) is
+    any float tensor."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     weights = torch.ones_like(like[:, 0], dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
     valid = weights != 0
@@ -281,12 +300,19 @@ def head_loss(
     ignore_index: int,
     mean: bool,
 ) -> Tensor:
-    """One head's loss from logits (N, size) and targets (N) or (N, size). Rows that are not valid add nothing, not even a NaN."""
+    """One head's loss from logits (N, size) and targets (N) or (N, size). Rows that are not valid add nothing, not even
+    a NaN."""
     size = logits.shape[1]
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = target.dtype == torch.int64
     row_weight, norm = weights_of_rows(
-        z, target, size=size, kind=kind, sample_weight=sample_weight, class_weight=class_weight, ignore_index=ignore_index
+        z,
+        target,
+        size=size,
+        kind=kind,
+        sample_weight=sample_weight,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
     )
     valid, zero = row_weight != 0, z.new_zeros(())
     z = torch.where(valid[:, None], z, zero)
@@ -367,12 +393,15 @@ def total_loss(losses: Sequence[Tensor], loss_weight: Tensor | None) -> Tensor:
 
 
 def numbers(name: str, values: Sequence[Tensor | float] | Tensor, places: Sequence[int] | None = None) -> Tensor:
-    """Numbers of heads in one tensor; read now, where they are on the CPU. `places` are their heads, which errors name."""
+    """Numbers of heads in one tensor; read now, where they are on the CPU. `places` are their heads, which errors
+    name."""
     if isinstance(values, Tensor):
         return values
     if torch.compiler.is_compiling():
         # One graph serves all values of a changing number only if it becomes a tensor, and that by a product.
-        values = [value if isinstance(value, Tensor) else torch.ones((), dtype=torch.float64) * value for value in values]
+        values = [
+            value if isinstance(value, Tensor) else torch.ones((), dtype=torch.float64) * value for value in values
+        ]
     else:
         places = range(len(values)) if places is None else places
         values = [check_scalar(f"{name}[{h}]", value) for h, value in zip(places, values, strict=True)]

@@ -1,8 +1,8 @@
 """The heads over features that are distributed by rows (`DTensor`): every process runs the operator over its own rows.
 
-A mean is over all rows of all processes: each adds up its own, divided by the norm of all. So one short vector is exchanged before
-the operator, the loss after it, and the result is that of one process which has all rows. Other layouts, such as weights sharded by
-classes, are left to PyTorch's strategies for its own operators, layer by layer.
+A mean is over all rows of all processes: each adds up its own, divided by the norm of all. So one short vector is
+exchanged before the operator, the loss after it, and the result is that of one process which has all rows. Other
+layouts, such as weights sharded by classes, are left to PyTorch's strategies for its own operators, layer by layer.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ def _added_up(placements: Placements) -> Placements:
 
 
 class _ToLocal(torch.autograd.Function):
-    """This process's part; its gradient's layout is given. Unlike PyTorch's own pair, both can be differentiated again."""
+    """This process's part; its gradient's layout is given. Unlike PyTorch's own pair, both can be differentiated
+    again."""
 
     @staticmethod
     def forward(ctx, tensor: DTensor, placements: Placements) -> Tensor:
@@ -42,14 +43,18 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None) -> tuple[DTensor | None, None]:
-        return None if grad is None else _FromLocal.apply(grad, ctx.mesh, ctx.placements, ctx.shape, ctx.stride, False), None
+        return None if grad is None else _FromLocal.apply(
+            grad, ctx.mesh, ctx.placements, ctx.shape, ctx.stride, False
+        ), None
 
 
 class _FromLocal(torch.autograd.Function):
     """The whole of which this process has a part; `add` adds up what `placements` call partial."""
 
     @staticmethod
-    def forward(ctx, local: Tensor, mesh, placements: Placements, shape: torch.Size, stride: tuple[int, ...], add: bool) -> DTensor:
+    def forward(
+        ctx, local: Tensor, mesh, placements: Placements, shape: torch.Size, stride: tuple[int, ...], add: bool
+    ) -> DTensor:
         ctx.placements = placements
         ctx.set_materialize_grads(False)
         whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -71,7 +76,10 @@ def _by_rows(x: DTensor, parameters: Sequence[Tensor | None], others: Sequence[T
     tensors = [tensor for tensor in (*parameters, *others) if tensor is not None]
     if not all(isinstance(tensor, DTensor) and tensor.device_mesh == x.device_mesh for tensor in tensors):
         return False
-    if not all(placement.is_replicate() or (type(placement) is Shard and placement.dim < x.dim() - 1) for placement in x.placements):
+    if not all(
+        placement.is_replicate() or (type(placement) is Shard and placement.dim < x.dim() - 1)
+        for placement in x.placements
+    ):
         return False
     replicated = [*parameters, *([lambda_] if isinstance(lambda_, DTensor) else [])]
     return all(tensor is None or _is_replicated(tensor) for tensor in replicated)

@@ -1,5 +1,6 @@
 """The operations. Each picks its path and leaves the work to it: C++ in eager mode, the registered operator in graphs
-(`torch.compile`, `torch.export`, `torch.jit`), plain PyTorch (`_reference`) under `torch.func` and where nothing is compiled."""
+(`torch.compile`, `torch.export`, `torch.jit`), plain PyTorch (`_reference`) under `torch.func` and where nothing is
+compiled."""
 
 import sys
 from collections.abc import Sequence
@@ -54,8 +55,8 @@ def _as_tensor(lambda_: Tensor | float) -> Tensor:
 
 
 def _traced_lambda(lambda_: Tensor | float) -> Tensor:
-    """For an operator in a graph. A number that changes between calls is symbolic in the second graph; it becomes a tensor by a
-    product, because a constant would fix each value in a new graph."""
+    """For an operator in a graph. A number that changes between calls is symbolic in the second graph; it becomes a
+    tensor by a product, because a constant would fix each value in a new graph."""
     if isinstance(lambda_, Tensor):
         return lambda_
     return torch.ones((), dtype=torch.float64) * check_number("lambda_", lambda_)
@@ -70,18 +71,19 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
 
     Args:
         x: any shape, any dtype; gradients exist for float16, bfloat16, float32, float64 and complex.
-        lambda_: a finite number; or a 0-d tensor, on the CPU or on ``x``'s device, where the backward reads it without a
-            synchronisation; or a tensor that broadcasts to ``x``, such as ``(N, 1)`` for one value per sample. Negative values
-            scale the gradient without reversing it. Where lambda is 0 the gradient is exactly 0, even if the incoming one is
-            infinite or NaN.
+        lambda_: a finite number; or a 0-d tensor, on the CPU or on ``x``'s device, where the backward reads it without
+            a synchronisation; or a tensor that broadcasts to ``x``, such as ``(N, 1)`` for one value per sample.
+            Negative values scale the gradient without reversing it. Where lambda is 0 the gradient is exactly 0, even
+            if the incoming one is infinite or NaN.
 
     Returns:
         A view of ``x``: nothing is copied or saved. Modifying it in place raises PyTorch's own view error, because the
-        modification would bypass the reversal; write ``gradient_reversal(x).clone()``, or ``relu(y)`` instead of ``relu_(y)``.
+        modification would bypass the reversal; write ``gradient_reversal(x).clone()``, or ``relu(y)`` instead of
+        ``relu_(y)``.
 
-    The gradient keeps its dtype, with half types scaled in float32 and rounded once. No gradient reaches ``lambda_`` from the
-    first backward. A 0-d CPU lambda is read when the layer runs; one on the device is read when its backward runs.
-    Forward mode (jvp) multiplies the tangent by :math:`-\lambda`, the adjoint of the backward.
+    The gradient keeps its dtype, with half types scaled in float32 and rounded once. No gradient reaches ``lambda_``
+    from the first backward. A 0-d CPU lambda is read when the layer runs; one on the device is read when its backward
+    runs. Forward mode (jvp) multiplies the tangent by :math:`-\lambda`, the adjoint of the backward.
 
     Raises:
         TypeError: ``x`` is not a tensor, or ``lambda_`` is not a real number or real tensor.
@@ -112,8 +114,8 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
 
     .. math:: y = x W^T + b, \qquad dx = -\lambda\, dy\, W, \quad dW = dy^T x, \quad db = \textstyle\sum dy
 
-    A lambda that the host knows (a number, a 0-d CPU tensor) rides in the matrix product for :math:`dx`; any other scales its result
-    in place. The layer's own gradients are not reversed.
+    A lambda that the host knows (a number, a 0-d CPU tensor) rides in the matrix product for :math:`dx`; any other
+    scales its result in place. The layer's own gradients are not reversed.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64.
@@ -173,7 +175,9 @@ def _is_distributed(x: Tensor) -> bool:
 def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
     """The adversaries' numbers as one tensor, and each head's place in it; -1 for a predictor."""
     if isinstance(lambda_, (Tensor, str)) or not isinstance(lambda_, Sequence):
-        raise TypeError(f"lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got {type(lambda_).__name__}")
+        raise TypeError(
+            f"lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got {type(lambda_).__name__}"
+        )
     if len(lambda_) != heads:
         raise ValueError(f"lambda_ must have an entry for each of the {heads} heads, got {len(lambda_)}")
     adversaries = [h for h, value in enumerate(lambda_) if value is not None]
@@ -199,18 +203,19 @@ def linear_heads(
 ) -> list[Tensor]:
     r"""The logits of several linear heads over the same features, with the adversaries' gradients reversed.
 
-    .. math:: z_h = x W_h^T + b_h, \qquad dx = \sum_h s_h\, dz_h W_h, \quad dW_h = dz_h^T x, \quad db_h = \textstyle\sum dz_h
+    .. math:: z_h = x W_h^T + b_h, \qquad dx = \sum_h s_h\, dz_h W_h, \quad dW_h = dz_h^T x, \quad db_h = \textstyle\sum
+    dz_h
 
-    with :math:`s_h = -\lambda_h` for an adversary and 1 for a predictor; the heads' own gradients are not scaled. Any loss may
-    follow. Narrow heads are one pass over the features, forward and backward. A head whose logits get no gradient takes no part:
-    its ``.grad`` stays None.
+    with :math:`s_h = -\lambda_h` for an adversary and 1 for a predictor; the heads' own gradients are not scaled. Any
+    loss may follow. Narrow heads are one pass over the features, forward and backward. A head whose logits get no
+    gradient takes no part: its ``.grad`` stays None.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
         weight: for each head ``(size, D)``, of x's dtype.
         bias: for each head ``(size,)`` or None; None for none at all.
-        lambda_: for each head None (a predictor), or a finite number or 0-d tensor (an adversary). 0 gives exact zeros, whatever
-            the head's weight holds.
+        lambda_: for each head None (a predictor), or a finite number or 0-d tensor (an adversary). 0 gives exact zeros,
+            whatever the head's weight holds.
 
     Returns:
         For each head ``(..., size)``. Under autocast, as ``F.linear``: in autocast's dtype.
@@ -252,8 +257,8 @@ def run_linear_heads(
 class HeadsLoss(NamedTuple):
     """What the heads' loss returns. All of it is differentiable.
 
-    The gradients of ``loss`` are made beside it. Asking for those of ``head_losses`` or ``logits`` costs one more pass over the
-    features in the backward.
+    The gradients of ``loss`` are made beside it. Asking for those of ``head_losses`` or ``logits`` costs one more pass
+    over the features in the backward.
     """
 
     loss: Tensor
@@ -292,27 +297,32 @@ def heads_loss(
     ignore_index: int | Sequence[int] = -100,
     reduction: str = "mean",
 ) -> HeadsLoss:
-    r"""The losses of several heads over the same features: for linear heads logits, losses and all gradients in one pass over ``x``.
+    r"""The losses of several heads over the same features: for linear heads logits, losses and all gradients in one
+    pass over ``x``.
 
-    With float16 features in two: their gradients wait for the backward, where the loss scale that saves the small ones is known.
+    With float16 features in two: their gradients wait for the backward, where the loss scale that saves the small ones
+        is known.
 
     .. math:: L = \sum_h \omega_h L_h, \qquad
         L_h = \frac{\sum_i w_{ih}\, l_h(z_{ih}, t_{ih})}{\sum_i w_{ih}}, \qquad z_h = x W_h^T + b_h
 
-    over the rows i that are valid: those whose target is not ``ignore_index`` and whose sample weight is not 0. With classes as
-    targets :math:`w_{ih}` is the row's sample weight times its class's weight, which is what ``F.cross_entropy(weight=...)`` does;
-    otherwise the sample weight. Where the weights sum to 0 the loss is 0 and gives no gradient. Backward, an adversary's gradient
-    to ``x`` is multiplied by :math:`-\lambda_h`; those to the heads' own parameters are not.
+    over the rows i that are valid: those whose target is not ``ignore_index`` and whose sample weight is not 0. With
+    classes as targets :math:`w_{ih}` is the row's sample weight times its class's weight, which is what
+    ``F.cross_entropy(weight=...)`` does; otherwise the sample weight. Where the weights sum to 0 the loss is 0 and
+    gives no gradient. Backward, an adversary's gradient to ``x`` is multiplied by :math:`-\lambda_h`; those to the
+    heads' own parameters are not.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
-        weight: for each head ``(size, D)``, of x's dtype; or a sequence of matrices: linear layers with ReLU between them.
+        weight: for each head ``(size, D)``, of x's dtype; or a sequence of matrices: linear layers with ReLU between
+            them.
         bias: for each head (layer) ``(size,)`` or None; None for none at all.
-        targets: for each head int64 classes ``(...)``; or floating-point probabilities ``(..., size)``; or, for a squared error,
-            values ``(..., size)``. A head of size 1 is binary: classes 0 and 1, or the probability of 1, ``(...)`` or ``(..., 1)``.
+        targets: for each head int64 classes ``(...)``; or floating-point probabilities ``(..., size)``; or, for a
+            squared error, values ``(..., size)``. A head of size 1 is binary: classes 0 and 1, or the probability of 1,
+            ``(...)`` or ``(..., 1)``.
         lambda_: for each head None (a predictor), or a finite number or 0-d tensor (an adversary).
-        losses: for each head ``"cross_entropy"`` (the default; binary for a head of size 1) or ``"mse"``, the mean over the
-            outputs of the squared error.
+        losses: for each head ``"cross_entropy"`` (the default; binary for a head of size 1) or ``"mse"``, the mean over
+            the outputs of the squared error.
         sample_weight: ``(...)``, finite and not negative, for all heads or for each. A row of weight 0 takes no part.
         class_weight: for each head ``(classes,)`` or None. A head of size 1 has two classes.
         loss_weight: a number, for all heads or for each; or a tensor of them.
@@ -326,8 +336,8 @@ def heads_loss(
         ``(..., size)``. Losses are float32 (float64 for float64 features), also under autocast.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message; a target or weight that
-            requires a gradient, which this loss does not give.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, named in the message; a target or
+            weight that requires a gradient, which this loss does not give.
         IndexError: a class that is out of range and not ``ignore_index`` (on a CUDA device an assertion, as for
             ``F.cross_entropy``: looking would be a synchronisation).
 
@@ -403,7 +413,8 @@ def run_heads_loss(
     lambda_index: Sequence[int],
     options: HeadsOptions,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """:func:`heads_loss` with one flat list of layers, of which a head has `depth` (None: one), and one entry per head in all else."""
+    """:func:`heads_loss` with one flat list of layers, of which a head has `depth` (None: one), and one entry per head
+    in all else."""
     path = _linear_path()
     if path == "eager":
         # None where the kernels do not take these tensors.

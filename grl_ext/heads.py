@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from grl_ext import functional
-from grl_ext._head_paths import ERRORS, HeadPath, begins_linear, named, path_of, renamed, weights_and_biases, why_not_linear, with_names
+from grl_ext._head_paths import (
+    ERRORS,
+    HeadPath,
+    begins_linear,
+    named,
+    path_of,
+    renamed,
+    weights_and_biases,
+    why_not_linear,
+    with_names,
+)
 from grl_ext._reference import check_operand, check_tensor
 from grl_ext._reference_heads import (
     HeadsOptions,
@@ -30,8 +40,8 @@ Losses = tuple[Tensor, list[Tensor], list[Tensor]]  # loss, head_losses, logits
 class HeadsOutput(NamedTuple):
     """What :class:`AdversarialHeads` returns for targets, by head name. All of it is differentiable.
 
-    The gradients of ``loss`` are made beside it. Asking for those of ``head_losses`` or ``logits`` costs one more pass over the
-    features in the backward.
+    The gradients of ``loss`` are made beside it. Asking for those of ``head_losses`` or ``logits`` costs one more pass
+    over the features in the backward.
     """
 
     loss: Tensor
@@ -43,38 +53,38 @@ _DEFAULTS = HeadsOptions()  # made once, not in every step
 
 
 class AdversarialHeads(_LambdaModule):
-    r"""Predictors and adversaries over the same features. Each is a module of its own; an adversary's gradient is reversed.
+    r"""Predictors and adversaries over the same features: modules by name. An adversary's gradient is reversed.
 
-    A head is given as a size (an ``nn.Linear``), as a sequence of sizes (linear layers with ReLU between them), or as any module,
-    which is used as it is. How it is run shows in the repr:
+    A head is given as a size (an ``nn.Linear``), as a sequence of sizes (linear layers with ReLU between them), or as
+    any module, which is used as it is. How it is run shows in the repr:
 
-    ===================  ==============================================  =====================================================
-    how                  which                                           what happens
-    ===================  ==============================================  =====================================================
-    fused                an ``nn.Linear``; an ``nn.Sequential`` of       linear heads: one pass over the features for logits,
-                         them with ReLU between                          losses and gradients. Several layers: one node, in
-                                                                         matrix products; the last one with its loss
-    first layer fused    any other ``nn.Sequential`` that begins with    the first layers of these heads together, the rest as it
-                         an ``nn.Linear``                                is
-    as given             any other module, and one with hooks            behind the reversal, layer by layer
-    ===================  ==============================================  =====================================================
+    =================  ==========================================  ===================================================
+    how                which                                       what happens
+    =================  ==========================================  ===================================================
+    fused              an ``nn.Linear``; an ``nn.Sequential`` of   linear heads: one pass over the features for logits,
+                       them with ReLU between                      losses and gradients. Several layers: one node, in
+                                                                   matrix products; the last one with its loss
+    first layer fused  any other ``nn.Sequential`` that begins     the first layers of these heads together, the rest
+                       with an ``nn.Linear``                       as it is
+    as given           any other module, and one with hooks        behind the reversal, layer by layer
+    =================  ==========================================  ===================================================
 
-    The result is the same. Parametrised layers (weight norm, spectral norm) are fused; what works by hooks (pruning, the old weight
-    norm, accelerate) or by another class (LoRA wrappers, quantisation) runs as given.
+    The result is the same. Parametrised layers (weight norm, spectral norm) are fused; what works by hooks (pruning,
+    the old weight norm, accelerate) or by another class (LoRA wrappers, quantisation) runs as given.
 
     Args:
         in_features: D, the features' size.
-        predictors, adversaries: heads by name, such as ``{"digit": 10}``, ``{"domain": [100, 1]}``, ``{"speaker": module}``. Size 1
-            is a binary head with one logit, or a value for a squared error. A given adversary must not reverse the gradient
-            itself.
+        predictors, adversaries: heads by name, such as ``{"digit": 10}``, ``{"domain": [100, 1]}``, ``{"speaker":
+            module}``. Size 1 is a binary head with one logit, or a value for a squared error. A given adversary must
+            not reverse the gradient itself.
         bias: whether the linear layers made here have one.
-        lambda_: one finite number for all adversaries, or one by name. Kept in a float64 buffer ``(number of adversaries,)``
-            with the rules of :class:`GRL`'s; assign a number, or numbers by name, to change it:
+        lambda_: one finite number for all adversaries, or one by name. Kept in a float64 buffer ``(number of
+            adversaries,)`` with the rules of :class:`GRL`'s; assign a number, or numbers by name, to change it:
             ``heads.lambda_ = 0.3``, ``heads.lambda_ = {"domain": 0.3}``.
         losses: ``"cross_entropy"`` (the default; binary for size 1) or ``"mse"`` by name.
-        dim: which dimension of the features holds them; 1 for maps ``(N, C, H, W)``. Logits have theirs in the same place. Maps in
-            ``channels_last`` memory are read as they are; others are copied. A module that does not begin with an ``nn.Linear``
-            gets the features as they are.
+        dim: which dimension of the features holds them; 1 for maps ``(N, C, H, W)``. Logits have theirs in the same
+            place. Maps in ``channels_last`` memory are read as they are; others are copied. A module that does not
+            begin with an ``nn.Linear`` gets the features as they are.
         device, dtype: of the linear layers made here.
 
     Attributes:
@@ -82,10 +92,11 @@ class AdversarialHeads(_LambdaModule):
 
     ``heads(features)`` gives the logits by name, ``(..., size)`` each; any loss may follow.
 
-    ``heads(features, targets, ...)`` gives a :class:`HeadsOutput`. The options are those of :func:`grl_ext.heads_loss`, one for all
-    heads or by name:
+    ``heads(features, targets, ...)`` gives a :class:`HeadsOutput`. The options are those of :func:`grl_ext.heads_loss`,
+    one for all heads or by name:
 
-        targets: by head name. A head left out takes no part: no loss, and the ``.grad`` of its parameters stays as it is.
+        targets: by head name. A head left out takes no part: no loss, and the ``.grad`` of its parameters stays as it
+            is.
         sample_weight: ``(...)``, for all heads or by name.
         class_weight: ``(classes,)`` by name.
         loss_weight: a number for all heads, or numbers by name; 1 for those not named.
@@ -93,8 +104,9 @@ class AdversarialHeads(_LambdaModule):
         reduction: ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError, TypeError: no head at all, a size below 1, a name used twice or that ``nn.ModuleDict`` refuses ("type", "keys",
-            one with a dot), an unknown name, a reversal inside a given adversary, or the input checks of :func:`grl_ext.heads_loss`.
+        ValueError, TypeError: no head at all, a size below 1, a name used twice or that ``nn.ModuleDict`` refuses
+            ("type", "keys", one with a dot), an unknown name, a reversal inside a given adversary, or the input checks
+            of :func:`grl_ext.heads_loss`.
 
     Example:
         >>> heads = grl_ext.AdversarialHeads(8, predictors={"digit": 10}, adversaries={"domain": [16, 1]}, lambda_=0.3)
@@ -133,8 +145,13 @@ class AdversarialHeads(_LambdaModule):
             empty = nn.ModuleDict()
             for name in given:
                 if not isinstance(name, str) or not name or "." in name or hasattr(empty, name):
-                    raise ValueError(f"{kind} cannot have a head named {name!r}: nn.ModuleDict takes no such name for a module")
-            made = {name: _module_of(f"{kind}[{name!r}]", head, in_features, bias, device, dtype) for name, head in given.items()}
+                    raise ValueError(
+                        f"{kind} cannot have a head named {name!r}: nn.ModuleDict takes no such name for a module"
+                    )
+            made = {
+                name: _module_of(f"{kind}[{name!r}]", head, in_features, bias, device, dtype)
+                for name, head in given.items()
+            }
             return nn.ModuleDict(made)
 
         self.predictors = modules("predictors", predictors)
@@ -239,11 +256,17 @@ class AdversarialHeads(_LambdaModule):
         given = [targets[name] for name in names]
         if self.dim != -1 and self._is_moved(features):
             given = [
-                target.movedim(self.dim, -1) if isinstance(target, Tensor) and target.dim() == features.dim() else target
+                target.movedim(self.dim, -1)
+                if isinstance(target, Tensor) and target.dim() == features.dim()
+                else target
                 for target in given
             ]
         kind = [self._kinds[name] for name in names] if self._squared else None
-        plain = sample_weight is class_weight is loss_weight is kind is None and not label_smoothing and ignore_index == -100
+        plain = (
+            sample_weight is class_weight is loss_weight is kind is None
+            and not label_smoothing
+            and ignore_index == -100
+        )
         if plain and reduction == "mean":
             options = _DEFAULTS
         else:
@@ -271,7 +294,9 @@ class AdversarialHeads(_LambdaModule):
         if joined:
             weights, biases = weights_and_biases([head.layers[0] for head in joined])
             try:
-                outputs = functional.run_linear_heads(self._last(features), weights, biases, lambda_, [head.index for head in joined])
+                outputs = functional.run_linear_heads(
+                    self._last(features), weights, biases, lambda_, [head.index for head in joined]
+                )
             except ERRORS as error:
                 names = [head.name for head in joined]  # one layer of each
                 raise with_names(error, names, names) from None
@@ -303,12 +328,18 @@ class AdversarialHeads(_LambdaModule):
         try:
             name = features.tracer.path_of_module(self)
         except NameError:
-            raise TypeError("features must be a tensor: trace a module that holds the heads, which are one call in its graph") from None
-        return features.tracer.create_proxy("call_module", name, (features, targets), {} if targets is None else options)
+            raise TypeError(
+                "features must be a tensor: trace a module that holds the heads, which are one call in its graph"
+            ) from None
+        return features.tracer.create_proxy(
+            "call_module", name, (features, targets), {} if targets is None else options
+        )
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
-    def _fused_loss(self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions) -> Losses:
+    def _fused_loss(
+        self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
+    ) -> Losses:
         layers = [layer for head in heads for layer in head.layers]
         weights, biases = weights_and_biases(layers)
         try:
@@ -328,7 +359,9 @@ class AdversarialHeads(_LambdaModule):
             logits = [self._back(own, features) for own in logits]
         return loss, head_losses, logits
 
-    def _mixed_loss(self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions) -> Losses:
+    def _mixed_loss(
+        self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
+    ) -> Losses:
         """The fused heads by their operator, the others' losses from their logits."""
         options = options.filled(len(heads))
         losses: dict[int, Tensor] = {}
@@ -337,7 +370,9 @@ class AdversarialHeads(_LambdaModule):
         fused = [h for h, head in enumerate(heads) if head.path == "fused"]
         others = [h for h in range(len(heads)) if h not in fused]
         if fused:
-            total, *by_head = self._fused_loss(features, [heads[h] for h in fused], [targets[h] for h in fused], _some(options, fused))
+            total, *by_head = self._fused_loss(
+                features, [heads[h] for h in fused], [targets[h] for h in fused], _some(options, fused)
+            )
             totals.append(total)
             for h, loss, own in zip(fused, *by_head, strict=True):
                 losses[h], logits[h] = loss, own

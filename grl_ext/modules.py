@@ -15,12 +15,12 @@ __all__ = ["GRL", "GRLLinear"]
 class _LambdaModule(nn.Module):
     """Holds lambda in a buffer: saved, moved between devices, set by assignment, never cast, never without a value.
 
-    The buffer is float64 (float32 on devices without it), because it is a setting and not an activation: a model in half
-    precision still has the lambda its schedule gave it. It is not on the meta device, which holds no values: in a layer that is,
-    lambda is on the CPU.
+    The buffer is float64 (float32 on devices without it), because it is a setting and not an activation: a model in
+    half precision still has the lambda its schedule gave it. It is not on the meta device, which holds no values: in a
+    layer that is, lambda is on the CPU.
 
-    ``initial_lambda`` keeps the constructor's value as a Python number, or a tuple of numbers where lambda has several elements:
-    what ``reset_parameters`` restores and :class:`grl_ext.LambdaScheduler` multiplies.
+    ``initial_lambda`` keeps the constructor's value as a Python number, or a tuple of numbers where lambda has several
+    elements: what ``reset_parameters`` restores and :class:`grl_ext.LambdaScheduler` multiplies.
     """
 
     _lambda_was_loaded = False  # by a checkpoint, and not written since
@@ -39,7 +39,8 @@ class _LambdaModule(nn.Module):
         self.register_buffer("lambda_", self._new_lambda(device))
 
     def _new_lambda(self, device=None) -> Tensor:
-        """The constructor's lambda in a new buffer; on the CPU where no device is given, also within `with torch.device(...)`."""
+        """The constructor's lambda in a new buffer; on the CPU where no device is given, also within `with
+        torch.device(...)`."""
         value = torch.tensor(self.initial_lambda, dtype=torch.float64, device="cpu")
         device = torch.get_default_device() if device is None else torch.device(device)
         return _to_supported(value, device)
@@ -72,7 +73,9 @@ class _LambdaModule(nn.Module):
         elif value.is_complex():
             raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {value.dtype}")
         elif value.dim() > self.lambda_.dim():
-            raise ValueError(f"lambda_ of shape {list(value.shape)} does not broadcast to the layer's of shape {list(self.lambda_.shape)}")
+            raise ValueError(
+                f"lambda_ of shape {list(value.shape)} does not broadcast to the layer's of shape {list(self.lambda_.shape)}"
+            )
         self._write(value)
 
     def _write(self, value: Tensor | float | tuple[float, ...]) -> None:
@@ -80,7 +83,8 @@ class _LambdaModule(nn.Module):
         self._leave_meta()
         self._lambda_was_loaded = False
         with torch.no_grad():
-            # Through a view: inside a graph of torch.compile, PyTorch loses what is written to a 0-d float64 CPU tensor itself.
+            # Through a view: inside a graph of torch.compile, PyTorch loses what is written to a 0-d float64 CPU tensor
+            # itself.
             elements = self.lambda_.view(-1)
             if isinstance(value, Tensor):
                 elements.copy_(value)
@@ -91,7 +95,8 @@ class _LambdaModule(nn.Module):
                 elements.fill_(value)
 
     def _leave_meta(self) -> None:
-        """Where something has put the buffer on the meta device, such as accelerate's init_empty_weights(include_buffers=True)."""
+        """Where something has put the buffer on the meta device, such as accelerate's
+        init_empty_weights(include_buffers=True)."""
         if self.lambda_.is_meta:
             self._buffers["lambda_"] = self._new_lambda("cpu")
 
@@ -109,9 +114,13 @@ class _LambdaModule(nn.Module):
         self._buffers["lambda_"] = lambda_.share_memory_() if moved.is_shared() else lambda_
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         self._leave_meta()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self._lambda_was_loaded = prefix + "lambda_" in state_dict
         # Checkpoints written before the layer was ours have no lambda; the present one stays.
         if prefix + "lambda_" in missing_keys:
@@ -134,9 +143,10 @@ class GRL(_LambdaModule):
     r"""Gradient reversal layer: the identity forward, the gradient times :math:`-\lambda` backward.
 
     Args:
-        lambda_: a finite number or a 0-d tensor. It lives in a float64 0-d buffer: in ``state_dict``, moved by ``.to(device)``, never
-            cast by ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in place, no synchronisation; under
-            ``torch.compile`` no new graph). A checkpoint without it loads strictly and leaves it as it is.
+        lambda_: a finite number or a 0-d tensor. It lives in a float64 0-d buffer: in ``state_dict``, moved by
+            ``.to(device)``, never cast by ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in
+            place, no synchronisation; under ``torch.compile`` no new graph). A checkpoint without it loads strictly and
+            leaves it as it is.
 
     Attributes:
         initial_lambda: the constructor's lambda as a Python number, which ``reset_parameters()`` restores and
@@ -173,13 +183,16 @@ class GRL(_LambdaModule):
 
 
 class GRLLinear(_LambdaModule):
-    r"""``Sequential(GRL(lambda_), Linear(in_features, out_features))`` as one layer that costs what the linear layer alone does.
+    r"""``Sequential(GRL(lambda_), Linear(in_features, out_features))`` as one layer that costs what the linear layer
+    alone does.
 
-    Backward, the gradient to the input is :math:`-\lambda\, dy\, W`; those to weight and bias are not reversed. Parameters are
-    named and initialised as in ``nn.Linear``, so that its checkpoints load; lambda is kept as in :class:`GRL`.
+    Backward, the gradient to the input is :math:`-\lambda\, dy\, W`; those to weight and bias are not reversed.
+    Parameters are named and initialised as in ``nn.Linear``, so that its checkpoints load; lambda is kept as in
+    :class:`GRL`.
 
-    It is not a subclass of ``nn.Linear``: libraries that replace those by layers of their own (quantisation, LoRA, float8) would
-    drop the reversal. They leave this layer as it is; where they are to work on it, write ``Sequential(GRL(), Linear(...))``.
+    It is not a subclass of ``nn.Linear``: libraries that replace those by layers of their own (quantisation, LoRA,
+    float8) would drop the reversal. They leave this layer as it is; where they are to work on it, write
+    ``Sequential(GRL(), Linear(...))``.
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
@@ -194,11 +207,15 @@ class GRLLinear(_LambdaModule):
         torch.Size([4, 2])
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, lambda_: float = 1.0, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, lambda_: float = 1.0, device=None, dtype=None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
         self._register_lambda(_number(lambda_), device)
         self.reset_parameters()
 

@@ -1,13 +1,15 @@
-r"""How lambda changes during training: schedules, which are plain functions of progress, and the object that applies them.
+r"""How lambda changes during training: schedules, which are plain functions of progress, and the object that applies
+them.
 
-A schedule takes the progress p, from 0 at the start to 1 at the end (clamped to that range), and returns the factor by which the
-constructor's lambda of every layer is multiplied: lambda itself for layers made with ``lambda_=1``, the default.
+A schedule takes the progress p, from 0 at the start to 1 at the end (clamped to that range), and returns the factor by
+which the constructor's lambda of every layer is multiplied: lambda itself for layers made with ``lambda_=1``, the
+default.
 
-Which learning rate lambda changes. In the layers, lambda scales what flows back into the features and nothing else: the adversary
-itself learns at its full rate throughout, also while lambda is still near 0, and is a worthy opponent by the time lambda rises.
-The other convention lets lambda scale the adversary's own learning rate too: leave the layers at ``lambda_=1`` and put the factor
-on the loss, ``loss = label_loss + schedule(step / total_steps) * adversary_loss``. Do one of the two; both together make it
-lambda squared for the features.
+Which learning rate lambda changes. In the layers, lambda scales what flows back into the features and nothing else: the
+adversary itself learns at its full rate throughout, also while lambda is still near 0, and is a worthy opponent by the
+time lambda rises. The other convention lets lambda scale the adversary's own learning rate too: leave the layers at
+``lambda_=1`` and put the factor on the loss, ``loss = label_loss + schedule(step / total_steps) * adversary_loss``. Do
+one of the two; both together make it lambda squared for the features.
 """
 
 import math
@@ -58,10 +60,11 @@ def dann(gamma: float = 10.0) -> Schedule:
 
 
 def warm_start(alpha: float = 1.0, lo: float = 0.0, hi: float = 1.0) -> Schedule:
-    r"""From lo towards hi: :math:`\lambda(p) = \mathrm{lo} + (\mathrm{hi} - \mathrm{lo}) \, (2 / (1 + e^{-\alpha p}) - 1)`.
+    r"""From lo towards hi: :math:`\lambda(p) = \mathrm{lo} + (\mathrm{hi} - \mathrm{lo}) \, (2 / (1 + e^{-\alpha p}) -
+    1)`.
 
-    The curve of tllib's ``WarmStartGradientReverseLayer``, but with p the progress of the whole training. That layer counts its
-    own forward calls and goes on past its ``max_iters``; what it does in ``total_steps`` steps is
+    The curve of tllib's ``WarmStartGradientReverseLayer``, but with p the progress of the whole training. That layer
+    counts its own forward calls and goes on past its ``max_iters``; what it does in ``total_steps`` steps is
     ``warm_start(alpha * total_steps / max_iters, lo, hi)``.
 
     Example:
@@ -92,17 +95,18 @@ def constant(value: float) -> Schedule:
 
 
 class LambdaScheduler:
-    r"""Multiplies the constructor's lambda of layers by a schedule, as a learning-rate scheduler does the initial learning rates.
+    r"""Multiplies the constructor's lambda of layers by a schedule, as a learning-rate scheduler does the initial
+    learning rates.
 
-    Call ``step()`` after each ``optimizer.step()``; a forward call never advances it, so that evaluation, gradient accumulation
-    and recomputation leave the curve alone. Lambda is written into the layers' buffers in place: no synchronisation, and no new
-    graph under ``torch.compile``. Two adversaries made with 0.1 and 0.01 keep their ratio.
+    Call ``step()`` after each ``optimizer.step()``; a forward call never advances it, so that evaluation, gradient
+    accumulation and recomputation leave the curve alone. Lambda is written into the layers' buffers in place: no
+    synchronisation, and no new graph under ``torch.compile``. Two adversaries made with 0.1 and 0.01 keep their ratio.
 
     A framework that calls the optimizer itself (Lightning, accelerate, the Trainer of transformers) needs no callback:
     ``optimizer.register_step_post_hook(scheduler.step)``. A step that ``GradScaler`` leaves out then does not count.
 
-    To resume, load both the model and the scheduler, in either order. Where only the model is loaded, the curve begins anew and
-    the first ``step()`` warns that it overwrites the lambda from the checkpoint.
+    To resume, load both the model and the scheduler, in either order. Where only the model is loaded, the curve begins
+    anew and the first ``step()`` warns that it overwrites the lambda from the checkpoint.
 
     Args:
         layers: a module, or several. Every :class:`~grl_ext.GRL`, :class:`~grl_ext.GRLLinear` and
@@ -114,8 +118,8 @@ class LambdaScheduler:
         last_factor: what the constructors' lambda has been multiplied by.
 
     Raises:
-        ValueError: no such layer is found, a layer was made with ``lambda_=0`` (nothing could multiply it), heads with it for all
-            adversaries, ``total_steps`` is below 1, or the schedule gives NaN or an infinite number.
+        ValueError: no such layer is found, a layer was made with ``lambda_=0`` (nothing could multiply it), heads with
+            it for all adversaries, ``total_steps`` is below 1, or the schedule gives NaN or an infinite number.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), grl_ext.GRL(lambda_=0.2), torch.nn.Linear(8, 2))
@@ -130,7 +134,9 @@ class LambdaScheduler:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         roots = [layers] if isinstance(layers, nn.Module) else list(layers)
         # A dict keeps the order and drops what two of the given modules share.
-        self.layers = list({module: None for root in roots for module in root.modules() if isinstance(module, _LambdaModule)})
+        self.layers = list(
+            {module: None for root in roots for module in root.modules() if isinstance(module, _LambdaModule)}
+        )
         if not self.layers:
             found = ", ".join(type(root).__name__ for root in roots) or "an empty list"
             raise ValueError(f"layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in {found}")
@@ -158,7 +164,9 @@ class LambdaScheduler:
             self._overwritten = ""
 
     def _set_step(self, step: int) -> None:
-        factor = check_number("the schedule's factor", self.schedule(step / self.total_steps))  # before anything has changed
+        factor = check_number(
+            "the schedule's factor", self.schedule(step / self.total_steps)
+        )  # before anything has changed
         for layer in self.layers:
             if layer._lambda_was_loaded:
                 loaded = layer.lambda_.tolist()
@@ -169,7 +177,8 @@ class LambdaScheduler:
         self.last_step, self.last_factor = step, factor
 
     def state_dict(self) -> dict[str, int]:
-        """Where on the curve the training is. The schedule and the layers are code: make the same ones when resuming."""
+        """Where on the curve the training is. The schedule and the layers are code: make the same ones when
+        resuming."""
         return {"last_step": self.last_step, "total_steps": self.total_steps}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

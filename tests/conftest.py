@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, settings
 
 from grl_ext import _backend
 
-# The same examples in every run: a failure on one machine is a failure on all. The fixtures only choose an implementation,
-# so that examples may share them.
-settings.register_profile("grl_ext", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# The same examples in every run: a failure on one machine is a failure on all. The fixtures only choose an
+# implementation, so that examples may share them.
+settings.register_profile(
+    "grl_ext", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("grl_ext")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -1,5 +1,5 @@
-"""Runs every CUDA kernel in every variant once, on small work: for compute-sanitizer, which makes a kernel a hundred times slower, and
-for a profiler.
+"""Runs every CUDA kernel in every variant once, on small work: for compute-sanitizer, which makes a kernel a hundred
+times slower, and for a profiler.
 
     python tests/every_kernel.py            # needs a GPU
     python tests/every_kernel.py --list     # what it would run
@@ -65,7 +65,8 @@ def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) 
         squared = kind == "values"
         sample_weight = [torch.rand(rows, device="cuda", dtype=wide) if h % 2 == 1 else None for h in range(count)]
         class_weight = [
-            torch.rand(max(2, size), device="cuda", dtype=wide) if h % 3 == 1 and not squared else None for h, size in enumerate(sizes)
+            torch.rand(max(2, size), device="cuda", dtype=wide) if h % 3 == 1 and not squared else None
+            for h, size in enumerate(sizes)
         ]
         torch.ops.grl_ext._heads_loss(
             x, weight, bias, targets, sample_weight, class_weight, lambda_, index, torch.ones(count), [int(squared)] * count,

@@ -1,7 +1,8 @@
 """What the tests of the linear operations share: sample arguments, and the network they replace, layer by layer.
 
-That network is the oracle. It is written from PyTorch's own parts and nothing of this package: for each head a reversal of two
-lines, `F.linear` and `F.relu`, and `F.cross_entropy`, `F.binary_cross_entropy_with_logits` or `F.mse_loss`, in float64.
+That network is the oracle. It is written from PyTorch's own parts and nothing of this package: for each head a reversal
+of two lines, `F.linear` and `F.relu`, and `F.cross_entropy`, `F.binary_cross_entropy_with_logits` or `F.mse_loss`, in
+float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +19,15 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # The total of head sizes past which the compiled heads go through matrix products.
 SWITCH = _backend.C.build_info()["max_columns_cpu"] if _backend.C else 40
 
-# (N, D): none, one or two blocks of 64 rows, full and not; features of one element, of whole vectors, and with a rest, behind whole
-# strips of four vectors, behind single ones, and behind both.
+# (N, D): none, one or two blocks of 64 rows, full and not; features of one element, of whole vectors, and with a rest,
+# behind whole strips of four vectors, behind single ones, and behind both.
 SHAPES = [(0, 7), (1, 1), (1, 129), (5, 64), (7, 100), (64, 7), (65, 129), (130, 1), (130, 64)]
 HEAD_SIZES = [(1,), (2,), (2, 2), (1, 3, 1), (10, 2), (13,), (SWITCH - 2, 2), (SWITCH - 1, 2), (251, 1, 49)]
 WIDE = (SWITCH, 2)  # the first head in the fused kernels, the second by matrix products
 DEEP = ((6, 3), 2, (5, 4, 1))  # heads of several layers beside a linear one
 
-# In eps of the dtype. Float32 and float64: the rounding of some hundred terms, one by one, and an exponential good to 2 eps. Half
-# types: sums are made in float32, but the logits, their gradient and the result are each rounded, some twice.
+# In eps of the dtype. Float32 and float64: the rounding of some hundred terms, one by one, and an exponential good to 2
+# eps. Half types: sums are made in float32, but the logits, their gradient and the result are each rounded, some twice.
 ROUNDINGS = {torch.float64: 64, torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 
 
@@ -73,7 +74,11 @@ class Sample(NamedTuple):
     @property
     def inputs(self) -> list[Tensor]:
         """All tensors that may have a gradient: x, the weights, the biases."""
-        return [self.x, *(w for layers in self.weight for w in layers), *(b for layers in self.bias for b in layers if b is not None)]
+        return [
+            self.x,
+            *(w for layers in self.weight for w in layers),
+            *(b for layers in self.bias for b in layers if b is not None),
+        ]
 
     @property
     def wanted(self) -> list[Tensor]:
@@ -116,8 +121,8 @@ def sample_heads(
 ) -> Sample:
     """Inputs that require grad; heads with lambda None, 0.3, -2, 0, None, ... and targets of the kinds in turn.
 
-    A size may be a sequence: layers with ReLU between them. bias "mixed": every second layer has one. Kinds: "classes", "soft"
-    (probabilities), "mse" (values).
+    A size may be a sequence: layers with ReLU between them. bias "mixed": every second layer has one. Kinds: "classes",
+    "soft" (probabilities), "mse" (values).
     """
     weight, biases, targets, losses = [], [], [], []
     count = 0
@@ -145,7 +150,9 @@ def sample_targets(kind: str, leading: tuple[int, ...], size: int, device: torch
         return torch.randint(max(2, size), leading, device=device)
     if kind == "mse":
         return torch.randn(*leading, size, device=device)
-    return torch.rand(*leading, 1, device=device) if size == 1 else torch.randn(*leading, size, device=device).softmax(-1)
+    return (
+        torch.rand(*leading, 1, device=device) if size == 1 else torch.randn(*leading, size, device=device).softmax(-1)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +181,9 @@ def naive_logits(sample: Sample) -> list[Tensor]:
     return logits
 
 
-def naive_row_losses(z: Tensor, target: Tensor, loss: str, class_weight: Tensor | None, label_smoothing: float) -> Tensor:
+def naive_row_losses(
+    z: Tensor, target: Tensor, loss: str, class_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
     """PyTorch's loss of every row, from logits (N, size) and targets that all count."""
     size = z.shape[1]
     if loss == "mse":
@@ -206,7 +215,9 @@ def naive_loss(
     def each(value):
         return value if isinstance(value, list | tuple) else [value] * len(logits)
 
-    sample_weight, class_weight, smoothing, ignored = map(each, (sample_weight, class_weight, label_smoothing, ignore_index))
+    sample_weight, class_weight, smoothing, ignored = map(
+        each, (sample_weight, class_weight, label_smoothing, ignore_index)
+    )
     losses = []
     for h in heads:
         size = logits[h].shape[-1]
@@ -224,7 +235,9 @@ def naive_loss(
         smooth = 0.0 if loss == "mse" and not isinstance(label_smoothing, list | tuple) else smoothing[h]
         total = (weights * naive_row_losses(z, target, loss, of_classes, smooth)).sum() if len(z) else z.sum()
         if reduction == "sum":
-            total = total * size if loss == "mse" else total  # the sum over the outputs, of which the mean is taken above
+            total = (
+                total * size if loss == "mse" else total
+            )  # the sum over the outputs, of which the mean is taken above
         else:
             norm = (weights * of_classes[target]).sum() if of_classes is not None and classes else weights.sum()
             total = total / norm if norm != 0 else 0 * total
@@ -276,12 +289,14 @@ def _outputs_and_gradients(
 
 
 def check_network(
-    ours: Callable[..., Tensor | Sequence[Tensor]], naive: Callable[..., Tensor | Sequence[Tensor]], *inputs: Tensor | None
+    ours: Callable[..., Tensor | Sequence[Tensor]],
+    naive: Callable[..., Tensor | Sequence[Tensor]],
+    *inputs: Tensor | None,
 ) -> None:
     """Outputs, and the gradients for random incoming ones: ours in the inputs' dtype against naive in float64.
 
-    An error is allowed where inputs that differ by a few roundings would have caused it: an element whose terms cancel is as
-    uncertain as its terms. How much that is, naive itself tells, from two slight changes of the inputs.
+    An error is allowed where inputs that differ by a few roundings would have caused it: an element whose terms cancel
+    is as uncertain as its terms. How much that is, naive itself tells, from two slight changes of the inputs.
     """
     dtype = inputs[0].dtype
     actual, grads = _outputs_and_gradients(ours, inputs, None)
@@ -301,9 +316,12 @@ def check_network(
     exact, *others = evaluate(0), evaluate(change), evaluate(change)
     for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
         changes = [(other[i] - e).abs().max().item() / change for other in others if e.numel()]
-        # Two random changes find only a share of what the worst one does: hence the 8. Where a softmax is saturated, its difference from
-        # the target is a rounding of numbers near 1, which no change of the inputs shows: hence the floor.
-        assert_near(a, e, dtype, max([8 * found for found in changes] + [e.abs().max().item(), 1e-2]) if e.numel() else 0.0)
+        # Two random changes find only a share of what the worst one does: hence the 8. Where a softmax is saturated,
+        # its difference from the target is a rounding of numbers near 1, which no change of the inputs shows: hence the
+        # floor.
+        assert_near(
+            a, e, dtype, max([8 * found for found in changes] + [e.abs().max().item(), 1e-2]) if e.numel() else 0.0
+        )
 
 
 def check_logits(sample: Sample) -> None:
@@ -318,7 +336,9 @@ def check_loss(sample: Sample, *, outputs: str = "loss", **options) -> None:
         return [result.loss] if outputs == "loss" else [result.loss, *result.head_losses, *result.logits]
 
     check_network(
-        lambda *t: parts(our_loss(sample.of(t), **options)), lambda *t: parts(naive_loss(sample.of(t), **options)), *sample.inputs
+        lambda *t: parts(our_loss(sample.of(t), **options)),
+        lambda *t: parts(naive_loss(sample.of(t), **options)),
+        *sample.inputs,
     )
     dtype = sample.x.dtype
     with torch.no_grad():
@@ -331,7 +351,8 @@ def check_loss(sample: Sample, *, outputs: str = "loss", **options) -> None:
 
 
 def second_order(f: Callable[..., Tensor], *inputs: Tensor | None) -> list[Tensor]:
-    """Gradients of a gradient penalty, the sum of the first gradients' squares. The bias has none where that is linear in it."""
+    """Gradients of a gradient penalty, the sum of the first gradients' squares. The bias has none where that is linear
+    in it."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     first = torch.autograd.grad(f(*inputs), wanted, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted, allow_unused=True)

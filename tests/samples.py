@@ -80,9 +80,9 @@ def sample_inputs(device: torch.device, dtype: torch.dtype = torch.float32) -> l
 def expected_gradient(grad: Tensor, lambda_: Tensor | float) -> Tensor:
     """-lambda * grad by the reference in float64, in grad's dtype. To be met exactly, without a tolerance.
 
-    Lambda is first rounded to the type of the arithmetic, float32 for half types. A product of two float32 numbers has 48 bits
-    and is exact in float64, so that the oracle's only roundings are those that the operation may make: one to the type of the
-    arithmetic, and for half types one more to the type itself.
+    Lambda is first rounded to the type of the arithmetic, float32 for half types. A product of two float32 numbers has
+    48 bits and is exact in float64, so that the oracle's only roundings are those that the operation may make: one to
+    the type of the arithmetic, and for half types one more to the type itself.
     """
     double = grad.dtype in (torch.float64, torch.complex128)
     value = lambda_.detach() if isinstance(lambda_, Tensor) else torch.tensor(float(lambda_), dtype=torch.float64)
@@ -106,7 +106,8 @@ def case(*name: object) -> Iterator[None]:
 
 
 class Emit(torch.autograd.Function):
-    """A scalar whose backward is whatever `make()` returns: a gradient of any provenance, with no reference left behind."""
+    """A scalar whose backward is whatever `make()` returns: a gradient of any provenance, with no reference left
+    behind."""
 
     @staticmethod
     def forward(ctx, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
@@ -119,8 +120,10 @@ class Emit(torch.autograd.Function):
 
 
 def deliver(y: Tensor, grad: Tensor) -> Tensor:
-    """A scalar whose backward delivers a copy of `grad` to y in a buffer that was born in C++ and that nobody else holds.
+    """A scalar whose backward delivers a copy of `grad` to y in a buffer that was born in C++ and that nobody else
+    holds.
 
-    A gradient that has passed through Python is held by its Python object for as long as it lives, and is never overwritten.
+    A gradient that has passed through Python is held by its Python object for as long as it lives, and is never
+    overwritten.
     """
     return Emit.apply(y.neg(), grad.neg)

@@ -1,6 +1,7 @@
 """`AdversarialHeads`: predictors and adversaries by name, their losses and options, their lambdas, and a model's life.
 
-How each head is run is in test_adversarial_heads_paths.py, what users do to a head's layers in test_adversarial_heads_layers.py.
+How each head is run is in test_adversarial_heads_paths.py, what users do to a head's layers in
+test_adversarial_heads_layers.py.
 """
 
 import copy
@@ -66,14 +67,18 @@ def reversal_by_name(heads) -> dict[str, float]:
     """The factor with which each head's gradient reaches the features."""
     factors = {}
     for name, module in [*heads.predictors.items(), *heads.adversaries.items()]:
-        x, seen = (torch.ones(1, 7, dtype=heads.lambda_.dtype, device=heads.lambda_.device, requires_grad=True) for _ in range(2))
+        x, seen = (
+            torch.ones(1, 7, dtype=heads.lambda_.dtype, device=heads.lambda_.device, requires_grad=True)
+            for _ in range(2)
+        )
         heads(x)[name].sum().backward()
         module(seen).sum().backward()
         factors[name] = round((x.grad @ seen.grad.T / seen.grad.square().sum()).item(), 6)
     return factors
 
 
-# --- forward and loss ------------------------------------------------------------------------------------------------------
+# --- forward and loss
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_forward_gives_each_heads_logits_by_name(device):
@@ -95,14 +100,18 @@ def test_the_loss_and_its_gradients_are_the_layers(device, bias):
     check(heads, x, targets, heads(x, targets), layer_by_layer(heads, x, targets))
 
 
-@pytest.mark.parametrize("given", [["digit"], ["domain"], ["speaker", "digit"], ["domain", "speaker"], ["colour"]], ids=str)
+@pytest.mark.parametrize(
+    "given", [["digit"], ["domain"], ["speaker", "digit"], ["domain", "speaker"], ["colour"]], ids=str
+)
 def test_a_head_left_out_takes_no_part(device, given):
     heads = make(device=device, dtype=torch.float64)
     x, targets = batch(device, torch.float64)
     targets = {name: targets[name] for name in given}
     with torch.no_grad():  # would show
         for name in set(SIZES) - set(given):
-            next((heads.predictors if name in heads.predictors else heads.adversaries)[name].parameters()).fill_(math.nan)
+            next((heads.predictors if name in heads.predictors else heads.adversaries)[name].parameters()).fill_(
+                math.nan
+            )
     check(heads, x, targets, heads(x, targets), layer_by_layer(heads, x, targets))
     heads(x, targets).loss.backward()
     for modules in (heads.predictors, heads.adversaries):
@@ -135,9 +144,18 @@ def test_the_options_are_for_all_heads_or_by_name(device):
         ({}, {"sample_weight": {}, "class_weight": {}, "loss_weight": {}, "label_smoothing": {}, "ignore_index": {}}),
     ):
         assert_same(heads(x, targets, **one).loss, heads(x, targets, **by_name).loss)
-    out = heads(x, targets, class_weight=weights, sample_weight={"digit": rows}, ignore_index={"digit": 1}, label_smoothing={"digit": 0.2})
+    out = heads(
+        x,
+        targets,
+        class_weight=weights,
+        sample_weight={"digit": rows},
+        ignore_index={"digit": 1},
+        label_smoothing={"digit": 0.2},
+    )
     z = heads(x)
-    losses = F.cross_entropy(z["digit"], targets["digit"], weights["digit"], ignore_index=1, label_smoothing=0.2, reduction="none")
+    losses = F.cross_entropy(
+        z["digit"], targets["digit"], weights["digit"], ignore_index=1, label_smoothing=0.2, reduction="none"
+    )
     norm = (rows * weights["digit"][targets["digit"]])[targets["digit"] != 1].sum()
     torch.testing.assert_close(out.head_losses["digit"], (losses * rows).sum() / norm)
     torch.testing.assert_close(out.head_losses["domain"], F.cross_entropy(z["domain"], targets["domain"]))
@@ -163,9 +181,13 @@ def test_a_sum_is_given_where_it_is_asked_for(device):
     torch.testing.assert_close(heads(x, {"domain": targets["domain"]}, reduction="sum").loss, expected)
 
 
-@pytest.mark.parametrize("head", [1, 2, [5, 2], nn.Sequential(nn.Tanh(), nn.Linear(7, 2))], ids=["value", "linear", "layers", "given"])
+@pytest.mark.parametrize(
+    "head", [1, 2, [5, 2], nn.Sequential(nn.Tanh(), nn.Linear(7, 2))], ids=["value", "linear", "layers", "given"]
+)
 def test_a_squared_error_is_declared_by_name(device, head):
-    heads = AdversarialHeads(7, {"digit": 3}, {"market": copy.deepcopy(head)}, losses={"market": "mse"}, lambda_=0.5).to(device)
+    heads = AdversarialHeads(
+        7, {"digit": 3}, {"market": copy.deepcopy(head)}, losses={"market": "mse"}, lambda_=0.5
+    ).to(device)
     x, targets = batch(device)
     size = heads(x)["market"].shape[1]
     values = torch.randn(6, size, device=device)
@@ -202,7 +224,9 @@ def test_the_order_of_the_targets_does_not_matter(device):
     assert_same(output.loss, heads(x, targets).loss)
 
 
-@pytest.mark.parametrize("predictors, adversaries", [({"digit": 3}, None), (None, {"domain": 2}), ({}, {"domain": [4, 2]})])
+@pytest.mark.parametrize(
+    "predictors, adversaries", [({"digit": 3}, None), (None, {"domain": 2}), ({}, {"domain": [4, 2]})]
+)
 def test_predictors_alone_and_adversaries_alone(device, predictors, adversaries):
     heads = AdversarialHeads(7, predictors, adversaries, lambda_=0.5, device=device)
     name = "digit" if predictors else "domain"
@@ -218,7 +242,9 @@ def test_training_equals_the_layers_step_by_step(device):
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.2, momentum=0.9) for m in models]
     for step in range(4):
         x, targets = torch.randn(8, 5, device=device, dtype=torch.float64), batch(device, rows=8)[1]
-        for (own_body, own_heads), optimizer, f in zip(models, optimizers, (lambda h, *a: h(*a), layer_by_layer), strict=True):
+        for (own_body, own_heads), optimizer, f in zip(
+            models, optimizers, (lambda h, *a: h(*a), layer_by_layer), strict=True
+        ):
             own_heads.lambda_ = {"domain": 0.2 * step, "speaker": 0.5}
             optimizer.zero_grad()
             f(own_heads, own_body(x), targets).loss.backward()
@@ -227,7 +253,8 @@ def test_training_equals_the_layers_step_by_step(device):
         torch.testing.assert_close(a, b)
 
 
-# --- lambda ----------------------------------------------------------------------------------------------------------------
+# --- lambda
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_predictors_are_not_scaled_and_adversaries_reversed_by_their_lambda(device):
@@ -269,9 +296,17 @@ def test_lambda_may_be_a_tensor_from_the_start():
         (math.nan, ValueError, "lambda_ must be finite, got nan"),
         ("0.5", TypeError, "lambda_ must be a real number or a real tensor, got str"),
         ({"domain": math.inf}, ValueError, "lambda_['domain'] must be finite, got inf"),
-        ({"speaker": 0.5, "domain": "1"}, TypeError, "lambda_['domain'] must be a real number or a real tensor, got str"),
+        (
+            {"speaker": 0.5, "domain": "1"},
+            TypeError,
+            "lambda_['domain'] must be a real number or a real tensor, got str",
+        ),
         ({"domain": torch.ones(2)}, ValueError, "lambda_['domain'] must be a number or a 0-d tensor, got shape [2]"),
-        ({"domain": 0.5, "digit": 0.5}, ValueError, "lambda_ names ['digit'], but the adversaries are ['domain', 'speaker']"),
+        (
+            {"domain": 0.5, "digit": 0.5},
+            ValueError,
+            "lambda_ names ['digit'], but the adversaries are ['domain', 'speaker']",
+        ),
     ],
     ids=str,
 )
@@ -319,7 +354,8 @@ def test_a_change_between_forward_and_backward_concerns_the_next_forward(device)
     assert_same(torch.autograd.grad(value, x)[0], expected)
 
 
-# --- tracing ---------------------------------------------------------------------------------------------------------------
+# --- tracing
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Recorded(TorchDispatchMode):
@@ -351,7 +387,8 @@ def test_fake_tensors_go_through_real_heads(device):
         assert heads(fake, {name: mode.from_tensor(t) for name, t in targets.items()}).loss.shape == ()
 
 
-# --- a model's life --------------------------------------------------------------------------------------------------------
+# --- a model's life
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -449,7 +486,9 @@ def test_an_average_of_the_weights_follows_training(device):
 
 def test_heads_on_meta_show_themselves_trace_and_are_materialised(device):
     heads = make(device="meta")
-    assert heads.lambda_.tolist() == [0.75, 0.75] and repr(heads).startswith("AdversarialHeads(\n  in_features=7, lambda_={'domain': 0.75,")
+    assert heads.lambda_.tolist() == [0.75, 0.75] and repr(heads).startswith(
+        "AdversarialHeads(\n  in_features=7, lambda_={'domain': 0.75,"
+    )
     assert heads(torch.randn(5, 7, device="meta"))["speaker"].shape == (5, 4)
     targets = {"domain": torch.zeros(5, dtype=torch.int64, device="meta")}
     assert heads(torch.randn(5, 7, device="meta"), targets).loss.shape == ()
@@ -468,7 +507,8 @@ def test_device_and_dtype_are_those_asked_for(device):
     assert {t.device.type for t in heads.state_dict().values()} == {device.type}
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------
+# --- errors
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -476,17 +516,49 @@ def test_device_and_dtype_are_those_asked_for(device):
     [
         (None, None, "predictors and adversaries are both empty: at least one head is needed"),
         ({}, {}, "predictors and adversaries are both empty: at least one head is needed"),
-        ({"a": 2, "b": 2}, {"b": 2, "a": 3}, "head names must differ, got ['a', 'b'] among both predictors and adversaries"),
+        (
+            {"a": 2, "b": 2},
+            {"b": 2, "a": 3},
+            "head names must differ, got ['a', 'b'] among both predictors and adversaries",
+        ),
         ({"a": 0}, None, "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got 0"),
-        (None, {"a": 2, "b": -1}, "adversaries['b'] must be a size of at least 1, a sequence of such sizes, or a module, got -1"),
-        ({"a": 2.0}, None, "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got 2.0"),
-        ({"a": True}, None, "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got True"),
-        ({"a": []}, None, "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got []"),
-        ({"a": [3, 0]}, None, "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got [3, 0]"),
-        ({"a": "3"}, None, "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got '3'"),
+        (
+            None,
+            {"a": 2, "b": -1},
+            "adversaries['b'] must be a size of at least 1, a sequence of such sizes, or a module, got -1",
+        ),
+        (
+            {"a": 2.0},
+            None,
+            "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got 2.0",
+        ),
+        (
+            {"a": True},
+            None,
+            "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got True",
+        ),
+        (
+            {"a": []},
+            None,
+            "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got []",
+        ),
+        (
+            {"a": [3, 0]},
+            None,
+            "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got [3, 0]",
+        ),
+        (
+            {"a": "3"},
+            None,
+            "predictors['a'] must be a size of at least 1, a sequence of such sizes, or a module, got '3'",
+        ),
         ({"a": nn.Linear(6, 2)}, None, "predictors['a'] takes 6 features, but in_features is 7"),
         (None, {"a": nn.Sequential(nn.Linear(6, 2))}, "adversaries['a'] takes 6 features, but in_features is 7"),
-        ({"type": 2}, None, "predictors cannot have a head named 'type': nn.ModuleDict takes no such name for a module"),
+        (
+            {"type": 2},
+            None,
+            "predictors cannot have a head named 'type': nn.ModuleDict takes no such name for a module",
+        ),
         (None, {"a.b": 2}, "adversaries cannot have a head named 'a.b': nn.ModuleDict takes no such name for a module"),
         ({3: 2}, None, "predictors cannot have a head named 3: nn.ModuleDict takes no such name for a module"),
     ],
@@ -568,7 +640,11 @@ REFUSED = {
         TypeError,
         "targets['domain'] must be torch.int64 (classes) or floating point (probabilities), got torch.bool",
     ),
-    "targets: shape": (lambda t: {"targets": t[:, None]}, ValueError, "targets['domain'] must have shape [6], got [6, 1]"),
+    "targets: shape": (
+        lambda t: {"targets": t[:, None]},
+        ValueError,
+        "targets['domain'] must have shape [6], got [6, 1]",
+    ),
     "targets: class": (
         lambda t: {"targets": t.clone().fill_(2)},
         IndexError,
@@ -605,14 +681,26 @@ REFUSED = {
         TypeError,
         "class_weight['domain'] must be a tensor, got list",
     ),
-    "loss_weight: NaN": (lambda t: {"loss_weight": {"domain": math.nan}}, ValueError, "loss_weight['domain'] must be finite, got nan"),
-    "label_smoothing": (lambda t: {"label_smoothing": {"domain": 1.5}}, ValueError, "label_smoothing['domain'] must be in [0, 1], got 1.5"),
+    "loss_weight: NaN": (
+        lambda t: {"loss_weight": {"domain": math.nan}},
+        ValueError,
+        "loss_weight['domain'] must be finite, got nan",
+    ),
+    "label_smoothing": (
+        lambda t: {"label_smoothing": {"domain": 1.5}},
+        ValueError,
+        "label_smoothing['domain'] must be in [0, 1], got 1.5",
+    ),
     "label_smoothing: str": (
         lambda t: {"label_smoothing": {"domain": "1"}},
         TypeError,
         "label_smoothing['domain'] must be a real number or a real tensor, got str",
     ),
-    "ignore_index": (lambda t: {"ignore_index": {"domain": 1.5}}, TypeError, "ignore_index['domain'] must be an integer, got float"),
+    "ignore_index": (
+        lambda t: {"ignore_index": {"domain": 1.5}},
+        TypeError,
+        "ignore_index['domain'] must be an integer, got float",
+    ),
     "reduction": (lambda t: {"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
 }
 

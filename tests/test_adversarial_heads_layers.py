@@ -58,7 +58,8 @@ ADVERSARIES = {
 on_adversaries = pytest.mark.parametrize("adversary", ADVERSARIES)
 
 
-# --- optimizers and freezing -----------------------------------------------------------------------------------------------
+# --- optimizers and freezing
+# -----------------------------------------------------------------------------------------------
 
 
 @on_adversaries
@@ -110,7 +111,8 @@ def test_the_adversarys_extra_steps_touch_nothing_else(x, targets):
     assert heads.predictors["digit"].weight.grad is None and heads.adversaries["domain"].weight.grad is not None
 
 
-# --- parametrised and changed layers ---------------------------------------------------------------------------------------
+# --- parametrised and changed layers
+# ---------------------------------------------------------------------------------------
 
 
 class LowRank(nn.Module):
@@ -148,9 +150,15 @@ CHANGES = {
     "spectral norm": (parametrizations.spectral_norm, "fused"),
     "spectral norm, old": (nn.utils.spectral_norm, "as given"),
     "orthogonal": (parametrizations.orthogonal, "fused"),
-    "parametrised": (lambda layer: parametrize.register_parametrization(layer, "weight", LowRank(*layer.weight.shape)) and layer, "fused"),
+    "parametrised": (
+        lambda layer: parametrize.register_parametrization(layer, "weight", LowRank(*layer.weight.shape)) and layer,
+        "fused",
+    ),
     "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", amount=0.4), "as given"),
-    "pruned for good": (lambda layer: prune.remove(prune.l1_unstructured(layer, "weight", amount=0.4), "weight"), "fused"),
+    "pruned for good": (
+        lambda layer: prune.remove(prune.l1_unstructured(layer, "weight", amount=0.4), "weight"),
+        "fused",
+    ),
     "LoRA": (LoRA, "as given"),
 }
 
@@ -169,7 +177,9 @@ def test_a_changed_layer_is_the_layer_that_is_used(x, targets, change, where):
         domain[0 if "first" in where else 2] = changed
     heads.double().eval()  # a power iteration would move the weight between two calls
     check(heads, x, targets)
-    how = {"as given": {"last of several": "first layer fused"}.get(where, "as given")}.get(CHANGES[change][1], CHANGES[change][1])
+    how = {"as given": {"last of several": "first layer fused"}.get(where, "as given")}.get(
+        CHANGES[change][1], CHANGES[change][1]
+    )
     assert f"(domain) {how}" in repr(heads)
     optimizer = torch.optim.SGD([p for p in heads.parameters() if p.requires_grad], lr=0.1)
     before = heads(x)["domain"].detach()
@@ -215,17 +225,26 @@ def test_heads_with_and_without_bias_stand_beside_each_other(x, targets):
     check(make(nn.Sequential(nn.Linear(7, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))), x, targets)
 
 
-# --- hooks -----------------------------------------------------------------------------------------------------------------
+# --- hooks
+# -----------------------------------------------------------------------------------------------------------------
 
 
 HOOKS = {
-    "forward": lambda module, seen: module.register_forward_hook(lambda m, args, output: seen.append("called") or output * 2),
+    "forward": lambda module, seen: module.register_forward_hook(
+        lambda m, args, output: seen.append("called") or output * 2
+    ),
     "forward, always": lambda module, seen: module.register_forward_hook(
         lambda m, args, output: seen.append("called") or None, always_call=True
     ),
-    "pre-forward": lambda module, seen: module.register_forward_pre_hook(lambda m, args: seen.append("called") or (args[0] * 2,)),
-    "backward": lambda module, seen: module.register_full_backward_hook(lambda m, gi, go: seen.append("called") or None),
-    "pre-backward": lambda module, seen: module.register_full_backward_pre_hook(lambda m, go: seen.append("called") or (go[0] * 2,)),
+    "pre-forward": lambda module, seen: module.register_forward_pre_hook(
+        lambda m, args: seen.append("called") or (args[0] * 2,)
+    ),
+    "backward": lambda module, seen: module.register_full_backward_hook(
+        lambda m, gi, go: seen.append("called") or None
+    ),
+    "pre-backward": lambda module, seen: module.register_full_backward_pre_hook(
+        lambda m, go: seen.append("called") or (go[0] * 2,)
+    ),
 }
 
 
@@ -234,9 +253,11 @@ HOOKS = {
 def test_hooks_on_a_head_and_its_layers_fire_and_change_what_they_change(x, targets, hook, where):
     heads = make(2 if where == "linear" else [5, 2])
     domain = heads.adversaries["domain"]
-    module = {"its first layer": lambda: domain[0], "its relu": lambda: domain[1], "its last layer": lambda: domain[2]}.get(
-        where, lambda: domain
-    )()
+    module = {
+        "its first layer": lambda: domain[0],
+        "its relu": lambda: domain[1],
+        "its last layer": lambda: domain[2],
+    }.get(where, lambda: domain)()
     seen = []
     handle = HOOKS[hook](module, seen)
     check(heads, x, targets)
@@ -306,7 +327,8 @@ def test_hooks_on_the_parameters_see_their_gradient(x, targets, adversary):
         torch.testing.assert_close(seen[name], g)
 
 
-# --- modes and sharing -----------------------------------------------------------------------------------------------------
+# --- modes and sharing
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_train_and_eval_reach_the_heads(x, targets):

@@ -1,4 +1,5 @@
-"""How `AdversarialHeads` runs each head: fused, first layer fused, as given; mixed freely, with the numbers of layer by layer."""
+"""How `AdversarialHeads` runs each head: fused, first layer fused, as given; mixed freely, with the numbers of layer by
+layer."""
 
 import copy
 
@@ -25,20 +26,35 @@ HEADS = {
         lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)),
         "fused: linear layers with ReLU",
     ),
-    "wide layers": (lambda: nn.Sequential(nn.Linear(7, SWITCH + 1), nn.ReLU(), nn.Linear(SWITCH + 1, 2)), "fused: linear layers with ReLU"),
+    "wide layers": (
+        lambda: nn.Sequential(nn.Linear(7, SWITCH + 1), nn.ReLU(), nn.Linear(SWITCH + 1, 2)),
+        "fused: linear layers with ReLU",
+    ),
     "one in a row": (lambda: nn.Sequential(nn.Linear(7, 2)), "fused: linear layers with ReLU"),
-    "tanh": (lambda: nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)), "first layer fused: begins with a linear layer"),
+    "tanh": (
+        lambda: nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)),
+        "first layer fused: begins with a linear layer",
+    ),
     "dropout": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Dropout(0.0), nn.Linear(5, 2)),
         "first layer fused: begins with a linear layer",
     ),
-    "relu at the end": (lambda: nn.Sequential(nn.Linear(7, 2), nn.ReLU()), "first layer fused: begins with a linear layer"),
-    "relu6": (lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU6(), nn.Linear(5, 2)), "first layer fused: begins with a linear layer"),
+    "relu at the end": (
+        lambda: nn.Sequential(nn.Linear(7, 2), nn.ReLU()),
+        "first layer fused: begins with a linear layer",
+    ),
+    "relu6": (
+        lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU6(), nn.Linear(5, 2)),
+        "first layer fused: begins with a linear layer",
+    ),
     "norm": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 2)),
         "first layer fused: begins with a linear layer",
     ),
-    "norm first": (lambda: nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 2)), "as given: its first layer: LayerNorm is not nn.Linear"),
+    "norm first": (
+        lambda: nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 2)),
+        "as given: its first layer: LayerNorm is not nn.Linear",
+    ),
     "nested": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(7, 5), nn.ReLU()), nn.Linear(5, 2)),
         "as given: its first layer: Sequential is not nn.Linear",
@@ -46,7 +62,10 @@ HEADS = {
     "module": (lambda: Custom(), "as given: Custom is not nn.Linear"),
     "subclass": (lambda: Doubled(7, 2), "as given: Doubled is not nn.Linear"),
     "sequential subclass": (lambda: Twice(nn.Linear(7, 2)), "as given: Twice is not nn.Linear"),
-    "identity": (lambda: nn.Sequential(nn.Identity(), nn.Linear(7, 2)), "as given: its first layer: Identity is not nn.Linear"),
+    "identity": (
+        lambda: nn.Sequential(nn.Identity(), nn.Linear(7, 2)),
+        "as given: its first layer: Identity is not nn.Linear",
+    ),
 }
 
 
@@ -147,7 +166,9 @@ def test_any_mixture_of_heads_equals_the_layers(data):
     target = torch.randint(2, leading)
     check_like_the_layers(heads, x.flatten(0, -2) if len(leading) > 1 else x, target.flatten(), names, **flat)
     shaped = heads(x, dict.fromkeys(names, target), **options)
-    torch.testing.assert_close(shaped.loss, heads(x.view(-1, 7), {name: target.flatten() for name in names}, **flat).loss)
+    torch.testing.assert_close(
+        shaped.loss, heads(x.view(-1, 7), {name: target.flatten() for name in names}, **flat).loss
+    )
     for name, z in shaped.logits.items():
         assert z.shape == (*leading, 2), name
 
@@ -163,7 +184,9 @@ def test_a_gradient_penalty_crosses_every_path_like_the_layers():
         first = torch.autograd.grad(loss, [x, *heads.parameters()], create_graph=True)
         results.append(all_gradients(sum(g.square().sum() for g in first), x, heads))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(torch.zeros(()) if a is None else a.sum(), torch.zeros(()) if b is None else b.sum(), check_dtype=False)
+        torch.testing.assert_close(
+            torch.zeros(()) if a is None else a.sum(), torch.zeros(()) if b is None else b.sum(), check_dtype=False
+        )
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -176,7 +199,9 @@ def test_a_head_of_lambda_zero_gives_the_features_nothing_whatever_it_holds(kind
     targets = dict.fromkeys(heads.head_names, target)
     torch.testing.assert_close(torch.autograd.grad(heads(x, targets).loss, x)[0], alone)
     of_logits = sum(z.sum() for z in heads(x).values())
-    torch.testing.assert_close(torch.autograd.grad(of_logits, x)[0], heads.predictors["0 linear"].weight.sum(0).expand(6, 7).detach())
+    torch.testing.assert_close(
+        torch.autograd.grad(of_logits, x)[0], heads.predictors["0 linear"].weight.sum(0).expand(6, 7).detach()
+    )
 
 
 def test_a_module_may_serve_as_predictor_and_as_adversary():
@@ -199,7 +224,8 @@ def test_activation_checkpointing_of_the_heads(use_reentrant):
     assert_equal([x.grad, *(p.grad for p in heads.parameters())], expected)
 
 
-# --- dim -------------------------------------------------------------------------------------------------------------------
+# --- dim
+# -------------------------------------------------------------------------------------------------------------------
 
 
 class Pixels(nn.Module):
@@ -290,7 +316,9 @@ def test_a_head_may_answer_for_the_whole_map():
     out = heads(x, {"pixel": pixel, "image": image})
     torch.testing.assert_close(out.head_losses["image"], F.cross_entropy(heads.adversaries["image"](x), image))
     soft = torch.rand(2, 2).softmax(1)
-    torch.testing.assert_close(heads(x, {"image": soft}).loss, F.cross_entropy(heads.adversaries["image"](x), soft.double()))
+    torch.testing.assert_close(
+        heads(x, {"image": soft}).loss, F.cross_entropy(heads.adversaries["image"](x), soft.double())
+    )
 
 
 @pytest.mark.parametrize("how", ["hook", "subclass"])
@@ -301,7 +329,10 @@ def test_a_linear_layer_takes_the_features_however_it_is_run(how, width):
     layer = nn.Linear(7, 2) if how == "hook" else Doubled(7, 2)
     deep = nn.Sequential(copy.deepcopy(layer), nn.Tanh())
     heads = AdversarialHeads(7, {"a": layer}, {"b": deep}, dim=1, lambda_=0.5).double()
-    expected = {name: module(x.movedim(1, -1)).movedim(-1, 1) for name, module in {**heads.predictors, **heads.adversaries}.items()}
+    expected = {
+        name: module(x.movedim(1, -1)).movedim(-1, 1)
+        for name, module in {**heads.predictors, **heads.adversaries}.items()
+    }
     seen = []
     if how == "hook":
         for module in (layer, deep[0]):
@@ -325,7 +356,9 @@ class Wrapper(nn.Module):
         return getattr(self, self.name)(x)
 
 
-@pytest.mark.parametrize("name", ["base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize(
+    "name", ["base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+)
 def test_a_wrapper_around_a_linear_layer_takes_the_features_as_the_layer_does(name):
     x = maps(torch.contiguous_format, width=7)
     heads = AdversarialHeads(7, {"a": 2}, {"b": [5, 2], "c": [5, 2]}, dim=1, lambda_=0.5).double()
@@ -342,11 +375,15 @@ def copies(step, size: int) -> int:
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    return sum(event.nbytes() == size for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+    return sum(
+        event.nbytes() == size for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
+    )
 
 
 @pytest.mark.parametrize("path", ["compiled"], indirect=True)  # about the kernels' input
-@pytest.mark.parametrize("memory_format, expected", [(torch.channels_last, 0), (torch.contiguous_format, 1)], ids=["channels_last", "NCHW"])
+@pytest.mark.parametrize(
+    "memory_format, expected", [(torch.channels_last, 0), (torch.contiguous_format, 1)], ids=["channels_last", "NCHW"]
+)
 @pytest.mark.parametrize("what", ["logits", "loss"])
 def test_channels_last_maps_reach_the_kernels_without_a_copy(path, memory_format, expected, what):
     x = torch.randn(2, 64, 16, 32).contiguous(memory_format=memory_format)

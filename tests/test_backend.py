@@ -41,7 +41,9 @@ print("compiled" if _backend.C else "fallback", x.grad.tolist())
 
 def run(code: str, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(package.parent), **environment}
-    return subprocess.run([sys.executable, "-c", PRELUDE + code], env=environment, capture_output=True, text=True, cwd=package.parent)
+    return subprocess.run(
+        [sys.executable, "-c", PRELUDE + code], env=environment, capture_output=True, text=True, cwd=package.parent
+    )
 
 
 @pytest.fixture
@@ -78,7 +80,9 @@ def test_an_extension_built_for_another_torch_gives_one_warning_and_is_not_loade
     warning, outcome = run(USE, package_without_extension).stdout.splitlines()
     assert outcome == "fallback [-0.5, -0.5, -0.5]"
     reason = f"the compiled extension was built for torch 1.99, this is torch {torch.__version__}"
-    assert warning.startswith(f"RuntimeWarning: grl_ext runs without its kernels: {reason}. ") and "pip install" in warning
+    assert (
+        warning.startswith(f"RuntimeWarning: grl_ext runs without its kernels: {reason}. ") and "pip install" in warning
+    )
 
 
 def test_of_several_extensions_the_one_for_this_torch_is_loaded(compiled, tmp_path):
@@ -94,7 +98,9 @@ def test_a_patch_release_of_torch_is_the_same_torch(compiled, monkeypatch, recwa
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("version, said", [("2.8.0+cu128", False), ("2.14.9", False), ("2.15.0", True), ("3.0.0a0+git1234", True)])
+@pytest.mark.parametrize(
+    "version, said", [("2.8.0+cu128", False), ("2.14.9", False), ("2.15.0", True), ("3.0.0a0+git1234", True)]
+)
 def test_the_report_says_where_nobody_has_tested(monkeypatch, capsys, version, said):
     monkeypatch.setattr(_backend, "NEWEST_TESTED_TORCH", (2, 14))
     monkeypatch.setattr(torch, "__version__", version)
@@ -104,7 +110,8 @@ def test_the_report_says_where_nobody_has_tested(monkeypatch, capsys, version, s
     assert first.startswith(f"grl_ext {grl_ext.__version__} on torch {version}{untested}, Python ")
 
 
-# --- instruction sets ------------------------------------------------------------------------------------------------------
+# --- instruction sets
+# ------------------------------------------------------------------------------------------------------
 
 SCALE = """
 import hashlib, torch, grl_ext

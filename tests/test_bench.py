@@ -26,7 +26,8 @@ import report  # noqa: E402
 
 
 class FakeClock:
-    """Time passes only when a step says so, and steps take longer from round to round, as on a machine that heats up."""
+    """Time passes only when a step says so, and steps take longer from round to round, as on a machine that heats
+    up."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -62,7 +63,9 @@ def interleaved(clock: FakeClock, rows: list[cases.Row], seconds: dict[str, floa
 
 def test_samples_are_seconds_per_call_whatever_the_repeats():
     clock = FakeClock()
-    samples = measure.interleave({"short": clock.step(1e-6), "long": clock.step(0.5)}, measure.wall_timer(clock), seconds=5.0, min_rounds=2)
+    samples = measure.interleave(
+        {"short": clock.step(1e-6), "long": clock.step(0.5)}, measure.wall_timer(clock), seconds=5.0, min_rounds=2
+    )
     # 5 s for rounds of 0.5 s and one sample; the tolerance covers the fake clock's floating-point sum.
     assert len(samples["short"]) == len(samples["long"]) == int(5.0 / (0.5 + measure.SAMPLE_SECONDS))
     assert samples["short"] == pytest.approx([1e-6] * 9, rel=1e-9)
@@ -101,7 +104,12 @@ def test_sections_are_compared_within_themselves():
     case = cases.Case("fake", "", lambda: None)
     result = report.summarise(case, cases.Work(list(samples), lambda: None, ""), samples)
     found = {(row.section, row.name): row.to_reference.median for row in result.rows}
-    assert found == {("eager", "pasted"): 1, ("eager", "ours"): 0.25, ("compiled", "pasted"): 1, ("compiled", "ours"): 0.5}
+    assert found == {
+        ("eager", "pasted"): 1,
+        ("eager", "ours"): 0.25,
+        ("compiled", "pasted"): 1,
+        ("compiled", "ours"): 0.5,
+    }
 
 
 def test_no_ratio_to_what_cannot_be_told_from_zero():
@@ -132,7 +140,10 @@ def test_peak_memory_counts_what_is_held_at_a_time():
 def test_check_catches_a_wrong_layer(monkeypatch, group, wrong):
     if group == "founding":
         pytest.importorskip("sklearn")
-    layers = [baselines.Layer("identity", "identity", lambda coeff: baselines.Identity()), baselines.Layer("bad", "peer", wrong)]
+    layers = [
+        baselines.Layer("identity", "identity", lambda coeff: baselines.Identity()),
+        baselines.Layer("bad", "peer", wrong),
+    ]
     monkeypatch.setattr(baselines, "layers", lambda: (layers, []))
     (case,) = compare.select([group], SETTINGS)
     with pytest.raises(cases.WrongResult, match="eager bad: gradient 0"):
@@ -146,7 +157,12 @@ def test_a_wrong_result_is_named_and_the_other_cases_are_written(monkeypatch, ca
     ]
     monkeypatch.setattr(baselines, "layers", lambda: (layers, []))
     json_path = tmp_path / "out.json"
-    assert compare.main(["--quick", "--device", "cpu", "--cases", "tax/64", "memory", "bandwidth", "--json", str(json_path)]) == 1
+    assert (
+        compare.main(
+            ["--quick", "--device", "cpu", "--cases", "tax/64", "memory", "bandwidth", "--json", str(json_path)]
+        )
+        == 1
+    )
     assert "wrong result in tax/64: eager grl_ext: gradient 0" in capsys.readouterr().err
     assert [case["name"] for case in json.loads(json_path.read_text())["cases"]] == ["bandwidth/1M"]
 
@@ -157,7 +173,9 @@ def test_the_benchmark_waits_for_an_idle_machine_but_not_for_ever(monkeypatch, c
     monkeypatch.setattr(compare.time, "sleep", lambda seconds: clock.step(seconds)())
     for idle_after, waited in ((0, 0), (20, 20), (1000, 60)):
         clock.now = 0.0
-        monkeypatch.setattr(compare, "load", lambda idle_after=idle_after: 0.0 if clock.now >= idle_after else 2.0 * cores)
+        monkeypatch.setattr(
+            compare, "load", lambda idle_after=idle_after: 0.0 if clock.now >= idle_after else 2.0 * cores
+        )
         compare.wait_until_idle(60)
         assert clock.now == waited
         assert ("waiting for at most 60 s" in capsys.readouterr().out) == (waited > 0)
@@ -187,9 +205,17 @@ def test_a_row_that_cannot_run_is_left_out_with_the_reason(capsys):
 
 
 def test_cuda_has_every_case_of_the_goals():
-    shapes = {f"{n}x{d}_{k}+2" for n, d in ((128, 256), (1000, 1764), (4096, 1024), (65536, 1024), (65536, 2048)) for k in (2, 10, 31)}
+    shapes = {
+        f"{n}x{d}_{k}+2"
+        for n, d in ((128, 256), (1000, 1764), (4096, 1024), (65536, 1024), (65536, 2048))
+        for k in (2, 10, 31)
+    }
     found = {case.name: case for case in compare.select([], cases.Settings("cuda", torch.float32, quick=False))}
-    assert {f"heads/{shape}" for shape in shapes} | {"bandwidth/64M", "bandwidth/256M", "grl_linear/4096x1024"} <= found.keys()
+    assert {f"heads/{shape}" for shape in shapes} | {
+        "bandwidth/64M",
+        "bandwidth/256M",
+        "grl_linear/4096x1024",
+    } <= found.keys()
     assert found["heads/128x256_10+2"].clock == "wall" and found["heads/65536x1024_10+2"].clock == "device"
 
 
@@ -213,7 +239,18 @@ def test_unknown_case_is_refused_with_the_known_ones():
 def test_command_writes_table_json_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     found = subprocess.run(
-        [sys.executable, BENCH / "compare.py", "--quick", "--device", "cpu", "--threads", "1", "--cases", "tax/64", "memory"]
+        [
+            sys.executable,
+            BENCH / "compare.py",
+            "--quick",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            "--cases",
+            "tax/64",
+            "memory",
+        ]
         + ["--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"],
         capture_output=True,
         text=True,
@@ -252,7 +289,10 @@ def test_pairs_hold_what_their_label_says():
 
 def test_the_memory_of_conditioning_is_what_the_recipe_says():
     recipe = (BENCH.parent / "docs" / "recipes.md").read_text()
-    outer, without = (float(number) for number in re.search(r"hold ([\d.]+) MB over the outer product and ([\d.]+) MB", recipe).groups())
+    outer, without = (
+        float(number)
+        for number in re.search(r"hold ([\d.]+) MB over the outer product and ([\d.]+) MB", recipe).groups()
+    )
     found = conditioning.peaks(rows=64, features=2048, classes=65, domains=2)
     # Tensors are counted exactly; another version of torch may hold a small one more.
     assert found["outer_product"] / 1e6 == pytest.approx(outer, rel=0.05)

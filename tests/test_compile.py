@@ -1,7 +1,7 @@
 """`torch.compile(fullgraph=True)`: one graph for every lambda, and the gradients of eager mode.
 
-A compilation restarts inside PyTorch now and then, so that calls of a backend do not count graphs. What counts is a recompilation
-that was asked for, which `error_on_recompile` turns into an error.
+A compilation restarts inside PyTorch now and then, so that calls of a backend do not count graphs. What counts is a
+recompilation that was asked for, which `error_on_recompile` turns into an error.
 """
 
 import math
@@ -17,7 +17,9 @@ from grl_ext import GRL, gradient_reversal
 
 pytestmark = [
     pytest.mark.usefixtures("path"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # PyTorch's own, on importing its tracer
+    pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script_method` is deprecated"
+    ),  # PyTorch's own, on importing its tracer
 ]
 
 # A schedule as training has it: it begins at 0.
@@ -61,7 +63,9 @@ def test_a_module_whose_lambda_changes_every_step_is_one_graph(device, backend):
 
 @pytest.mark.parametrize("where", ["0-d on the CPU", "0-d on the device", "per sample"])
 def test_a_tensor_lambda_is_one_graph(device, where):
-    step = torch.compile(lambda x, lambda_: (gradient_reversal(x, lambda_) * 3).sum(), fullgraph=True, backend="aot_eager")
+    step = torch.compile(
+        lambda x, lambda_: (gradient_reversal(x, lambda_) * 3).sum(), fullgraph=True, backend="aot_eager"
+    )
     with no_recompilation:
         for value in LAMBDAS:
             lambda_ = {
@@ -83,7 +87,9 @@ def test_a_float_lambda_is_two_graphs_at_most(device, backend):
 
 
 def test_dynamic_shapes_are_one_graph(device):
-    step = torch.compile(lambda x, lambda_: (gradient_reversal(x, lambda_) * 3).sum(), fullgraph=True, dynamic=True, backend="aot_eager")
+    step = torch.compile(
+        lambda x, lambda_: (gradient_reversal(x, lambda_) * 3).sum(), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     with no_recompilation:
         for rows in (3, 8, 5, 11):
             lambda_ = torch.randn(rows, 1, device=device)
@@ -91,15 +97,18 @@ def test_dynamic_shapes_are_one_graph(device):
 
 
 def test_lambda_zero_gives_zeros_of_an_infinite_gradient(device):
-    step = torch.compile(lambda x, lambda_: (gradient_reversal(x, lambda_) * float("inf")).sum(), fullgraph=True, backend="aot_eager")
+    step = torch.compile(
+        lambda x, lambda_: (gradient_reversal(x, lambda_) * float("inf")).sum(), fullgraph=True, backend="aot_eager"
+    )
     for lambda_ in (torch.tensor(0.0), torch.zeros(4, 1, device=device), 0.0):
         x = torch.randn(4, 5, device=device, requires_grad=True)
         step(x, lambda_).backward()
         assert_same(x.grad, torch.zeros_like(x))
 
 
-# Each derivative of sum(reversed^2) multiplies the identity's, 2x and then 2, by -lambda once. Dynamo leaves the backward of a Python
-# autograd.Function out when a transform of torch.func is inside the compiled region, and says nothing.
+# Each derivative of sum(reversed^2) multiplies the identity's, 2x and then 2, by -lambda once. Dynamo leaves the
+# backward of a Python autograd.Function out when a transform of torch.func is inside the compiled region, and says
+# nothing.
 TRANSFORMS = {
     "grad": (grad, lambda x: -0.75 * 2 * x),
     "vmap of grad": (lambda f: vmap(grad(f)), lambda x: -0.75 * 2 * x),
@@ -118,7 +127,9 @@ FORMS = {"float": 0.75, "0-d": torch.tensor(0.75), "per feature": torch.full((5,
 def test_a_transform_of_torch_func_compiles(device, transform, form, dtype):
     apply, expected = TRANSFORMS[transform]
     lambda_ = FORMS[form] if form != "per feature" else FORMS[form].to(device)
-    compiled = torch.compile(apply(lambda x: gradient_reversal(x, lambda_).square().sum()), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        apply(lambda x: gradient_reversal(x, lambda_).square().sum()), fullgraph=True, backend="aot_eager"
+    )
     x = torch.randn(4, 5, device=device, dtype=dtype)
     torch.testing.assert_close(compiled(x), expected(x))
 
@@ -127,7 +138,9 @@ def test_a_transform_of_torch_func_compiles(device, transform, form, dtype):
 def test_lambda_0_gives_zeros_in_a_compiled_transform_whatever_comes_in(device, lambda_):
     lambda_ = lambda_.to(device) if isinstance(lambda_, torch.Tensor) and lambda_.dim() else lambda_
     weight = torch.tensor([math.inf, -math.inf, math.nan, 1.0, 2.0], device=device)
-    compiled = torch.compile(grad(lambda x: (gradient_reversal(x, lambda_) * weight).sum()), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        grad(lambda x: (gradient_reversal(x, lambda_) * weight).sum()), fullgraph=True, backend="aot_eager"
+    )
     assert_same(compiled(torch.randn(4, 5, device=device)), torch.zeros(4, 5, device=device))
 
 
@@ -154,7 +167,9 @@ def test_features_that_are_not_finite_keep_their_value_in_a_compiled_transform(d
     torch.testing.assert_close(compiled(x), x, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("lambda_", [0.75, torch.tensor(0.75), torch.full((4, 1), 0.75)], ids=["float", "0-d", "per sample"])
+@pytest.mark.parametrize(
+    "lambda_", [0.75, torch.tensor(0.75), torch.full((4, 1), 0.75)], ids=["float", "0-d", "per sample"]
+)
 def test_forward_and_backward_trace_into_aten_operators_only(device, lambda_):
     lambda_ = lambda_.to(device) if isinstance(lambda_, torch.Tensor) and lambda_.dim() else lambda_
 

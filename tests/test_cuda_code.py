@@ -1,7 +1,7 @@
 """What nvcc makes of csrc/cuda: instructions in the PTX, registers and memory in ptxas's report. Needs no GPU.
 
-A kernel may be right and still not be what was written: a 16-byte store split into four, an array that lands in local memory, more
-registers than a launch of its size may have. None of that shows in a test of results.
+A kernel may be right and still not be what was written: a 16-byte store split into four, an array that lands in local
+memory, more registers than a launch of its size may have. None of that shows in a test of results.
 """
 
 import os
@@ -111,7 +111,11 @@ def loops_of(body: list[str]) -> list[list[str]]:
         branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
         if branch and labels.get(branch[1], end) < end:
             spans.append((labels[branch[1]], end))
-    inner = [span for span in spans if not any(span[0] <= other[0] and other[1] <= span[1] for other in spans if other != span)]
+    inner = [
+        span
+        for span in spans
+        if not any(span[0] <= other[0] and other[1] <= span[1] for other in spans if other != span)
+    ]
     return [body[begin:end] for begin, end in inner]
 
 
@@ -174,8 +178,8 @@ def test_kernels_can_be_launched_and_keep_their_numbers_in_registers(compiled_co
         assert not sweep or report.shared_bytes <= static_bytes_planned_for(), (name, report)
 
 
-# What a thread keeps in memory for want of registers. The sweep fills its 128; what it puts away are addresses, between tiles. The
-# others have next to nothing: what lives across the call of the assertion.
+# What a thread keeps in memory for want of registers. The sweep fills its 128; what it puts away are addresses, between
+# tiles. The others have next to nothing: what lives across the call of the assertion.
 SPILLED_BYTES_OF_THE_SWEEP = 128
 SPILLED_BYTES = 16
 

@@ -107,7 +107,12 @@ def test_more_than_two_to_the_31_elements(compiled, form):
     grad[-1, -1] = 3
     lambda_ = torch.tensor(0.5, device="cuda") if form == "one lambda" else torch.full((rows, 1), 0.5, device="cuda")
     out = torch.ops.grl_ext._scale_negate(grad, 1.0, lambda_)
-    assert out[0, 0] == -0.5 and out[-1, 0] == -0.5 and out[-1, -1] == -1.5 and out.sum(dtype=torch.float64) == -0.5 * (grad.numel() + 2)
+    assert (
+        out[0, 0] == -0.5
+        and out[-1, 0] == -0.5
+        and out[-1, -1] == -1.5
+        and out.sum(dtype=torch.float64) == -0.5 * (grad.numel() + 2)
+    )
 
 
 def test_heads_over_more_than_two_to_the_31_features(compiled):

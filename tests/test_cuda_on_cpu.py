@@ -14,14 +14,30 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """program(source, sanitizers) -> the compiled test driver's path; each is compiled once, C++17 being what nvcc gets."""
+    """program(source, sanitizers) -> the compiled test driver's path; each is compiled once, C++17 being what nvcc
+    gets."""
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
 
     def build(source: str, sanitizers: str, standard: str = "c++17") -> Path:
         binary = folder / f"{source}-{sanitizers}-{standard}"
         if not binary.exists():
-            command = ["g++", f"-std={standard}", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-            command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{HERE / 'include'}", f"-I{KERNELS}"]
+            command = [
+                "g++",
+                f"-std={standard}",
+                "-O1",
+                "-g1",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-Wno-unknown-pragmas",
+                "-pthread",
+            ]
+            command += [
+                f"-fsanitize={sanitizers}",
+                "-fno-sanitize-recover=all",
+                f"-I{HERE / 'include'}",
+                f"-I{KERNELS}",
+            ]
             compiled = subprocess.run([*command, HERE / f"{source}.cpp", "-o", binary], capture_output=True, text=True)
             assert compiled.returncode == 0, compiled.stderr
         return binary
@@ -30,7 +46,9 @@ def program(tmp_path_factory):
 
 
 def run(binary: Path, *args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([binary, *args], capture_output=True, text=True, timeout=900)  # on a busy machine; alone a minute at most
+    return subprocess.run(
+        [binary, *args], capture_output=True, text=True, timeout=900
+    )  # on a busy machine; alone a minute at most
 
 
 def assert_passes(result: subprocess.CompletedProcess) -> None:

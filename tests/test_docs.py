@@ -48,9 +48,12 @@ def test_the_readmes_equivalent_is_equivalent():
 
 
 def python_blocks(page: Path) -> list[tuple[str, str]]:
-    """(the heading that it stands under, code) of each Python block; at their lines, so that an error shows the page's own."""
+    """(the heading that it stands under, code) of each Python block; at their lines, so that an error shows the page's
+    own."""
     blocks, heading, text = [], page.stem, page.read_text()
-    for match in re.finditer(r"^#+ (?P<heading>[^\n]*)$|^```python\n(?P<code>.*?)^```$", text, re.DOTALL | re.MULTILINE):
+    for match in re.finditer(
+        r"^#+ (?P<heading>[^\n]*)$|^```python\n(?P<code>.*?)^```$", text, re.DOTALL | re.MULTILINE
+    ):
         if match["heading"]:
             heading = match["heading"]
         else:

@@ -23,7 +23,11 @@ REFUSED_NUMBERS = {
     "array": (np.ones(3), TypeError, "lambda_ must be a real number or a real tensor, got ndarray"),
 }
 REFUSED_TENSORS = {
-    "complex64": (torch.tensor(1j), TypeError, "lambda_ must be a real number or a real tensor, got a tensor of torch.complex64"),
+    "complex64": (
+        torch.tensor(1j),
+        TypeError,
+        "lambda_ must be a real number or a real tensor, got a tensor of torch.complex64",
+    ),
     "complex128": (
         torch.ones(3, dtype=torch.complex128),
         TypeError,
@@ -31,8 +35,16 @@ REFUSED_TENSORS = {
     ),
     "wrong size": (torch.ones(2), ValueError, "lambda_ of shape [2] does not broadcast to x of shape [2, 3]"),
     "wrong sizes": (torch.ones(3, 2), ValueError, "lambda_ of shape [3, 2] does not broadcast to x of shape [2, 3]"),
-    "would enlarge x": (torch.ones(4, 2, 3), ValueError, "lambda_ of shape [4, 2, 3] does not broadcast to x of shape [2, 3]"),
-    "one dimension too many": (torch.ones(1, 2, 3), ValueError, "lambda_ of shape [1, 2, 3] does not broadcast to x of shape [2, 3]"),
+    "would enlarge x": (
+        torch.ones(4, 2, 3),
+        ValueError,
+        "lambda_ of shape [4, 2, 3] does not broadcast to x of shape [2, 3]",
+    ),
+    "one dimension too many": (
+        torch.ones(1, 2, 3),
+        ValueError,
+        "lambda_ of shape [1, 2, 3] does not broadcast to x of shape [2, 3]",
+    ),
     "empty": (torch.ones(0), ValueError, "lambda_ of shape [0] does not broadcast to x of shape [2, 3]"),
     "other device": (
         torch.ones(3, device="meta"),
@@ -113,11 +125,16 @@ def test_x_must_be_a_tensor(path, value):
 def test_a_zero_dimensional_x_takes_a_zero_dimensional_lambda_only(path, device, shape):
     x = torch.ones((), device=device, requires_grad=True)
     check_refusal(
-        gradient_reversal, x, torch.ones(shape), ValueError, f"lambda_ of shape {list(shape)} does not broadcast to x of shape []"
+        gradient_reversal,
+        x,
+        torch.ones(shape),
+        ValueError,
+        f"lambda_ of shape {list(shape)} does not broadcast to x of shape []",
     )
 
 
-# --- in-place operations ---------------------------------------------------------------------------------------------------
+# --- in-place operations
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

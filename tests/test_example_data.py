@@ -24,11 +24,16 @@ def sentence(error: pytest.ExceptionInfo) -> str:
     return text
 
 
-# --- digits ----------------------------------------------------------------------------------------------------------------
+# --- digits
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def idx(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + b"".join(n.to_bytes(4, "big") for n in array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 def write_mnist(folder: Path, compressed: bool, train: int = 7, test: int = 3) -> dict[str, np.ndarray]:
@@ -69,7 +74,10 @@ def test_a_missing_mnist_file_is_named(tmp_path):
         (b"\x89PNG", "is not an IDX file of unsigned bytes: it begins with 89504e47"),
         (idx(np.zeros((2, 3)))[:-1], "is damaged: for [2, 3] it should have 18 bytes, it has 17"),
         (idx(np.zeros((2, 3)))[:7], "is damaged"),
-        (gzip.compress(idx(np.zeros((200, 3))))[:-9], "cannot be read: Compressed file ended before the end-of-stream marker"),
+        (
+            gzip.compress(idx(np.zeros((200, 3))))[:-9],
+            "cannot be read: Compressed file ended before the end-of-stream marker",
+        ),
         (gzip.compress(b"text"), "is not an IDX file"),
     ],
     ids=["empty", "a picture", "cut short", "cut in the sizes", "gzip cut short", "gzip of something else"],
@@ -93,7 +101,9 @@ def test_the_shipped_digits_are_split_without_overlap():
     digits = data.load_digits(None, 28)
     assert len(digits.train_digits) == 1297 and len(digits.test_digits) == 500
     assert 0 <= digits.train_images.min() and digits.train_images.max() <= 1
-    train, test = ({tuple(image.flatten().tolist()) for image in images} for images in (digits.train_images, digits.test_images))
+    train, test = (
+        {tuple(image.flatten().tolist()) for image in images} for images in (digits.train_images, digits.test_images)
+    )
     assert not train & test
 
 
@@ -109,7 +119,8 @@ def test_pairs_are_a_zero_and_another_or_two_others():
     assert torch.equal(pairs, again)
 
 
-# --- photographs -----------------------------------------------------------------------------------------------------------
+# --- photographs
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_are_read_as_rgb_in_the_order_of_their_names(tmp_path):
@@ -166,7 +177,9 @@ def test_a_blend_is_the_absolute_difference_to_one_crop_the_same_for_all_channel
 
 def test_a_blends_crops_reach_all_corners_and_stay_inside():
     photo = torch.arange(12.0).view(1, 3, 4).expand(3, -1, -1).contiguous()
-    pictures = data.blend(torch.zeros(1, 1, 2, 2), [photo], torch.Generator().manual_seed(0), crops=200)[torch.arange(200)]
+    pictures = data.blend(torch.zeros(1, 1, 2, 2), [photo], torch.Generator().manual_seed(0), crops=200)[
+        torch.arange(200)
+    ]
     assert set(pictures[:, 0, 0, 0].tolist()) == {0, 1, 2, 4, 5, 6}  # the upper left pixels of all 2 x 3 places
     assert torch.equal(pictures[:, 0] - pictures[:, 0, :1, :1], torch.tensor([[0.0, 1], [4, 5]]).expand(200, 2, 2))
 
@@ -183,7 +196,8 @@ def test_photos_smaller_than_a_crop_are_refused():
         data.blend(torch.rand(1, 1, 8, 8), [torch.rand(3, 5, 30)], torch.Generator())
 
 
-# --- prices ----------------------------------------------------------------------------------------------------------------
+# --- prices
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def write_csv(folder: Path, text: str, name: str = "prices.csv") -> Path:
@@ -223,10 +237,16 @@ def test_prices_are_those_of_the_tickers_with_every_date_in_the_order_of_dates(t
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("date,close\n2024-01-01,5\n", "has a column close but not ticker and close both; its first line is ['date', 'close']"),
+        (
+            "date,close\n2024-01-01,5\n",
+            "has a column close but not ticker and close both; its first line is ['date', 'close']",
+        ),
         ("", "has no column date; its first line is []"),
         ("day,A,B\n", "has no column date; its first line is ['day', 'A', 'B']"),
-        ("date,ticker,close\n2024-01-01,A,5\n2024-01-02,A,x\n", ", line 3: the price of A must be a positive number, got 'x'"),
+        (
+            "date,ticker,close\n2024-01-01,A,5\n2024-01-02,A,x\n",
+            ", line 3: the price of A must be a positive number, got 'x'",
+        ),
         ("date,ticker,close\n2024-01-01,A,-5\n", ", line 2: the price of A must be a positive number, got '-5'"),
         ("date,ticker,close\n2024-01-01,A,\n", ", line 2: the price of A must be a positive number, got ''"),
         ("date,ticker,close\n2024-01-01,A\n", ", line 2: 2 values, but the first line has 3"),

@@ -1,4 +1,5 @@
-"""The experiments, for a few steps each: that they run, learn, and that their fused, resumed and distributed forms are the same.
+"""The experiments, for a few steps each: that they run, learn, and that their fused, resumed and distributed forms are
+the same.
 
 What they find takes their default settings: `make examples`.
 """
@@ -75,7 +76,8 @@ def quiet() -> tqdm:
     return tqdm(disable=True)
 
 
-# --- they learn ------------------------------------------------------------------------------------------------------------
+# --- they learn
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_moons_learns_the_source_and_the_adversary_learns_the_domain_where_nothing_is_reversed():
@@ -119,7 +121,9 @@ def test_market_learns_the_excess_return():
         networks.append(market.train(0.0, 0, train_sample, args, quiet()))
     with torch.no_grad():
         before, after = (
-            F.mse_loss(n.heads.predictors["excess"](n.features(train_sample.windows)).squeeze(-1), train_sample.excess).item()
+            F.mse_loss(
+                n.heads.predictors["excess"](n.features(train_sample.windows)).squeeze(-1), train_sample.excess
+            ).item()
             for n in networks
         )
     assert after < before
@@ -139,8 +143,11 @@ def test_the_markets_windows_and_betas_end_before_what_they_predict():
         beta = (centred @ returns[before, stock]) / (centred @ centred)
         return (returns[day, stock] - beta * index[day]).item()
 
-    scale = torch.tensor([[excess_of(day, stock) for stock in range(5)] for day in range(market.BETA_DAYS, split)]).std()
-    # Rows of the samples, and the last day of their windows: the first and the last to learn from, the first and the last to judge by.
+    scale = torch.tensor(
+        [[excess_of(day, stock) for stock in range(5)] for day in range(market.BETA_DAYS, split)]
+    ).std()
+    # Rows of the samples, and the last day of their windows: the first and the last to learn from, the first and the
+    # last to judge by.
     rows = [
         (train_sample, 0, market.BETA_DAYS - 1),
         (train_sample, -1, split - 2),
@@ -153,7 +160,9 @@ def test_the_markets_windows_and_betas_end_before_what_they_predict():
         torch.testing.assert_close(own, (returns[days, 2] / returns[:split].std()).clamp(-3, 3))
         torch.testing.assert_close(markets, (index[days] / index[:split].std()).clamp(-3, 3))
         torch.testing.assert_close(sample.market[row, 2], index[last] / index[:split].std())
-        torch.testing.assert_close(sample.excess[row, 2].item(), excess_of(last + 1, 2) / scale.item(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            sample.excess[row, 2].item(), excess_of(last + 1, 2) / scale.item(), rtol=1e-3, atol=1e-5
+        )
 
 
 def test_what_happens_on_test_dates_changes_nothing_before_them():
@@ -184,7 +193,9 @@ def test_market_reverses_the_adversarys_gradient_and_only_that():
         gradients.append({name: p.grad for name, p in network.named_parameters()})
     torch.manual_seed(0)
     network = market.Network(0.0)
-    F.mse_loss(network.heads.adversaries["market"](network.features(sample.windows)).squeeze(-1), sample.market.clamp(-3, 3)).backward()
+    F.mse_loss(
+        network.heads.adversaries["market"](network.features(sample.windows)).squeeze(-1), sample.market.clamp(-3, 3)
+    ).backward()
     off, once, twice = gradients
     torch.testing.assert_close(once["linear.weight"] - off["linear.weight"], -network.linear.weight.grad)
     torch.testing.assert_close(twice["linear.weight"] - off["linear.weight"], -2 * network.linear.weight.grad)
@@ -195,12 +206,16 @@ def test_market_reverses_the_adversarys_gradient_and_only_that():
 def test_market_baselines_find_a_reversal_that_is_there():
     train_sample, test_sample = market_samples(1500, 30)
     found = {name: daily.mean().item() for name, daily in market.baselines(train_sample, test_sample).items()}
-    assert found["ridge"] > found["one-day reversal"] > 0.03  # generated: three days' reversal, of which the second sees one
+    assert (
+        found["ridge"] > found["one-day reversal"] > 0.03
+    )  # generated: three days' reversal, of which the second sees one
 
 
 def test_market_validation_leaves_the_test_dates_out(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(market, "samples", lambda returns, index, of=market.samples: seen.append(len(returns)) or of(returns, index))
+    monkeypatch.setattr(
+        market, "samples", lambda returns, index, of=market.samples: seen.append(len(returns)) or of(returns, index)
+    )
     market.main([*FEW["market"][1], "--seeds", "1", "--dates", "1200", "--until", "0.7", "--out", str(tmp_path)])
     assert seen == [840]
 
@@ -233,12 +248,15 @@ def test_the_probe_recovers_what_is_linear_and_nothing_else():
     assert market.probe_r2(features[:300], noise[:300], features[300:], noise[300:]) < 0.1
 
 
-# --- fused form and layer-by-layer form --------------------------------------------------------------------------------------
+# --- fused form and layer-by-layer form
+# --------------------------------------------------------------------------------------
 
 
 def pairs(n: int) -> pair_digits.Pairs:
     digits = data.load_digits(None, 28)
-    return pair_digits.Pairs(*data.digit_pairs(digits.train_images, digits.train_digits, n, torch.Generator().manual_seed(0)))
+    return pair_digits.Pairs(
+        *data.digit_pairs(digits.train_images, digits.train_digits, n, torch.Generator().manual_seed(0))
+    )
 
 
 def test_pair_digits_published_and_fused_networks_train_alike_step_by_step():
@@ -266,7 +284,9 @@ def test_pair_digits_agreement_is_the_cosine_of_the_gradients_that_autograd_give
     network, batch = pair_digits.MnistNN2(grl_ext.GRL(1.0)), pairs(20)
     features = network.extractor(batch.images).detach().requires_grad_()
     own = torch.autograd.grad(F.cross_entropy(network.out(features), batch.labels), features)[0]
-    reversed_ = torch.autograd.grad(F.cross_entropy(network.advout(network.reversal(features)), 1 - batch.labels), features)[0]
+    reversed_ = torch.autograd.grad(
+        F.cross_entropy(network.advout(network.reversal(features)), 1 - batch.labels), features
+    )[0]
     expected = F.cosine_similarity(own.flatten(), reversed_.flatten(), dim=0).item()
     assert pair_digits.measure(network, batch)["agreement"] == pytest.approx(expected, abs=1e-5)
 
@@ -283,15 +303,23 @@ def test_pair_digits_training_accuracies_are_those_of_the_training_pairs(tmp_pat
         optimizer.zero_grad()
         sum(pair_digits.losses(network, own.images, own.labels)).backward()
         optimizer.step()
-    for quantity, found, of in (("accuracy", 1, pairs(40)), ("training_accuracy", 1, own), ("training_adversary", 2, own)):
-        assert curves[quantity] == [pytest.approx((network(of.images)[found].argmax(1) == of.labels).float().mean().item())]
+    for quantity, found, of in (
+        ("accuracy", 1, pairs(40)),
+        ("training_accuracy", 1, own),
+        ("training_adversary", 2, own),
+    ):
+        assert curves[quantity] == [
+            pytest.approx((network(of.images)[found].argmax(1) == of.labels).float().mean().item())
+        ]
 
 
 def test_pair_digits_takes_finished_runs_with_the_same_settings_and_no_others(tmp_path, monkeypatch):
     few = [*FEW["pair_digits"][1], "--out", str(tmp_path), "--resume"]
     trained = []
     monkeypatch.setattr(
-        pair_digits, "train", lambda variant, *rest, of=pair_digits.train: trained.append(variant.title) or of(variant, *rest)
+        pair_digits,
+        "train",
+        lambda variant, *rest, of=pair_digits.train: trained.append(variant.title) or of(variant, *rest),
     )
     whole = pair_digits.main(few)["results"]
     assert len(trained) == 2 * len(pair_digits.VARIANTS)
@@ -300,7 +328,9 @@ def test_pair_digits_takes_finished_runs_with_the_same_settings_and_no_others(tm
     (tmp_path / "runs" / "plain-1.json").unlink()
     assert pair_digits.main(few)["results"] == whole and trained == ["no reversal"]
     trained.clear()
-    assert pair_digits.main([*few, "--lr", "0.01"])["results"] != whole and len(trained) == 2 * len(pair_digits.VARIANTS)
+    assert pair_digits.main([*few, "--lr", "0.01"])["results"] != whole and len(trained) == 2 * len(
+        pair_digits.VARIANTS
+    )
 
 
 def test_pair_digits_published_is_the_published_setting_and_options_still_count(tmp_path, monkeypatch, capsys):
@@ -309,7 +339,21 @@ def test_pair_digits_published_is_the_published_setting_and_options_still_count(
     assert "--published needs --mnist" in capsys.readouterr().err
     digits = data.load_digits(None, 28)
     monkeypatch.setattr(data, "load_digits", lambda mnist, size: digits)
-    few = ["--published", "--mnist", "folder", "--epochs", "2", "--every", "1", "--seeds", "1", "--pairs", "20", "--out", str(tmp_path)]
+    few = [
+        "--published",
+        "--mnist",
+        "folder",
+        "--epochs",
+        "2",
+        "--every",
+        "1",
+        "--seeds",
+        "1",
+        "--pairs",
+        "20",
+        "--out",
+        str(tmp_path),
+    ]
     settings = pair_digits.main(few)["settings"]
     assert (settings["lr"], settings["batch"], settings["epochs"], settings["pairs"]) == (0.001, 1000, 2, 20)
     assert settings["variants"] == ["reversed", "plain"]
@@ -317,7 +361,17 @@ def test_pair_digits_published_is_the_published_setting_and_options_still_count(
 
 def dann_training(method: str = "DANN", **changes) -> dann_digits.Training:
     args = experiment.parser("dann_digits", "", 1).parse_args([])
-    settings = {"mnist": None, "photos": None, "crops": 1, "batch": 16, "steps": 6, "lr": 5e-4, "gamma": 10.0, "lambda_": 1.0, "ddp": False}
+    settings = {
+        "mnist": None,
+        "photos": None,
+        "crops": 1,
+        "batch": 16,
+        "steps": 6,
+        "lr": 5e-4,
+        "gamma": 10.0,
+        "lambda_": 1.0,
+        "ddp": False,
+    }
     vars(args).update(settings | changes)
     return dann_digits.Training(method, 0, dann_digits.load_domains(args), args)
 
@@ -327,7 +381,8 @@ def test_dann_digits_shows_each_method_the_images_and_labels_that_it_may_see():
         training = dann_training(method)
         images, digits = training.batch()
         assert len(images) == (2 if method == "DANN" else 1) and all(part.shape == (8, 3, 16, 16) for part in images)
-        # Digits belong to the first images: grey ones from the source, and coloured ones only where target labels are allowed.
+        # Digits belong to the first images: grey ones from the source, and coloured ones only where target labels are
+        # allowed.
         is_grey = torch.equal(images[0][:, 0], images[0][:, 2])
         assert is_grey == (method != "train on target")
         if is_grey:
@@ -340,7 +395,9 @@ def test_dann_digits_shows_each_method_the_images_and_labels_that_it_may_see():
 def test_dann_digits_target_digits_belong_to_their_images():
     domains = dann_training(crops=3).domains
     assert len(domains.target) == len(domains.target_digits) == 3 * len(domains.source)
-    flat = data.blend(domains.source, [torch.zeros(3, 20, 20)], torch.Generator(), crops=3)  # in front of black: the digit itself
+    flat = data.blend(
+        domains.source, [torch.zeros(3, 20, 20)], torch.Generator(), crops=3
+    )  # in front of black: the digit itself
     rows = torch.tensor([5, len(domains.source) + 5, 2 * len(domains.source) + 7])
     torch.testing.assert_close(flat[rows], domains.source[rows % len(domains.source)].expand(-1, 3, -1, -1))
     assert torch.equal(domains.target_digits[rows], domains.source_digits[rows % len(domains.source)])
@@ -372,8 +429,12 @@ def test_dann_digits_statistics_are_those_of_the_domain_that_is_asked_for():
         training.use_statistics_of(domain)
         with torch.no_grad():
             parts = [training.network.encoder[0](images) for images in training.images(domain, 10_000)]
-        torch.testing.assert_close(norm.running_mean, torch.stack([part.mean((0, 2, 3)) for part in parts]).mean(0), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(norm.running_var, torch.stack([part.var((0, 2, 3)) for part in parts]).mean(0), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            norm.running_mean, torch.stack([part.mean((0, 2, 3)) for part in parts]).mean(0), rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(
+            norm.running_var, torch.stack([part.var((0, 2, 3)) for part in parts]).mean(0), rtol=1e-3, atol=1e-4
+        )
         assert not training.network.training
 
 
@@ -396,7 +457,10 @@ def test_dann_digits_tells_dark_crops_from_bright_ones(monkeypatch):
     monkeypatch.setattr(training.network, "forward", lambda images: (F.one_hot(answers[next(batches)], 10), None))
     found = training.target_accuracy()
     assert found["on_bright_crops"] == 1 and found["on_dark_crops"] == 0
-    assert found["target_accuracy"] == pytest.approx(is_bright.float().mean().item()) and 0.1 < is_bright.float().mean() < 0.9
+    assert (
+        found["target_accuracy"] == pytest.approx(is_bright.float().mean().item())
+        and 0.1 < is_bright.float().mean() < 0.9
+    )
 
 
 def test_dann_digits_reverses_lambda_times_the_domains_gradient():
@@ -412,7 +476,9 @@ def test_dann_digits_reverses_lambda_times_the_domains_gradient():
     training.network.zero_grad()
     features = torch.cat([training.network.encoder(part) for part in images])
     F.softplus(training.network.heads.adversaries["domain"](features).squeeze(1)).mean().backward()
-    torch.testing.assert_close(gradients[1] - gradients[0], -0.5 * training.network.encoder[4].weight.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        gradients[1] - gradients[0], -0.5 * training.network.encoder[4].weight.grad, rtol=1e-3, atol=1e-6
+    )
 
 
 def test_dann_digits_learns():
@@ -423,7 +489,8 @@ def test_dann_digits_learns():
     assert training.network.heads.lambda_.item() > 0.99
 
 
-# --- resumed, and distributed ------------------------------------------------------------------------------------------------
+# --- resumed, and distributed
+# ------------------------------------------------------------------------------------------------
 
 
 def test_dann_digits_resumed_is_the_uninterrupted_run(tmp_path):
@@ -452,7 +519,11 @@ def test_dann_digits_on_two_processes_is_the_run_on_one(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for out, command in (("one", program), ("two", [*torchrun, *program, "--ddp"])):
         result = subprocess.run(
-            [sys.executable, *command, "--out", str(tmp_path / out)], env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *command, "--out", str(tmp_path / out)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert result.returncode == 0, result.stderr[-3000:]
     for method in ("source_only", "DANN", "train_on_target"):

@@ -65,7 +65,9 @@ def test_vmap_of_the_layer_and_of_its_gradient(x, lambda_):
     rows = torch.randn(5, 4, dtype=x.dtype, device=x.device)
     assert_same(vmap(lambda x: gradient_reversal(x, lambda_))(rows), rows)
     torch.testing.assert_close(vmap(grad(cubes(lambda_)))(rows), -LAMBDA * 3 * rows**2)
-    torch.testing.assert_close(vmap(vmap(grad(lambda x: gradient_reversal(x, LAMBDA).pow(3))))(rows), -LAMBDA * 3 * rows**2)
+    torch.testing.assert_close(
+        vmap(vmap(grad(lambda x: gradient_reversal(x, LAMBDA).pow(3))))(rows), -LAMBDA * 3 * rows**2
+    )
 
 
 def test_vmap_over_a_lambda_per_sample(device):

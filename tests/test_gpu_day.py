@@ -1,4 +1,5 @@
-"""bench/gpu.py: what it does with parts that fail, hang or lack a tool, and how it reads the goals out of what was measured."""
+"""bench/gpu.py: what it does with parts that fail, hang or lack a tool, and how it reads the goals out of what was
+measured."""
 
 import json
 import re
@@ -78,7 +79,14 @@ def verdicts(folder: Path) -> set[tuple[str, str, str]]:
 
 
 def test_goals_are_read_from_the_rows_they_are_about(tmp_path):
-    large = {"reference": 9.0, "peer_tuned": 8.0, "peer_compiled": 3.0, "peer_compiled2": 2.4, "ours_logits": 4.0, "ours_fused": 1.25}
+    large = {
+        "reference": 9.0,
+        "peer_tuned": 8.0,
+        "peer_compiled": 3.0,
+        "peer_compiled2": 2.4,
+        "ours_logits": 4.0,
+        "ours_fused": 1.25,
+    }
     cases = [
         measured("bandwidth/64M", reference=5.0, ours_in=1.02, ours_out=1.25, yardstick=1.0),
         measured("heads/65536x1024_10+2", **large, yardstick_copy=1.0, yardstick_product=0.1),
@@ -101,12 +109,16 @@ def test_goals_are_read_from_the_rows_they_are_about(tmp_path):
     ):
         assert ("float32", case, verdict) in found
     assert ("bfloat16", "-", "not measured") in found
-    assert not any(case == "heads/65536x1024_31+2" and "copies" in verdict for _, case, verdict in found)  # wider than the goal
+    assert not any(
+        case == "heads/65536x1024_31+2" and "copies" in verdict for _, case, verdict in found
+    )  # wider than the goal
 
 
 @pytest.mark.parametrize("check, status", [(lambda: 0, 0), (lambda: 1, 1)])
 def test_a_dry_run_fails_if_a_command_line_is_wrong_and_names_every_goal(monkeypatch, tmp_path, check, status):
-    monkeypatch.setattr(gpu, "parts", lambda folder, capability: [a_part_checked_by(lambda: 0), a_part_checked_by(check)])
+    monkeypatch.setattr(
+        gpu, "parts", lambda folder, capability: [a_part_checked_by(lambda: 0), a_part_checked_by(check)]
+    )
     assert gpu.main(["--dry", "--out", str(tmp_path)]) == status
     summary = (tmp_path / "summary.md").read_text()
     assert all(f"| {goal.text} | {goal.dtype} | - | not measured |" in summary for goal in gpu.GOALS)
@@ -126,7 +138,12 @@ def test_every_part_has_a_command_line_that_can_be_checked(tmp_path):
     names = [p.name for p in parts]
     assert len(set(names)) == len(names)
     assert names[0] == "build"
-    for wanted in ("graphs, streams, sizes", "all tests", *(f"sanitizer {tool}" for tool in gpu.SANITIZER_TOOLS), "profiler counters"):
+    for wanted in (
+        "graphs, streams, sizes",
+        "all tests",
+        *(f"sanitizer {tool}" for tool in gpu.SANITIZER_TOOLS),
+        "profiler counters",
+    ):
         assert wanted in names
     for dtype in gpu.DTYPES:
         planned = [case for cases in gpu.cases_of(dtype).values() for case in cases]

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.usefixtures("path")
 
 
 def gradient(x, lambda_, grad, unshared=True):
-    """x's gradient when `grad` arrives at the layer: as a fresh buffer, which the layer may overwrite, or as the caller's own."""
+    """x's gradient when `grad` arrives at the layer: as a fresh buffer, which the layer may overwrite, or as the
+    caller's own."""
     y = gradient_reversal(x, lambda_)
     if unshared:
         return torch.autograd.grad(deliver(y, grad), x)[0]
@@ -60,13 +61,18 @@ def test_gradient_of_a_tensor_large_enough_for_several_threads(device, lambda_sh
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lambda_form", ["by value", "0-d", "full shape"])
 def test_half_types_are_rounded_once(device, dtype, lambda_form):
-    # Every pattern of 16 bits. Lambda has 12 significant bits and the gradient at most 11, so float32 holds the product exactly
-    # (bfloat16 near float32's own underflow excepted, hence not below 2^-100); what remains is one rounding to nearest even.
+    # Every pattern of 16 bits. Lambda has 12 significant bits and the gradient at most 11, so float32 holds the product
+    # exactly (bfloat16 near float32's own underflow excepted, hence not below 2^-100); what remains is one rounding to
+    # nearest even.
     grad = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
     grad = grad[~((grad.float().abs() < 2.0**-100) & (grad != 0))]
     x = torch.zeros_like(grad).requires_grad_()
     value = 2731 / 4096
-    lambda_ = {"by value": value, "0-d": torch.tensor(value, device=device), "full shape": torch.full(grad.shape, value, device=device)}
+    lambda_ = {
+        "by value": value,
+        "0-d": torch.tensor(value, device=device),
+        "full shape": torch.full(grad.shape, value, device=device),
+    }
     result = gradient(x, lambda_[lambda_form], grad)
     exact = grad.double() * -value
     nearest = torch.from_numpy(_round_half_even(exact.cpu().numpy(), dtype)).to(device)
@@ -74,8 +80,11 @@ def test_half_types_are_rounded_once(device, dtype, lambda_form):
 
 
 def _round_half_even(exact, dtype):
-    """float64 to the nearest half-precision number, by integer scaling alone: independent of every conversion in PyTorch."""
-    mantissa, smallest, largest = (11, -24, 65504.0) if dtype == torch.float16 else (8, -133, torch.finfo(torch.bfloat16).max)
+    """float64 to the nearest half-precision number, by integer scaling alone: independent of every conversion in
+    PyTorch."""
+    mantissa, smallest, largest = (
+        (11, -24, 65504.0) if dtype == torch.float16 else (8, -133, torch.finfo(torch.bfloat16).max)
+    )
     finite = np.where(np.isfinite(exact), exact, 0.0)
     _, exponent = np.frexp(finite)
     spacing = np.ldexp(1.0, np.maximum(exponent - mantissa, smallest))
@@ -84,7 +93,8 @@ def _round_half_even(exact, dtype):
     return np.where(np.isfinite(exact), rounded, exact)
 
 
-# --- lambda = 0 ------------------------------------------------------------------------------------------------------------
+# --- lambda = 0
+# ------------------------------------------------------------------------------------------------------------
 
 ZEROS = {
     "float": lambda device: 0.0,
@@ -134,10 +144,14 @@ def test_a_real_lambda_scales_the_parts_of_a_complex_gradient_one_by_one(device,
     x = torch.randn(SHAPE, dtype=torch.complex64, device=device, requires_grad=True)
     grad = LAYOUTS[layout](torch.full_like(x, complex(math.inf, 1)))
     lambda_ = LAMBDAS[lambda_form](device)
-    assert_same(gradient(x, lambda_, grad), torch.complex((grad.real * -lambda_).expand(SHAPE), (grad.imag * -lambda_).expand(SHAPE)))
+    assert_same(
+        gradient(x, lambda_, grad),
+        torch.complex((grad.real * -lambda_).expand(SHAPE), (grad.imag * -lambda_).expand(SHAPE)),
+    )
 
 
-# --- the forward -----------------------------------------------------------------------------------------------------------
+# --- the forward
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool, torch.uint8], ids=str)
@@ -238,7 +252,9 @@ def test_jagged_tensors_go_through(device):
                 assert_same(gradient, torch.full_like(gradient, -2.0 * float(lambda_)) + 0.0)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor")
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor"
+)
 @pytest.mark.parametrize("value", [0.5, 0.0, -2.0])
 @pytest.mark.parametrize("form", ["float", "0-d float32", "per sample", "full shape"])
 def test_masked_tensors_go_through(device, form, value):
@@ -250,7 +266,9 @@ def test_masked_tensors_go_through(device, form, value):
     assert_same(x.grad.to_tensor(0), mask * (1 - 2 * value) + 0.0)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor")
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor"
+)
 @pytest.mark.parametrize("value", [0.5, 0.0, -2.0])
 def test_a_masked_gradient_of_features_that_are_not_is_scaled(device, value):
     mask = torch.rand(SHAPE, device=device) > 0.5
@@ -260,18 +278,24 @@ def test_a_masked_gradient_of_features_that_are_not_is_scaled(device, value):
     assert_same(x.grad.to_tensor(0) + 0.0, mask * (-2 * value) + 0.0)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor")
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of MaskedTensors", "ignore:It is not recommended to create a MaskedTensor"
+)
 def test_lambda_zero_gives_zeros_of_an_infinite_masked_gradient(device):
     mask = torch.tensor([True, True, False], device=device)
     x = torch.masked.masked_tensor(torch.ones(3, device=device), mask, requires_grad=True)
-    gradient_reversal(x, 0.0).backward(torch.masked.masked_tensor(torch.tensor([math.inf, math.nan, 1.0], device=device), mask))
+    gradient_reversal(x, 0.0).backward(
+        torch.masked.masked_tensor(torch.tensor([math.inf, math.nan, 1.0], device=device), mask)
+    )
     assert_same(x.grad.to_tensor(7), torch.tensor([0.0, 0.0, 7.0], device=device))
 
 
 def test_lambda_zero_gives_zeros_of_an_infinite_sparse_gradient(device):
     for zero in (0.0, torch.tensor(0.0, device=device, requires_grad=True)):
         weight = torch.randn(5, 3, device=device, requires_grad=True)
-        y = torch.nn.functional.embedding(torch.tensor([1, 3], device=device), gradient_reversal(weight, zero), sparse=True)
+        y = torch.nn.functional.embedding(
+            torch.tensor([1, 3], device=device), gradient_reversal(weight, zero), sparse=True
+        )
         (y * math.inf).sum().backward()
         assert_same(weight.grad.to_dense(), torch.zeros_like(weight))
 
@@ -283,11 +307,14 @@ def test_empty_complex_views_have_empty_gradients(device, lambda_form):
         x = x.detach().requires_grad_()
         lambda_ = torch.ones(x.shape, device=device) if lambda_form == "full shape" else LAMBDAS[lambda_form](device)
         for create_graph, part in product((False, True), (torch.real, torch.imag, torch.conj)):
-            gradient = torch.autograd.grad(part(gradient_reversal(x, lambda_)).sum().abs(), x, create_graph=create_graph)[0]
+            gradient = torch.autograd.grad(
+                part(gradient_reversal(x, lambda_)).sum().abs(), x, create_graph=create_graph
+            )[0]
             assert_same(gradient, torch.zeros_like(x))
 
 
-# --- lambda ----------------------------------------------------------------------------------------------------------------
+# --- lambda
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 1), (3, 4)], ids=str)
@@ -300,7 +327,9 @@ def test_no_gradient_reaches_lambda(device, shape):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str
+    "dtype",
+    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool],
+    ids=str,
 )
 def test_a_zero_dimensional_cpu_lambda_is_read_by_the_forward(device, dtype):
     x = torch.randn(3, device=device, requires_grad=True)
@@ -340,7 +369,8 @@ def test_a_larger_lambda_is_released_with_the_graph(device):
         loss.backward()
 
 
-# --- properties ------------------------------------------------------------------------------------------------------------
+# --- properties
+# ------------------------------------------------------------------------------------------------------------
 
 sizes = st.lists(st.sampled_from([0, 1, 1, 2, 3, 5, 17]), max_size=4)
 
@@ -365,7 +395,9 @@ def test_any_lambda_that_broadcasts_scales_any_gradient(device, shapes, dtype, l
     shape, lambda_shape = shapes
     axes = order.sample(range(len(shape)), len(shape))
     x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
-    grad = torch.randn([shape[a] for a in axes], dtype=dtype, device=device).permute([axes.index(d) for d in range(len(shape))])
+    grad = torch.randn([shape[a] for a in axes], dtype=dtype, device=device).permute(
+        [axes.index(d) for d in range(len(shape))]
+    )
     lambda_ = (torch.randn(lambda_shape, device=device) * 3).to(lambda_dtype)
     assert_same(gradient(x, lambda_, grad, unshared), expected_gradient(grad, lambda_))
 

@@ -1,7 +1,8 @@
 """Second derivatives, forward mode, and the ways of asking autograd for a gradient.
 
-Each pass through the layer multiplies by -lambda once, and that is all: the n-th derivative in reverse is (-lambda)^n times the
-identity's. At lambda = -1 the layer is the identity for autograd too, and PyTorch's numerical checks hold for it unchanged.
+Each pass through the layer multiplies by -lambda once, and that is all: the n-th derivative in reverse is (-lambda)^n
+times the identity's. At lambda = -1 the layer is the identity for autograd too, and PyTorch's numerical checks hold for
+it unchanged.
 """
 
 import pytest
@@ -28,7 +29,9 @@ def x(device):
 
 
 @pytest.mark.parametrize("shape", LAMBDA_SHAPES, ids=str)
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, on loading its jvp decompositions
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # PyTorch's own, on loading its jvp decompositions
 def test_lambda_minus_one_is_the_identity_for_the_numerical_checks(x, shape):
     lambda_ = make_lambda(shape, -1.0, x.device)
 

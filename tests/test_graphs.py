@@ -1,4 +1,5 @@
-"""The layer and `grl_linear` in every kind of graph that PyTorch makes of a program: the gradient stays reversed in each."""
+"""The layer and `grl_linear` in every kind of graph that PyTorch makes of a program: the gradient stays reversed in
+each."""
 
 import io
 import math
@@ -92,7 +93,9 @@ def expected_gradients(network: Network, x: Tensor) -> dict[str, Tensor]:
     features, linear = network.features, network.adversary.linear
     loss = F.linear(features(x).tanh(), linear.weight, linear.bias).square().sum()
     own, adversary = (torch.autograd.grad(loss, list(m.parameters()), retain_graph=True) for m in (features, linear))
-    names = [f"features.{n}" for n, _ in features.named_parameters()] + [f"adversary.linear.{n}" for n, _ in linear.named_parameters()]
+    names = [f"features.{n}" for n, _ in features.named_parameters()] + [
+        f"adversary.linear.{n}" for n, _ in linear.named_parameters()
+    ]
     return dict(zip(names, [*(-LAMBDA * g for g in own), *adversary], strict=True))
 
 
@@ -110,7 +113,8 @@ def network(request) -> Network:
     return Network(request.param)
 
 
-# --- torch.export ----------------------------------------------------------------------------------------------------------
+# --- torch.export
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -139,7 +143,11 @@ def test_the_exported_graph_of_forward_and_backward_is_reversed(kind):
     network, x = Loss(kind), torch.randn(5, 4)
     joint = _export_forward_backward(torch.export.export(network, (x,)))
     state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    inputs = [state[spec.target] if spec.target else x for spec in joint.graph_signature.input_specs if spec.kind.name != "CONSTANT_TENSOR"]
+    inputs = [
+        state[spec.target] if spec.target else x
+        for spec in joint.graph_signature.input_specs
+        if spec.kind.name != "CONSTANT_TENSOR"
+    ]
     outputs = joint.graph_module(*inputs)
     names = [spec.target for spec in joint.graph_signature.output_specs]
     expected = expected_gradients(network, x)
@@ -158,7 +166,8 @@ def test_decompositions_leave_operators_of_pytorch_only(network):
     torch.testing.assert_close(program.module()(x), network(x))
 
 
-# --- torch.jit -------------------------------------------------------------------------------------------------------------
+# --- torch.jit
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_trace_is_reversed(network):
@@ -181,7 +190,9 @@ def test_a_script_is_reversed(kind, saved):
         check(network, script, dict(script.named_parameters()))
 
 
-@pytest.mark.parametrize("coeff", [0.5, torch.tensor(0.5), torch.full((2, 1), 0.5)], ids=["number", "0-d", "per sample"])
+@pytest.mark.parametrize(
+    "coeff", [0.5, torch.tensor(0.5), torch.full((2, 1), 0.5)], ids=["number", "0-d", "per sample"]
+)
 def test_a_scripted_layer_takes_a_coefficient(coeff):
     x = torch.ones(2, 3, requires_grad=True)
     torch.jit.script(GRL(LAMBDA))(x, coeff).sum().backward()
@@ -203,7 +214,8 @@ def test_the_lambda_of_a_script_and_of_a_trace_can_be_set():
         assert_same(x.grad, torch.full_like(x, -0.5))
 
 
-# --- torch.fx --------------------------------------------------------------------------------------------------------------
+# --- torch.fx
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_symbolic_trace_is_reversed(network):
@@ -219,7 +231,8 @@ def test_linearize_goes_through(network):
     torch.testing.assert_close(pushforward(tangent), torch.func.jvp(network, (x,), (tangent,))[1])
 
 
-# --- compiled autograd -----------------------------------------------------------------------------------------------------
+# --- compiled autograd
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_compiled_autograd_of_an_eager_forward_is_reversed(network):
@@ -266,7 +279,8 @@ def test_compiled_autograd_makes_no_graph_for_each_lambda():
             assert captures["captures"] <= 2  # PyTorch makes a second one of its own accord
 
 
-# --- torch.compile ---------------------------------------------------------------------------------------------------------
+# --- torch.compile
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -321,8 +335,8 @@ def test_a_whole_compiled_training_step_trains_as_the_eager_one(kind):
 
 
 def test_a_change_between_a_compiled_forward_and_its_backward_never_reaches_it():
-    # Where the graph saves lambda's buffer itself, PyTorch says that the forward's value is gone. Where it saves what it computed from
-    # it, as without kernels in torch 2.8, the backward has the forward's value, as it does eagerly.
+    # Where the graph saves lambda's buffer itself, PyTorch says that the forward's value is gone. Where it saves what
+    # it computed from it, as without kernels in torch 2.8, the backward has the forward's value, as it does eagerly.
     layer = GRL(LAMBDA)
     x = torch.ones(3, requires_grad=True)
     y = torch.compile(layer, backend="aot_eager")(x)

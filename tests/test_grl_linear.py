@@ -69,7 +69,9 @@ def test_x_may_have_any_leading_sizes(device, leading):
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
 def test_x_may_have_no_features(device, leading):
     check_network(
-        lambda *t: grl_linear(*t, 0.3), lambda *t: naive_linear(*t, 0.3), *sample_linear(device, leading=leading, features=0).inputs
+        lambda *t: grl_linear(*t, 0.3),
+        lambda *t: naive_linear(*t, 0.3),
+        *sample_linear(device, leading=leading, features=0).inputs,
     )
 
 
@@ -104,7 +106,8 @@ def test_what_needs_no_gradient_is_not_held(device):
     assert not grl_linear(x.detach(), weight.detach(), None, 0.3).requires_grad
 
 
-# --- lambda = 0 ------------------------------------------------------------------------------------------------------------
+# --- lambda = 0
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["float", "0-d", "0-d that requires grad", "per row", "full shape"])
@@ -134,7 +137,8 @@ def test_lambda_zero_gives_zeros_of_an_infinite_weight(device):
         assert_same(torch.autograd.grad(grl_linear(x, weight, bias, lambda_).sum(), x)[0], torch.zeros_like(x))
 
 
-# --- autograd --------------------------------------------------------------------------------------------------------------
+# --- autograd
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", LAMBDAS)
@@ -142,11 +146,15 @@ def test_second_order_gradients_are_those_of_the_two_layers(device, form):
     lambda_ = LAMBDAS[form](device)
     inputs = sample_linear(device, torch.float64).inputs
     ours = second_order(lambda *t: grl_linear(*t, lambda_).square().sum(), *inputs)
-    for our, exact in zip(ours, second_order(lambda *t: naive_linear(*t, lambda_).square().sum(), *inputs), strict=True):
+    for our, exact in zip(
+        ours, second_order(lambda *t: naive_linear(*t, lambda_).square().sum(), *inputs), strict=True
+    ):
         assert_near(our, exact, torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, on loading its jvp decompositions
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # PyTorch's own, on loading its jvp decompositions
 def test_lambda_minus_one_is_the_linear_layer_for_the_numerical_checks(device):
     inputs = sample_linear(device, torch.float64).inputs
     for lambda_ in (-1.0, torch.tensor(-1.0, device=device), torch.full((5, 1), -1.0, device=device)):
@@ -161,7 +169,9 @@ def test_forward_mode_is_that_of_the_two_layers(device, lambda_):
     tangents = [torch.randn_like(t) for t in inputs]
     for which in ((0,), (1,), (2,), (0, 1, 2)):
         with fwAD.dual_level():
-            duals = [fwAD.make_dual(t, v) if i in which else t for i, (t, v) in enumerate(zip(inputs, tangents, strict=True))]
+            duals = [
+                fwAD.make_dual(t, v) if i in which else t for i, (t, v) in enumerate(zip(inputs, tangents, strict=True))
+            ]
             ours, exact = (fwAD.unpack_dual(f(*duals, lambda_)).tangent for f in (grl_linear, naive_linear))
         assert ours is not None, f"the tangents of inputs {which} were lost"
         torch.testing.assert_close(ours, exact)
@@ -208,12 +218,19 @@ def test_vmap_over_a_graph_never_reads_memory_that_was_not_written(device):
         torch.testing.assert_close(batched, expected)
 
 
-# --- the layer -------------------------------------------------------------------------------------------------------------
+# --- the layer
+# -------------------------------------------------------------------------------------------------------------
 
 
 def stock(layer: GRLLinear) -> nn.Sequential:
     """The two layers with the same weights."""
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype, device=layer.weight.device)
+    linear = nn.Linear(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        dtype=layer.weight.dtype,
+        device=layer.weight.device,
+    )
     linear.load_state_dict({name: value for name, value in layer.state_dict().items() if name != "lambda_"})
     return nn.Sequential(GRL(layer.lambda_.item()).to(layer.weight.device), linear)
 
@@ -277,12 +294,15 @@ def test_device_and_dtype_are_those_asked_for(device):
     assert {t.device.type for t in layer.state_dict().values()} == {device.type}
     assert layer.lambda_.dtype == torch.float64
     on_meta = GRLLinear(7, 3, device="meta")
-    assert on_meta.weight.is_meta and on_meta.lambda_.item() == 1.0 and repr(on_meta).startswith("GRLLinear(in_features=7")
+    assert (
+        on_meta.weight.is_meta and on_meta.lambda_.item() == 1.0 and repr(on_meta).startswith("GRLLinear(in_features=7")
+    )
     assert on_meta(torch.randn(5, 7, device="meta")).shape == (5, 3)
 
 
 def swapped_by_isinstance(model: nn.Module) -> nn.Module:
-    """What LoRA, float8 and quantisation wrappers do: every linear layer becomes one of theirs, which calls F.linear."""
+    """What LoRA, float8 and quantisation wrappers do: every linear layer becomes one of theirs, which calls
+    F.linear."""
 
     class Wrapped(nn.Module):
         def __init__(self, linear):
@@ -363,7 +383,9 @@ def test_repr_is_nn_linears_with_lambda():
     assert repr(GRLLinear(7, 3, bias=False)) == "GRLLinear(in_features=7, out_features=3, bias=False, lambda_=1.0)"
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_has_its_own_lambda(how):
     layer = GRLLinear(7, 3, lambda_=0.75)
     other = how(layer)

@@ -1,4 +1,5 @@
-"""Under autocast the linear operations do what `F.linear` does there, and the loss is float32 as `F.cross_entropy`'s is."""
+"""Under autocast the linear operations do what `F.linear` does there, and the loss is float32 as `F.cross_entropy`'s
+is."""
 
 import pytest
 import torch
@@ -113,7 +114,11 @@ def test_what_a_later_pass_computes_does_not_depend_on_where_it_runs(device, dty
     """A float32 forward outside of the region stays one when its backward runs inside."""
     sample = sample_heads(device, head_sizes=head_sizes)
     result = our_loss(sample)
-    value = sum(result.head_losses) if asked == "head losses" else result.loss + sum(z.square().sum() for z in result.logits)
+    value = (
+        sum(result.head_losses)
+        if asked == "head losses"
+        else result.loss + sum(z.square().sum() for z in result.logits)
+    )
     outside = gradients(value, sample.inputs, retain_graph=True)
     with torch.autocast(device.type, dtype):
         inside = gradients(value, sample.inputs)
@@ -152,7 +157,9 @@ def test_a_gradient_penalty_works_under_autocast(device, dtype, network):
 
 
 @pytest.mark.parametrize(
-    "adversary", [2, [6, 2], nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 2))], ids=["linear", "layers", "first layer"]
+    "adversary",
+    [2, [6, 2], nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 2))],
+    ids=["linear", "layers", "first layer"],
 )
 def test_heads_of_float32_parameters_train_under_autocast(device, dtype, adversary):
     heads = AdversarialHeads(7, {"digit": 3}, {"domain": adversary}, lambda_=0.3).to(device)

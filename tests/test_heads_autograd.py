@@ -1,21 +1,35 @@
-"""The heads in PyTorch's autograd: derivatives of every order, retained graphs, scaled losses, forward mode, changed inputs.
+"""The heads in PyTorch's autograd: derivatives of every order, retained graphs, scaled losses, forward mode, changed
+inputs.
 
-Where no head is reversed (lambda -1 is a predictor) they are plain layers, and PyTorch's numerical checks hold. With other lambdas
-a gradient of a gradient must cross each head's reversal where it would in the network layer by layer, which is what these tests
-compare with.
+Where no head is reversed (lambda -1 is a predictor) they are plain layers, and PyTorch's numerical checks hold. With
+other lambdas a gradient of a gradient must cross each head's reversal where it would in the network layer by layer,
+which is what these tests compare with.
 """
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from head_samples import DEEP, WIDE, assert_near, gradients, naive_logits, naive_loss, our_logits, our_loss, sample_heads, second_order
+from head_samples import (
+    DEEP,
+    WIDE,
+    assert_near,
+    gradients,
+    naive_logits,
+    naive_loss,
+    our_logits,
+    our_loss,
+    sample_heads,
+    second_order,
+)
 from samples import assert_same, case
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("path"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # PyTorch's own, on loading its jvp decompositions
+    pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script` is deprecated"
+    ),  # PyTorch's own, on loading its jvp decompositions
 ]
 
 KINDS = ("classes", "soft", "mse")
@@ -48,11 +62,14 @@ def everything(f, sample, **options):
     """A number that depends on all that a loss returns, each in its own way."""
     result = f(sample, **options)
     return (
-        result.loss + sum((h + 2) * loss.square() for h, loss in enumerate(result.head_losses)) + sum(z.sin().sum() for z in result.logits)
+        result.loss
+        + sum((h + 2) * loss.square() for h, loss in enumerate(result.head_losses))
+        + sum(z.sin().sum() for z in result.logits)
     )
 
 
-# --- derivatives -----------------------------------------------------------------------------------------------------------
+# --- derivatives
+# -----------------------------------------------------------------------------------------------------------
 
 
 @on_networks
@@ -88,7 +105,9 @@ def test_a_gradient_penalty_has_the_gradients_of_the_layers(device, network):
 @on_losses
 def test_a_gradient_penalty_on_everything_that_is_returned(device, head_sizes):
     sample = sample_heads(device, torch.float64, (6,), 7, head_sizes, kinds=KINDS)
-    ours, naive = (second_order(lambda *t, f=f: everything(f, sample.of(t)), *sample.inputs) for f in (our_loss, naive_loss))
+    ours, naive = (
+        second_order(lambda *t, f=f: everything(f, sample.of(t)), *sample.inputs) for f in (our_loss, naive_loss)
+    )
     for our, exact in zip(ours, naive, strict=True):
         assert_near(our, exact, torch.float64)
 
@@ -158,7 +177,9 @@ def test_forward_mode_counts_each_heads_tangent_with_its_lambda(device, network)
     tangents = [torch.randn_like(t) for t in inputs]
     for which in ((0,), (1,), (len(inputs) - 1,), range(len(inputs))):
         with fwAD.dual_level():
-            duals = [fwAD.make_dual(t, v) if i in which else t for i, (t, v) in enumerate(zip(inputs, tangents, strict=True))]
+            duals = [
+                fwAD.make_dual(t, v) if i in which else t for i, (t, v) in enumerate(zip(inputs, tangents, strict=True))
+            ]
             ours, exact = (fwAD.unpack_dual(f(*duals)).tangent for f in both)
         torch.testing.assert_close(ours, exact)
 
@@ -187,7 +208,9 @@ def test_batched_gradients_are_the_gradients_one_by_one(device, network, dtype, 
         if how == "vmap":
             batched = torch.func.vmap(pull)(*grads)
         else:
-            batched = torch.autograd.grad(ys, sample.inputs, grads, is_grads_batched=True, retain_graph=True, allow_unused=True)
+            batched = torch.autograd.grad(
+                ys, sample.inputs, grads, is_grads_batched=True, retain_graph=True, allow_unused=True
+            )
         single = [pull(*(g[i] for g in grads)) for i in range(3)]
         tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.float16 else {}
         for t, a, b in zip(sample.inputs, batched, map(torch.stack, zip(*single, strict=True)), strict=True):
@@ -211,7 +234,8 @@ def test_some_gradients_may_be_batched_and_others_not(device, network):
             torch.testing.assert_close(a, b)
 
 
-# --- what is returned is differentiable, in every order --------------------------------------------------------------------
+# --- what is returned is differentiable, in every order
+# --------------------------------------------------------------------
 
 
 @on_losses
@@ -229,7 +253,10 @@ def test_several_backward_passes_over_what_is_returned(device, head_sizes, dtype
         yield 2 * result.loss
 
     for ours, naive in zip(passes(our_loss(sample)), passes(naive_loss(exact)), strict=True):
-        of_ours, of_naive = gradients(ours, sample.inputs, retain_graph=True), gradients(naive, exact.inputs, retain_graph=True)
+        of_ours, of_naive = (
+            gradients(ours, sample.inputs, retain_graph=True),
+            gradients(naive, exact.inputs, retain_graph=True),
+        )
         for a, b in zip(of_ours, of_naive, strict=True):
             assert_near(a, b, dtype, max(0.1, b.abs().max().item()))
 
@@ -271,7 +298,8 @@ def test_each_heads_gradient_reaches_its_own_parameters_only(device, head_sizes)
             assert (gradient is not None) == (id(t) in own)
 
 
-# --- graphs ----------------------------------------------------------------------------------------------------------------
+# --- graphs
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
@@ -369,9 +397,10 @@ def test_what_changes_before_a_later_pass_is_an_error_or_makes_no_difference(dev
         own = sample._replace(x=x, weight=weight, targets=[t.clone() for t in sample.targets])
         given = rows.clone()
         result = our_loss(own, sample_weight=given)
-        value = {"head losses": sum(result.head_losses), "logits": result.loss + sum(z.square().sum() for z in result.logits)}.get(
-            asked, result.loss
-        )
+        value = {
+            "head losses": sum(result.head_losses),
+            "logits": result.loss + sum(z.square().sum() for z in result.logits),
+        }.get(asked, result.loss)
         if change:
             {"x": x, "weight": weight[0][0], "target": own.targets[0], "sample_weight": given}[changed].mul_(2)
         return torch.autograd.grad(value, sample.x, create_graph=asked == "loss, twice")[0].detach()
@@ -407,11 +436,14 @@ def test_saved_tensor_hooks_see_what_is_kept(device):
             torch.testing.assert_close(a, b)
 
 
-# --- scaled losses ---------------------------------------------------------------------------------------------------------
+# --- scaled losses
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "scale", [1024.0, torch.tensor(1024.0), torch.tensor(1024.0, dtype=torch.float64), 0.0], ids=["number", "float32", "float64", "zero"]
+    "scale",
+    [1024.0, torch.tensor(1024.0), torch.tensor(1024.0, dtype=torch.float64), 0.0],
+    ids=["number", "float32", "float64", "zero"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("retain", [False, True], ids=["once", "retained"])
@@ -429,7 +461,8 @@ def test_a_scaled_loss_gives_scaled_gradients(device, dtype, scale, retain, head
 @pytest.mark.parametrize("under_autocast", [False, True], ids=["float16 features", "autocast"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weights"])
 def test_a_scaled_loss_saves_gradients_that_float16_alone_would_lose(device, under_autocast, weighted):
-    # What torch.amp.GradScaler is for. Sure heads over many rows: unscaled, most of dx is below float16's smallest number, 6e-8.
+    # What torch.amp.GradScaler is for. Sure heads over many rows: unscaled, most of dx is below float16's smallest
+    # number, 6e-8.
     dtype = torch.float32 if under_autocast else torch.float16
     sample = sample_heads(device, dtype, (4096,), 16, (2, 2))._replace(lambda_=[None, 1.0])
     for (weight,) in sample.weight:
@@ -442,8 +475,9 @@ def test_a_scaled_loss_saves_gradients_that_float16_alone_would_lose(device, und
     ours = torch.autograd.grad(loss * 2.0**16, sample.x)[0].double()
     exact_inputs = [t.detach().half().double().requires_grad_() for t in sample.inputs]
     exact = torch.autograd.grad(naive_loss(sample.of(exact_inputs), **options).loss * 2.0**16, exact_inputs[0])[0]
-    # Of the elements that float16 holds to full precision once scaled, float16 arithmetic all along loses none; rounding two logits
-    # of up to 40 to float16 may change a sure head's gradient by 3 %, and where two heads' parts cancel their sum by more.
+    # Of the elements that float16 holds to full precision once scaled, float16 arithmetic all along loses none;
+    # rounding two logits of up to 40 to float16 may change a sure head's gradient by 3 %, and where two heads' parts
+    # cancel their sum by more.
     held = exact.abs() > 2**-14
     assert held.sum() > 10000
     worst = ((ours - exact).abs() / exact.abs().amax(1, keepdim=True))[held].max().item()
@@ -462,7 +496,10 @@ def test_a_gradient_of_a_gradient_knows_the_loss_scale_before_it_rounds_to_float
 
 def test_the_grad_scaler_trains_float16_heads(device):
     x = torch.randn(64, 8, device=device)
-    parameters = [torch.randn(3, 8, device=device, requires_grad=True), torch.zeros(3, device=device, requires_grad=True)]
+    parameters = [
+        torch.randn(3, 8, device=device, requires_grad=True),
+        torch.zeros(3, device=device, requires_grad=True),
+    ]
     target = x[:, :3].argmax(1)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
     optimizer = torch.optim.SGD(parameters, lr=1.0)
@@ -479,14 +516,17 @@ def test_the_grad_scaler_trains_float16_heads(device):
     assert losses[-1] < 0.5 * losses[0]
 
 
-# --- what has no derivative ------------------------------------------------------------------------------------------------
+# --- what has no derivative
+# ------------------------------------------------------------------------------------------------
 
 
 def test_lambda_keeps_its_gradient_to_itself_or_is_refused(path, device):
     lambda_ = torch.tensor(0.5, device=device, requires_grad=True)
     sample = sample_heads(device)._replace(lambda_=[None, lambda_])
     for f in (our_logits, our_loss):
-        with pytest.raises(ValueError, match="^lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()"):
+        with pytest.raises(
+            ValueError, match="^lambda_ requires a gradient, which the heads do not give: pass lambda_.detach()"
+        ):
             f(sample)
         f(sample._replace(lambda_=[None, lambda_.detach()]))
 
@@ -498,14 +538,19 @@ def test_what_the_loss_has_no_derivative_for_is_refused(path, device, argument, 
     options = {
         "targets": dict,
         "sample_weight": lambda: {"sample_weight": torch.rand(5, device=device, requires_grad=True)},
-        "class_weight": lambda: {"class_weight": [None] * (len(head_sizes) - 2) + [torch.rand(2, device=device, requires_grad=True), None]},
+        "class_weight": lambda: {
+            "class_weight": [None] * (len(head_sizes) - 2) + [torch.rand(2, device=device, requires_grad=True), None]
+        },
         "loss_weight": lambda: {"loss_weight": torch.rand(len(head_sizes), device=device, requires_grad=True)},
     }[argument]()
     if argument == "targets":
         sample.targets[1].requires_grad_()
-    name = {"targets": "targets[1]", "sample_weight": "sample_weight[0]", "class_weight": "class_weight[1]", "loss_weight": "loss_weight"}[
-        argument
-    ]
+    name = {
+        "targets": "targets[1]",
+        "sample_weight": "sample_weight[0]",
+        "class_weight": "class_weight[1]",
+        "loss_weight": "loss_weight",
+    }[argument]
     with pytest.raises(ValueError) as caught:
         our_loss(sample, **options)
     assert str(caught.value) == (

@@ -1,4 +1,5 @@
-"""`torch.compile(fullgraph=True)` of the linear operations: one graph for every lambda, and the gradients of eager mode."""
+"""`torch.compile(fullgraph=True)` of the linear operations: one graph for every lambda, and the gradients of eager
+mode."""
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from grl_ext import AdversarialHeads, GRLLinear, functional, grl_linear, heads_l
 
 pytestmark = [
     pytest.mark.usefixtures("path"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # PyTorch's own, on importing its tracer
+    pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script_method` is deprecated"
+    ),  # PyTorch's own, on importing its tracer
 ]
 
 LAMBDAS = [0.0, 0.1, 0.35, 1.0]
@@ -44,12 +47,23 @@ FUNCTIONS = {
     "grl_linear": ((5,), lambda x, w, b, t, rows, lambda_: grl_linear(x, w, b, lambda_).sin().sum()),
     "linear_heads": (
         (3, 2),
-        lambda x, w, v, a, b, t, rows, lambda_: sum(z.sin().sum() for z in linear_heads(x, [w, v], [a, b], lambda_=[None, lambda_])),
+        lambda x, w, v, a, b, t, rows, lambda_: sum(
+            z.sin().sum() for z in linear_heads(x, [w, v], [a, b], lambda_=[None, lambda_])
+        ),
     ),
     "heads_loss": (
         (3, 2),
         lambda x, w, v, a, b, t, rows, lambda_: (
-            heads_loss(x, [w, v], [a, b], t, lambda_=[None, lambda_], sample_weight=rows, loss_weight=[1.0, 0.5], label_smoothing=0.1).loss
+            heads_loss(
+                x,
+                [w, v],
+                [a, b],
+                t,
+                lambda_=[None, lambda_],
+                sample_weight=rows,
+                loss_weight=[1.0, 0.5],
+                label_smoothing=0.1,
+            ).loss
             * 2
         ),
     ),
@@ -62,7 +76,15 @@ FUNCTIONS = {
     "heads_loss, several layers": (
         ((4, 3), 2),
         lambda x, w, u, v, a, c, b, t, rows, lambda_: total(
-            heads_loss(x, [[w, u], v], [[a, c], b], t, lambda_=[lambda_, None], losses=["mse", "cross_entropy"], reduction="sum")
+            heads_loss(
+                x,
+                [[w, u], v],
+                [[a, c], b],
+                t,
+                lambda_=[lambda_, None],
+                losses=["mse", "cross_entropy"],
+                reduction="sum",
+            )
         ),
     ),
 }
@@ -107,12 +129,21 @@ class Network(nn.Module):
         custom = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
         given = nn.Sequential(nn.Tanh(), nn.Linear(7, 2))
         self.heads = AdversarialHeads(
-            7, {"digit": 3}, {"domain": 2, "speaker": [5, 4], "first": custom, "given": given}, lambda_=0.0, losses={"first": "mse"}
+            7,
+            {"digit": 3},
+            {"domain": 2, "speaker": [5, 4], "first": custom, "given": given},
+            lambda_=0.0,
+            losses={"first": "mse"},
         )
 
     def forward(self, x, targets, rows):
         out = self.heads(x, targets, sample_weight={"domain": rows}, label_smoothing=0.1, loss_weight={"digit": 0.5})
-        return out.loss + self.hidden(x).square().mean() + self.heads(x)["speaker"].sin().mean() + out.logits["digit"].square().mean()
+        return (
+            out.loss
+            + self.hidden(x).square().mean()
+            + self.heads(x)["speaker"].sin().mean()
+            + out.logits["digit"].square().mean()
+        )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -174,12 +205,16 @@ def test_autocast_inside_the_graph(device):
     def loss(x, w, v, a, b, targets):
         with torch.autocast(device.type, torch.bfloat16):
             logits = linear_heads(x, [w, v], [a, b], lambda_=[None, 0.3])
-            return heads_loss(x, [w, v], [a, b], targets, lambda_=[None, 0.3]).loss + sum(z.float().sum() for z in logits)
+            return heads_loss(x, [w, v], [a, b], targets, lambda_=[None, 0.3]).loss + sum(
+                z.float().sum() for z in logits
+            )
 
     sample = sample_heads(device)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert compiled(*sample.inputs, sample.targets).dtype == torch.float32
-    same_step(compiled, loss, sample.inputs, sample.targets, rtol=0.02, atol=0.02)  # bfloat16 on both sides, rounded at other places
+    same_step(
+        compiled, loss, sample.inputs, sample.targets, rtol=0.02, atol=0.02
+    )  # bfloat16 on both sides, rounded at other places
 
 
 @pytest.mark.parametrize("path", ["compiled"], indirect=True)  # about the registered operators
@@ -189,7 +224,10 @@ def test_numbers_on_the_cpu_may_be_traced_beside_features_elsewhere(path, monkey
     monkeypatch.setattr(functional, "_linear_path", lambda: "traced")
     monkeypatch.setattr(functional, "_in_graph", lambda *_: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        x, weight = torch.empty(4, 8, device="cuda"), [torch.empty(3, 8, device="cuda"), torch.empty(2, 8, device="cuda")]
+        x, weight = (
+            torch.empty(4, 8, device="cuda"),
+            [torch.empty(3, 8, device="cuda"), torch.empty(2, 8, device="cuda")],
+        )
         targets = [torch.zeros(4, dtype=torch.int64, device="cuda")] * 2
         for lambda_ in ([None, 0.3], [None, torch.tensor(0.3)]):
             loss = heads_loss(x, weight, None, targets, lambda_=lambda_, loss_weight=[1.0, 0.5])[0]

@@ -69,14 +69,27 @@ def test_every_instruction_set_equals_the_layers(compiled, isa):
     if isa == compiled.build_info()["cpu_isa"]:
         pytest.skip(f"{isa} is what all other tests run")
     here = Path(__file__).parent
-    parts = ("every_shape", "every_dtype", "any_sizes", "any_configuration", "label_smoothing", "class_weights", "nan", "masked")
+    parts = (
+        "every_shape",
+        "every_dtype",
+        "any_sizes",
+        "any_configuration",
+        "label_smoothing",
+        "class_weights",
+        "nan",
+        "masked",
+    )
     chosen = f"compiled and cpu and ({' or '.join(parts)})"
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen),
             *(here / name for name in ("test_linear_heads.py", "test_heads_loss.py", "test_heads_loss_options.py")),
         ],
-        env={**os.environ, "GRL_EXT_CPU_ISA": isa, "PYTHONPATH": str(Path(grl_ext.__file__).parents[1])},  # the very same package
+        env={
+            **os.environ,
+            "GRL_EXT_CPU_ISA": isa,
+            "PYTHONPATH": str(Path(grl_ext.__file__).parents[1]),
+        },  # the very same package
         cwd=here,
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
 """`AdversarialHeads` in two processes: DDP, FSDP1, FSDP2 and DTensor, around the model and around the heads themselves.
 
-Each process takes half of the rows. The gradients must be those of one process that has all rows and runs the heads' own modules
-layer by layer, with a plain Python reversal in front of the adversaries.
+Each process takes half of the rows. The gradients must be those of one process that has all rows and runs the heads'
+own modules layer by layer, with a plain Python reversal in front of the adversaries.
 """
 
 import copy
@@ -30,8 +30,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 BEFORE_2_9 = release(torch.__version__) < (2, 9)
-needs_averages = pytest.mark.skipif(BEFORE_2_9, reason="FSDP2 of torch 2.8 sums where gloo is to average, also for a plain nn.Linear")
-needs_elements = pytest.mark.skipif(BEFORE_2_9, reason="torch 2.8 gives one element of a distributed vector, and an error for the next")
+needs_averages = pytest.mark.skipif(
+    BEFORE_2_9, reason="FSDP2 of torch 2.8 sums where gloo is to average, also for a plain nn.Linear"
+)
+needs_elements = pytest.mark.skipif(
+    BEFORE_2_9, reason="torch 2.8 gives one element of a distributed vector, and an error for the next"
+)
 
 ROWS = 8  # of both processes together
 LAMBDAS = {"domain": 0.5, "speaker": 0.25, "room": 2.0}
@@ -57,7 +61,8 @@ def in_two_processes(started, path):
     return lambda function, *arguments: started().run(path, function, *arguments)
 
 
-# --- the network, and the same layer by layer in one process -----------------------------------------------------------------
+# --- the network, and the same layer by layer in one process
+# -----------------------------------------------------------------
 
 
 class OwnModule(nn.Module):
@@ -81,7 +86,11 @@ class Network(nn.Module):
         self.heads = AdversarialHeads(
             7,
             predictors={"digit": 3, "age": [6, 1]},
-            adversaries={"domain": 2, "speaker": nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)), "room": OwnModule()},
+            adversaries={
+                "domain": 2,
+                "speaker": nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)),
+                "room": OwnModule(),
+            },
             lambda_=LAMBDAS,
             losses={"age": "mse"},
         )
@@ -116,19 +125,28 @@ def part(rank: int, of):
 
 def stock_logits(heads: AdversarialHeads, features: Tensor) -> dict[str, Tensor]:
     seen = {name: module(features) for name, module in heads.predictors.items()}
-    return seen | {name: module(ReverseLayerF.apply(features, LAMBDAS[name])) for name, module in heads.adversaries.items()}
+    return seen | {
+        name: module(ReverseLayerF.apply(features, LAMBDAS[name])) for name, module in heads.adversaries.items()
+    }
 
 
 def stock_losses(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
-        name: F.mse_loss(logits[name].float(), target[:, None].float()) if name == "age" else F.cross_entropy(logits[name].float(), target)
+        name: F.mse_loss(logits[name].float(), target[:, None].float())
+        if name == "age"
+        else F.cross_entropy(logits[name].float(), target)
         for name, target in targets.items()
     }
 
 
 def penalty(out) -> Tensor:
     """Uses all that the heads return: the loss, a single head's loss, some logits."""
-    return out.loss + 0.5 * out.head_losses["domain"] + out.logits["digit"].square().mean() + out.logits["speaker"].square().mean()
+    return (
+        out.loss
+        + 0.5 * out.head_losses["domain"]
+        + out.logits["digit"].square().mean()
+        + out.logits["speaker"].square().mean()
+    )
 
 
 def stock_total(logits: dict[str, Tensor], targets: dict[str, Tensor], with_penalty: bool) -> Tensor:
@@ -160,7 +178,9 @@ def assert_gradients(module: nn.Module, expected: nn.Module, **tolerance) -> Non
             torch.testing.assert_close(ours[name], grad, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-# --- DDP -----------------------------------------------------------------------------------------------------------------------
+# --- DDP
+# ----------------------------------------------------------------------------------------------------------------------
+# -
 
 
 def train_with_ddp_around_the_model(rank: int, options: dict, with_penalty: bool) -> None:
@@ -182,7 +202,9 @@ def train_with_ddp_around_the_model(rank: int, options: dict, with_penalty: bool
 
 @pytest.mark.parametrize("with_penalty", [False, True], ids=["loss", "loss, a head's loss and logits"])
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str
+    "options",
+    [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}],
+    ids=str,
 )
 def test_training_with_ddp_around_the_model_is_that_of_one_process(in_two_processes, options, with_penalty):
     in_two_processes(train_with_ddp_around_the_model, options, with_penalty)
@@ -292,7 +314,9 @@ def ddp_keeps_one_lambda(rank: int) -> None:
     ddp = DistributedDataParallel(heads)
     assert heads.lambda_.tolist() == [0.1] * 3  # that of the first process, in both
     state = {name.removeprefix("module."): value for name, value in ddp.state_dict().items()}
-    other = AdversarialHeads(7, {"digit": 3, "age": [6, 1]}, {"domain": 2, "speaker": [6, 4], "room": OwnModule()}, losses={"age": "mse"})
+    other = AdversarialHeads(
+        7, {"digit": 3, "age": [6, 1]}, {"domain": 2, "speaker": [6, 4], "room": OwnModule()}, losses={"age": "mse"}
+    )
     other.load_state_dict(state)
     assert other.lambda_.tolist() == [0.1] * 3 and other.lambda_.dtype == torch.float64
     del ddp
@@ -324,11 +348,15 @@ def test_hooks_of_the_heads_fire_within_ddp(in_two_processes):
     in_two_processes(hooks_around_ddp)
 
 
-# --- FSDP ----------------------------------------------------------------------------------------------------------------------
+# --- FSDP
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def rounded_gradients(stock: nn.Module, features: Tensor, targets: dict[str, Tensor], dtype: torch.dtype, with_penalty: bool) -> Tensor:
-    """Sets the gradients as mixed precision has them: each half's in `dtype`, averaged in float32. Returns the features' own."""
+def rounded_gradients(
+    stock: nn.Module, features: Tensor, targets: dict[str, Tensor], dtype: torch.dtype, with_penalty: bool
+) -> Tensor:
+    """Sets the gradients as mixed precision has them: each half's in `dtype`, averaged in float32. Returns the
+    features' own."""
     seen = []
     for rank in range(2):
         low = copy.deepcopy(stock).to(dtype)
@@ -342,7 +370,11 @@ def rounded_gradients(stock: nn.Module, features: Tensor, targets: dict[str, Ten
 
 
 # Rounding differs by some units in the last place of the sums: 2^-8 in bfloat16, 2^-11 in float16.
-TOLERANCE = {torch.float32: {}, torch.bfloat16: {"rtol": 0.03, "atol": 0.01}, torch.float16: {"rtol": 0.004, "atol": 0.002}}
+TOLERANCE = {
+    torch.float32: {},
+    torch.bfloat16: {"rtol": 0.03, "atol": 0.01},
+    torch.float16: {"rtol": 0.004, "atol": 0.002},
+}
 
 
 def fsdp_around_the_heads(rank: int, wrap, dtype: torch.dtype, with_penalty: bool) -> None:
@@ -372,7 +404,9 @@ def assert_whole_gradients(sharded: nn.Module, stock: nn.Module, tolerance: dict
 
 def fsdp1(module: nn.Module, dtype: torch.dtype, use_orig_params: bool = True) -> nn.Module:
     precision = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)
-    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), mixed_precision=precision, use_orig_params=use_orig_params)
+    return FullyShardedDataParallel(
+        module, device_id=torch.device("cpu"), mixed_precision=precision, use_orig_params=use_orig_params
+    )
 
 
 def fsdp2(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -495,7 +529,9 @@ def test_the_state_dict_and_hooks_under_fsdp2(in_two_processes):
 
 def fsdp1_that_casts_buffers(rank: int) -> None:
     precision = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
-    sharded = FullyShardedDataParallel(network().heads, device_id=torch.device("cpu"), mixed_precision=precision, use_orig_params=True)
+    sharded = FullyShardedDataParallel(
+        network().heads, device_id=torch.device("cpu"), mixed_precision=precision, use_orig_params=True
+    )
     _, features, targets = batch()
     with pytest.raises(TypeError, match=r"^lambda_ must be float32 or float64, got torch.bfloat16$"):
         sharded(part(rank, features), part(rank, {name: targets[name] for name in ("digit", "domain")}))
@@ -505,7 +541,8 @@ def test_a_lambda_that_fsdp1_has_cast_is_refused(in_two_processes):
     in_two_processes(fsdp1_that_casts_buffers)
 
 
-# --- DTensor -------------------------------------------------------------------------------------------------------------------
+# --- DTensor
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def heads_of_dtensors(rank: int, weights_by_class: bool, with_penalty: bool) -> None:
@@ -531,7 +568,9 @@ def heads_of_dtensors(rank: int, weights_by_class: bool, with_penalty: bool) -> 
 
 @needs_elements
 @pytest.mark.parametrize("with_penalty", [False, True], ids=["loss", "loss, a head's loss and logits"])
-@pytest.mark.parametrize("weights_by_class", [False, True], ids=["features sharded by rows", "weights sharded by classes"])
+@pytest.mark.parametrize(
+    "weights_by_class", [False, True], ids=["features sharded by rows", "weights sharded by classes"]
+)
 def test_heads_whose_weights_are_dtensors(in_two_processes, weights_by_class, with_penalty):
     in_two_processes(heads_of_dtensors, weights_by_class, with_penalty)
 
@@ -573,7 +612,11 @@ LAYOUTS = {
 def fused_heads() -> AdversarialHeads:
     torch.manual_seed(1)
     heads = AdversarialHeads(
-        7, {"digit": 3, "age": [6, 1]}, {"domain": 2, "speaker": [5, 4]}, lambda_={"domain": 0.5, "speaker": 0.25}, losses={"age": "mse"}
+        7,
+        {"digit": 3, "age": [6, 1]},
+        {"domain": 2, "speaker": [5, 4]},
+        lambda_={"domain": 0.5, "speaker": 0.25},
+        losses={"age": "mse"},
     )
     return heads.double()
 
@@ -628,7 +671,9 @@ def exactly_as_in_one_process(rank: int, layout: str, option: str, fused: bool) 
         total(out).backward(retain_graph=True)
         total(expected).backward(retain_graph=True)
         assert_gradients(heads, whole, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-9, atol=1e-12, msg=lambda text, of=of: f"{of}: {text}")
+        torch.testing.assert_close(
+            ours.grad.full_tensor(), theirs.grad, rtol=1e-9, atol=1e-12, msg=lambda text, of=of: f"{of}: {text}"
+        )
     assert list(ours.grad.placements) == placements
     summed = tuple(Partial() if placement.is_shard() else placement for placement in placements)
     assert {parameter.grad.placements for parameter in heads.parameters()} == {summed}
@@ -676,9 +721,17 @@ def gradients_of_gradients_by_rows(rank: int) -> None:
 
     ours, theirs = over_rows(x).requires_grad_(), x.clone().requires_grad_()
     own = {name: over_rows(target) for name, target in targets.items()}
-    for total in (lambda o: o.loss, lambda o: o.loss.square(), mixed, lambda o: sum(z.square().mean() for z in o.logits.values())):
+    for total in (
+        lambda o: o.loss,
+        lambda o: o.loss.square(),
+        mixed,
+        lambda o: sum(z.square().mean() for z in o.logits.values()),
+    ):
         first = []
-        for network, features, of, weight in ((heads, ours, own, over_rows(sample_weight)), (whole, theirs, targets, sample_weight)):
+        for network, features, of, weight in (
+            (heads, ours, own, over_rows(sample_weight)),
+            (whole, theirs, targets, sample_weight),
+        ):
             network.zero_grad()
             features.grad = None
             wanted = [features, *network.parameters()]
@@ -735,7 +788,8 @@ def test_errors_name_the_shapes_of_whole_tensors(in_two_processes):
 
 
 def layers_by_rows(rank: int, placements: list) -> None:
-    """The layers beside those of PyTorch that do not reverse: values, gradients and layouts are theirs, but for the factor."""
+    """The layers beside those of PyTorch that do not reverse: values, gradients and layouts are theirs, but for the
+    factor."""
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(1)
     ours, theirs = GRLLinear(7, 3, lambda_=0.3), nn.Linear(7, 3)
@@ -760,7 +814,9 @@ def layers_by_rows(rank: int, placements: list) -> None:
             (y * distribute_tensor(factor, mesh, placements)).sum().backward()
             found.append((y, x.grad))
         (y, grad), (expected_y, expected_grad) = found
-        assert y.placements == expected_y.placements and grad.placements == expected_grad.placements == tuple(placements), name
+        assert y.placements == expected_y.placements and grad.placements == expected_grad.placements == tuple(
+            placements
+        ), name
         torch.testing.assert_close(y.full_tensor(), expected_y.full_tensor(), rtol=0, atol=0, msg=name)
         torch.testing.assert_close(grad.full_tensor(), -0.3 * expected_grad.full_tensor(), msg=name)
     assert [p.grad.placements for p in ours.parameters()] == [p.grad.placements for p in theirs.parameters()]

@@ -16,10 +16,26 @@ LINEAR = {
     "weight: not a tensor": ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
     "bias: not a tensor": ({"bias": [1.0]}, TypeError, "bias must be a tensor, got list"),
     "x: 0-d": ({"x": torch.ones(())}, ValueError, "x must have at least one dimension, got shape []"),
-    "x: other features": ({"x": torch.ones(5, 6)}, ValueError, "weight must have shape [K, D] with D = x.shape[-1] = 6, got [5, 7]"),
-    "weight: 1-d": ({"weight": torch.ones(7)}, ValueError, "weight must have shape [K, D] with D = x.shape[-1] = 7, got [7]"),
-    "weight: 3-d": ({"weight": torch.ones(1, 5, 7)}, ValueError, "weight must have shape [K, D] with D = x.shape[-1] = 7, got [1, 5, 7]"),
-    "weight: other device": ({"weight": torch.ones(5, 7, device=META)}, ValueError, "weight is on meta but x is on {device}"),
+    "x: other features": (
+        {"x": torch.ones(5, 6)},
+        ValueError,
+        "weight must have shape [K, D] with D = x.shape[-1] = 6, got [5, 7]",
+    ),
+    "weight: 1-d": (
+        {"weight": torch.ones(7)},
+        ValueError,
+        "weight must have shape [K, D] with D = x.shape[-1] = 7, got [7]",
+    ),
+    "weight: 3-d": (
+        {"weight": torch.ones(1, 5, 7)},
+        ValueError,
+        "weight must have shape [K, D] with D = x.shape[-1] = 7, got [1, 5, 7]",
+    ),
+    "weight: other device": (
+        {"weight": torch.ones(5, 7, device=META)},
+        ValueError,
+        "weight is on meta but x is on {device}",
+    ),
     "weight: other dtype": (
         {"weight": torch.ones(5, 7, dtype=torch.float64)},
         TypeError,
@@ -55,7 +71,11 @@ LINEAR = {
         TypeError,
         "lambda_ must be a real number or a real tensor, got a tensor of torch.complex64",
     ),
-    "lambda: wrong shape": ({"lambda_": torch.ones(5)}, ValueError, "lambda_ of shape [5] does not broadcast to x of shape [5, 7]"),
+    "lambda: wrong shape": (
+        {"lambda_": torch.ones(5)},
+        ValueError,
+        "lambda_ of shape [5] does not broadcast to x of shape [5, 7]",
+    ),
     "lambda: other device": (
         {"lambda_": torch.ones(7, device=META)},
         ValueError,
@@ -83,16 +103,32 @@ HEADS = {
         TypeError,
         "x must be float16, bfloat16, float32 or float64, got torch.complex64",
     ),
-    "x: other features": ({"x": torch.ones(5, 6)}, ValueError, "weight[0] must have shape [K, 6] with K at least 1, got [3, 7]"),
+    "x: other features": (
+        {"x": torch.ones(5, 6)},
+        ValueError,
+        "weight[0] must have shape [K, 6] with K at least 1, got [3, 7]",
+    ),
     "weight: none": (
         {"weight": [], "bias": [], "lambda_": [], "targets": []},
         ValueError,
         "weight must hold at least one head's matrix, got none",
     ),
     "weight: not a tensor": ({"weight": second(1.0)}, TypeError, "weight[1] must be a tensor, got float"),
-    "weight: 1-d": ({"weight": second(torch.ones(7))}, ValueError, "weight[1] must have shape [K, 7] with K at least 1, got [7]"),
-    "weight: no rows": ({"weight": second(torch.ones(0, 7))}, ValueError, "weight[1] must have shape [K, 7] with K at least 1, got [0, 7]"),
-    "weight: other device": ({"weight": second(torch.ones(2, 7, device=META))}, ValueError, "weight[1] is on meta but x is on {device}"),
+    "weight: 1-d": (
+        {"weight": second(torch.ones(7))},
+        ValueError,
+        "weight[1] must have shape [K, 7] with K at least 1, got [7]",
+    ),
+    "weight: no rows": (
+        {"weight": second(torch.ones(0, 7))},
+        ValueError,
+        "weight[1] must have shape [K, 7] with K at least 1, got [0, 7]",
+    ),
+    "weight: other device": (
+        {"weight": second(torch.ones(2, 7, device=META))},
+        ValueError,
+        "weight[1] is on meta but x is on {device}",
+    ),
     "weight: other dtype": (
         {"weight": second(torch.ones(2, 7, dtype=torch.float64))},
         TypeError,
@@ -101,7 +137,11 @@ HEADS = {
     "bias: not a tensor": ({"bias": second(1.0)}, TypeError, "bias[1] must be a tensor, got float"),
     "bias: wrong size": ({"bias": second(torch.ones(4))}, ValueError, "bias[1] must have shape [2], got [4]"),
     "bias: 2-d": ({"bias": second(torch.ones(1, 2))}, ValueError, "bias[1] must have shape [2], got [1, 2]"),
-    "bias: other device": ({"bias": second(torch.ones(2, device=META))}, ValueError, "bias[1] is on meta but x is on {device}"),
+    "bias: other device": (
+        {"bias": second(torch.ones(2, device=META))},
+        ValueError,
+        "bias[1] is on meta but x is on {device}",
+    ),
     "bias: other dtype": (
         {"bias": second(torch.ones(2, dtype=torch.bfloat16))},
         TypeError,
@@ -123,12 +163,28 @@ HEADS = {
         "lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got str",
     ),
     "lambda: too few": ({"lambda_": [1.0]}, ValueError, "lambda_ must have an entry for each of the 2 heads, got 1"),
-    "lambda: too many": ({"lambda_": [None] * 3}, ValueError, "lambda_ must have an entry for each of the 2 heads, got 3"),
+    "lambda: too many": (
+        {"lambda_": [None] * 3},
+        ValueError,
+        "lambda_ must have an entry for each of the 2 heads, got 3",
+    ),
     "lambda: NaN": ({"lambda_": [None, NAN]}, ValueError, "lambda_[1] must be finite, got nan"),
     "lambda: infinity": ({"lambda_": [INF, 1.0]}, ValueError, "lambda_[0] must be finite, got inf"),
-    "lambda: of str": ({"lambda_": [None, "1"]}, TypeError, "lambda_[1] must be a real number or a real tensor, got str"),
-    "lambda: NaN beside a tensor": ({"lambda_": [torch.ones(()), NAN]}, ValueError, "lambda_[1] must be finite, got nan"),
-    "lambda: 1-d": ({"lambda_": [None, torch.ones(1)]}, ValueError, "lambda_[1] must be a number or a 0-d tensor, got shape [1]"),
+    "lambda: of str": (
+        {"lambda_": [None, "1"]},
+        TypeError,
+        "lambda_[1] must be a real number or a real tensor, got str",
+    ),
+    "lambda: NaN beside a tensor": (
+        {"lambda_": [torch.ones(()), NAN]},
+        ValueError,
+        "lambda_[1] must be finite, got nan",
+    ),
+    "lambda: 1-d": (
+        {"lambda_": [None, torch.ones(1)]},
+        ValueError,
+        "lambda_[1] must be a number or a 0-d tensor, got shape [1]",
+    ),
     "lambda: complex": (
         {"lambda_": [None, torch.tensor(1j)]},
         TypeError,
@@ -138,7 +194,11 @@ HEADS = {
 
 CLASSES = "must be torch.int64 (classes) or floating point (probabilities)"
 LOSS = {
-    "targets: too few": ({"targets": [LABELS]}, ValueError, "targets must have an entry for each of the 2 heads, got 1"),
+    "targets: too few": (
+        {"targets": [LABELS]},
+        ValueError,
+        "targets must have an entry for each of the 2 heads, got 1",
+    ),
     "targets: not a tensor": ({"targets": second([0] * 5)}, TypeError, "targets[1] must be a tensor, got list"),
     "targets: bool": ({"targets": second(LABELS.bool())}, TypeError, f"targets[1] {CLASSES}, got torch.bool"),
     "targets: int32": ({"targets": second(LABELS.int())}, TypeError, f"targets[1] {CLASSES}, got torch.int32"),
@@ -154,14 +214,26 @@ LOSS = {
         f"targets[1] {CLASSES}, got torch.float8_e5m2",
     ),
     "targets: rows": ({"targets": second(LABELS[:4])}, ValueError, "targets[1] must have shape [5], got [4]"),
-    "targets: classes with a dimension": ({"targets": second(LABELS[:, None])}, ValueError, "targets[1] must have shape [5], got [5, 1]"),
+    "targets: classes with a dimension": (
+        {"targets": second(LABELS[:, None])},
+        ValueError,
+        "targets[1] must have shape [5], got [5, 1]",
+    ),
     "targets: probabilities without a dimension": (
         {"targets": second(torch.ones(5))},
         ValueError,
         "targets[1] must have shape [5, 2], got [5]",
     ),
-    "targets: other probabilities": ({"targets": second(torch.ones(5, 3))}, ValueError, "targets[1] must have shape [5, 2], got [5, 3]"),
-    "targets: other device": ({"targets": second(LABELS.to(META))}, ValueError, "targets[1] is on meta but x is on {device}"),
+    "targets: other probabilities": (
+        {"targets": second(torch.ones(5, 3))},
+        ValueError,
+        "targets[1] must have shape [5, 2], got [5, 3]",
+    ),
+    "targets: other device": (
+        {"targets": second(LABELS.to(META))},
+        ValueError,
+        "targets[1] is on meta but x is on {device}",
+    ),
     "targets: class": (
         {"targets": second(torch.full((5,), 2))},
         IndexError,
@@ -172,7 +244,11 @@ LOSS = {
         IndexError,
         "targets[1] must be in [0, 2) or ignore_index (-100), got -1",
     ),
-    "losses: unknown": ({"losses": ["cross_entropy", "l1"]}, ValueError, "losses[1] must be one of ['cross_entropy', 'mse'], got 'l1'"),
+    "losses: unknown": (
+        {"losses": ["cross_entropy", "l1"]},
+        ValueError,
+        "losses[1] must be one of ['cross_entropy', 'mse'], got 'l1'",
+    ),
     "losses: too few": ({"losses": ["mse"]}, ValueError, "losses must have an entry for each of the 2 heads, got 1"),
     "mse: classes": (
         {"losses": ["cross_entropy", "mse"]},
@@ -185,7 +261,11 @@ LOSS = {
         "targets[1] must have shape [5, 2], got [5]",
     ),
     "mse: class weight": (
-        {"losses": ["cross_entropy", "mse"], "targets": second(torch.ones(5, 2)), "class_weight": [None, torch.ones(2)]},
+        {
+            "losses": ["cross_entropy", "mse"],
+            "targets": second(torch.ones(5, 2)),
+            "class_weight": [None, torch.ones(2)],
+        },
         ValueError,
         "class_weight[1] is for a cross entropy, this head has a squared error",
     ),
@@ -194,17 +274,41 @@ LOSS = {
         ValueError,
         "label_smoothing[1] is for a cross entropy, this head has a squared error",
     ),
-    "sample_weight: not a tensor": ({"sample_weight": [None, 1.0]}, TypeError, "sample_weight[1] must be a tensor, got float"),
-    "sample_weight: too few": ({"sample_weight": [None]}, ValueError, "sample_weight must have an entry for each of the 2 heads, got 1"),
-    "sample_weight: none at all": ({"sample_weight": []}, ValueError, "sample_weight must have an entry for each of the 2 heads, got 0"),
-    "sample_weight: integers": ({"sample_weight": [None, LABELS]}, TypeError, "sample_weight[1] must be floating point, got torch.int64"),
-    "sample_weight: bool": ({"sample_weight": LABELS.bool()}, TypeError, "sample_weight[0] must be floating point, got torch.bool"),
+    "sample_weight: not a tensor": (
+        {"sample_weight": [None, 1.0]},
+        TypeError,
+        "sample_weight[1] must be a tensor, got float",
+    ),
+    "sample_weight: too few": (
+        {"sample_weight": [None]},
+        ValueError,
+        "sample_weight must have an entry for each of the 2 heads, got 1",
+    ),
+    "sample_weight: none at all": (
+        {"sample_weight": []},
+        ValueError,
+        "sample_weight must have an entry for each of the 2 heads, got 0",
+    ),
+    "sample_weight: integers": (
+        {"sample_weight": [None, LABELS]},
+        TypeError,
+        "sample_weight[1] must be floating point, got torch.int64",
+    ),
+    "sample_weight: bool": (
+        {"sample_weight": LABELS.bool()},
+        TypeError,
+        "sample_weight[0] must be floating point, got torch.bool",
+    ),
     "sample_weight: float8": (
         {"sample_weight": [None, torch.ones(5).to(torch.float8_e5m2)]},
         TypeError,
         "sample_weight[1] must be floating point, got torch.float8_e5m2",
     ),
-    "sample_weight: shape": ({"sample_weight": [None, torch.ones(5, 1)]}, ValueError, "sample_weight[1] must have shape [5], got [5, 1]"),
+    "sample_weight: shape": (
+        {"sample_weight": [None, torch.ones(5, 1)]},
+        ValueError,
+        "sample_weight[1] must have shape [5], got [5, 1]",
+    ),
     "sample_weight: other device": (
         {"sample_weight": [None, torch.ones(5, device=META)]},
         ValueError,
@@ -225,31 +329,63 @@ LOSS = {
         ValueError,
         "sample_weight[0] must be finite and not negative, got inf",
     ),
-    "class_weight: not a tensor": ({"class_weight": [None, [1.0, 2.0]]}, TypeError, "class_weight[1] must be a tensor, got list"),
-    "class_weight: too many": ({"class_weight": [None] * 3}, ValueError, "class_weight must have an entry for each of the 2 heads, got 3"),
-    "class_weight: integers": ({"class_weight": [None, LABELS[:2]]}, TypeError, "class_weight[1] must be floating point, got torch.int64"),
-    "class_weight: shape": ({"class_weight": [None, torch.ones(3)]}, ValueError, "class_weight[1] must have shape [2], got [3]"),
+    "class_weight: not a tensor": (
+        {"class_weight": [None, [1.0, 2.0]]},
+        TypeError,
+        "class_weight[1] must be a tensor, got list",
+    ),
+    "class_weight: too many": (
+        {"class_weight": [None] * 3},
+        ValueError,
+        "class_weight must have an entry for each of the 2 heads, got 3",
+    ),
+    "class_weight: integers": (
+        {"class_weight": [None, LABELS[:2]]},
+        TypeError,
+        "class_weight[1] must be floating point, got torch.int64",
+    ),
+    "class_weight: shape": (
+        {"class_weight": [None, torch.ones(3)]},
+        ValueError,
+        "class_weight[1] must have shape [2], got [3]",
+    ),
     "class_weight: other device": (
         {"class_weight": [None, torch.ones(2, device=META)]},
         ValueError,
         "class_weight[1] is on meta but x is on {device}",
     ),
-    "loss_weight: too few": ({"loss_weight": [1.0]}, ValueError, "loss_weight must have an entry for each of the 2 heads, got shape [1]"),
+    "loss_weight: too few": (
+        {"loss_weight": [1.0]},
+        ValueError,
+        "loss_weight must have an entry for each of the 2 heads, got shape [1]",
+    ),
     "loss_weight: 2-d": (
         {"loss_weight": torch.ones(2, 1)},
         ValueError,
         "loss_weight must have an entry for each of the 2 heads, got shape [2, 1]",
     ),
-    "loss_weight: other device": ({"loss_weight": torch.ones(2, device=META)}, ValueError, "loss_weight is on meta but x is on {device}"),
+    "loss_weight: other device": (
+        {"loss_weight": torch.ones(2, device=META)},
+        ValueError,
+        "loss_weight is on meta but x is on {device}",
+    ),
     "loss_weight: complex": (
         {"loss_weight": torch.ones(2, dtype=torch.complex64)},
         TypeError,
         "loss_weight must hold real numbers, got torch.complex64",
     ),
     "loss_weight: NaN": ({"loss_weight": [1.0, NAN]}, ValueError, "loss_weight[1] must be finite, got nan"),
-    "loss_weight: str": ({"loss_weight": [1.0, "2"]}, TypeError, "loss_weight[1] must be a real number or a real tensor, got str"),
+    "loss_weight: str": (
+        {"loss_weight": [1.0, "2"]},
+        TypeError,
+        "loss_weight[1] must be a real number or a real tensor, got str",
+    ),
     "label_smoothing: above": ({"label_smoothing": 1.5}, ValueError, "label_smoothing[0] must be in [0, 1], got 1.5"),
-    "label_smoothing: below": ({"label_smoothing": [0.1, -0.1]}, ValueError, "label_smoothing[1] must be in [0, 1], got -0.1"),
+    "label_smoothing: below": (
+        {"label_smoothing": [0.1, -0.1]},
+        ValueError,
+        "label_smoothing[1] must be in [0, 1], got -0.1",
+    ),
     "label_smoothing: NaN": ({"label_smoothing": [0.1, NAN]}, ValueError, "label_smoothing[1] must be finite, got nan"),
     "label_smoothing: str": (
         {"label_smoothing": [0.1, "0"]},
@@ -261,9 +397,17 @@ LOSS = {
         ValueError,
         "label_smoothing must have an entry for each of the 2 heads, got 1",
     ),
-    "ignore_index: too large": ({"ignore_index": [1, 2**63]}, ValueError, f"ignore_index[1] must fit into int64, got {2**63}"),
+    "ignore_index: too large": (
+        {"ignore_index": [1, 2**63]},
+        ValueError,
+        f"ignore_index[1] must fit into int64, got {2**63}",
+    ),
     "ignore_index: float": ({"ignore_index": [1, 0.5]}, TypeError, "ignore_index[1] must be an integer, got float"),
-    "ignore_index: too few": ({"ignore_index": [1]}, ValueError, "ignore_index must have an entry for each of the 2 heads, got 1"),
+    "ignore_index: too few": (
+        {"ignore_index": [1]},
+        ValueError,
+        "ignore_index must have an entry for each of the 2 heads, got 1",
+    ),
     "reduction": ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
 }
 
@@ -274,7 +418,11 @@ LAYERS = {
         ValueError,
         "weight[1] must have shape [K, 4] with K at least 1, got [3, 5]",
     ),
-    "a layer that is no tensor": ({"weight": lambda w: [[w[0][0], 1.0], w[1]]}, TypeError, "weight[1] must be a tensor, got float"),
+    "a layer that is no tensor": (
+        {"weight": lambda w: [[w[0][0], 1.0], w[1]]},
+        TypeError,
+        "weight[1] must be a tensor, got float",
+    ),
     "no layers": (
         {"weight": lambda w: [[], w[1]], "bias": lambda b: [[], b[1]]},
         ValueError,
@@ -290,12 +438,25 @@ LAYERS = {
         ValueError,
         "bias[0] must have an entry for each of the head's 2 layers, got 3",
     ),
-    "a bias of another size": ({"bias": lambda b: [[b[0][0], torch.ones(4)], b[1]]}, ValueError, "bias[1] must have shape [3], got [4]"),
-    "biases for one head": ({"bias": lambda b: b[:1]}, ValueError, "bias must have an entry for each of the 2 heads, got 1"),
+    "a bias of another size": (
+        {"bias": lambda b: [[b[0][0], torch.ones(4)], b[1]]},
+        ValueError,
+        "bias[1] must have shape [3], got [4]",
+    ),
+    "biases for one head": (
+        {"bias": lambda b: b[:1]},
+        ValueError,
+        "bias must have an entry for each of the 2 heads, got 1",
+    ),
     "targets": ({"targets": second(LABELS[:4])}, ValueError, "targets[1] must have shape [5], got [4]"),
 }
 
-FUNCTIONS = {"grl_linear": grl_linear, "linear_heads": linear_heads, "heads_loss": heads_loss, "heads_loss of layers": heads_loss}
+FUNCTIONS = {
+    "grl_linear": grl_linear,
+    "linear_heads": linear_heads,
+    "heads_loss": heads_loss,
+    "heads_loss of layers": heads_loss,
+}
 TABLES = {"grl_linear": LINEAR, "linear_heads": HEADS, "heads_loss": {**HEADS, **LOSS}, "heads_loss of layers": LAYERS}
 CASES = [(function, name) for function, table in TABLES.items() for name in table]
 on_cases = pytest.mark.parametrize("function, name", CASES, ids=[f"{f}, {n}" for f, n in CASES])
@@ -343,7 +504,8 @@ def test_every_path_refuses_with_one_text(path, device, function, name):
     check_refusal(FUNCTIONS[function], changed(device, function, changes), device, expected, text)
 
 
-# --- the registered operators ----------------------------------------------------------------------------------------------
+# --- the registered operators
+# ----------------------------------------------------------------------------------------------
 
 
 def schema_arguments(given, function):
@@ -360,7 +522,9 @@ def schema_arguments(given, function):
         for n in ("weight", "bias")
     }
     listed = (
-        isinstance(lambdas, list) and len(lambdas) == heads and all(v is None or isinstance(v, float) and v == v != INF for v in lambdas)
+        isinstance(lambdas, list)
+        and len(lambdas) == heads
+        and all(v is None or isinstance(v, float) and v == v != INF for v in lambdas)
     )
     tensors = [given["x"], *flat["weight"], *(b for b in flat["bias"] if b is not None), *given.get("targets", [])]
     if not listed or not all(isinstance(t, torch.Tensor) for t in tensors):
@@ -368,13 +532,20 @@ def schema_arguments(given, function):
     numbers = [v for v in lambdas if v is not None]
     places = iter(range(len(numbers)))
     lambda_index = [-1 if v is None else next(places) for v in lambdas]
-    common = {"x": given["x"], **flat, "lambda_": torch.tensor(numbers, dtype=torch.float64), "lambda_index": lambda_index}
+    common = {
+        "x": given["x"],
+        **flat,
+        "lambda_": torch.tensor(numbers, dtype=torch.float64),
+        "lambda_index": lambda_index,
+    }
     if function == "linear_heads":
         return common
     options = {name: given.get(name) for name in ("sample_weight", "class_weight", "loss_weight")}
     for name in ("sample_weight", "class_weight"):
         value = options[name]
-        options[name] = [None] * heads if value is None else [value] * heads if isinstance(value, torch.Tensor) else value
+        options[name] = (
+            [None] * heads if value is None else [value] * heads if isinstance(value, torch.Tensor) else value
+        )
         if any(not (v is None or isinstance(v, torch.Tensor)) for v in options[name]):
             return None
     if isinstance(options["loss_weight"], list):
@@ -388,7 +559,9 @@ def schema_arguments(given, function):
         return None
     smoothing = smoothing if isinstance(smoothing, list) else [smoothing] * heads
     ignored = ignored if isinstance(ignored, list) else [ignored] * heads
-    if any(not isinstance(v, float) or v != v for v in smoothing) or any(not isinstance(v, int) or v >= 2**63 for v in ignored):
+    if any(not isinstance(v, float) or v != v for v in smoothing) or any(
+        not isinstance(v, int) or v >= 2**63 for v in ignored
+    ):
         return None
     kind = [int(loss == "mse") for loss in losses]
     return {
@@ -408,7 +581,11 @@ def test_the_operators_refuse_with_the_same_texts(compiled, device):
     for function, name in CASES:
         changes, expected, text = TABLES[function][name]
         given = schema_arguments(changed(device, function, changes), function)
-        if given is None or (looks_at_values(text) and device.type != "cpu") or "bias must have an entry for each of the 2 heads" in text:
+        if (
+            given is None
+            or (looks_at_values(text) and device.type != "cpu")
+            or "bias must have an entry for each of the 2 heads" in text
+        ):
             continue  # the schema or the function itself refuses it
         check_refusal(getattr(torch.ops.grl_ext, function.split()[0]), given, device, expected, text)
         count += 1
@@ -418,12 +595,24 @@ def test_the_operators_refuse_with_the_same_texts(compiled, device):
 def test_the_operators_refuse_what_only_they_are_given(compiled, device):
     given = schema_arguments(arguments(device, "heads_loss"), "heads_loss")
     for change, expected, text in (
-        ({"lambda_": torch.ones(1, dtype=torch.int64)}, TypeError, "lambda_ must be float32 or float64, got torch.int64"),
+        (
+            {"lambda_": torch.ones(1, dtype=torch.int64)},
+            TypeError,
+            "lambda_ must be float32 or float64, got torch.int64",
+        ),
         ({"lambda_": torch.ones(())}, ValueError, "lambda_ must hold the adversaries' numbers, shape [A], got []"),
         ({"lambda_": torch.ones(1, device=META)}, ValueError, "lambda_ is on meta but x is on {device}"),
         ({"lambda_index": [0]}, ValueError, "lambda_index must have an entry for each of the 2 heads, got 1"),
-        ({"lambda_index": [-1, 1]}, ValueError, "lambda_index must be -1 or an element of lambda_, of which there are 1, got 1"),
-        ({"lambda_index": [-2, 0]}, ValueError, "lambda_index must be -1 or an element of lambda_, of which there are 1, got -2"),
+        (
+            {"lambda_index": [-1, 1]},
+            ValueError,
+            "lambda_index must be -1 or an element of lambda_, of which there are 1, got 1",
+        ),
+        (
+            {"lambda_index": [-2, 0]},
+            ValueError,
+            "lambda_index must be -1 or an element of lambda_, of which there are 1, got -2",
+        ),
         ({"kind": [0, 2]}, ValueError, "kind must be 0 (cross entropy) or 1 (squared error), got 2"),
         ({"kind": [0]}, ValueError, "kind must have an entry for each of the 2 heads, got 1"),
         ({"bias": [None]}, ValueError, "bias must have an entry for each of the 2 matrices in weight, got 1"),
@@ -439,7 +628,8 @@ def test_the_operators_refuse_what_only_they_are_given(compiled, device):
             getattr(torch.ops.grl_ext, function)(**{**own, "lambda_": requiring})
 
 
-# --- around it -------------------------------------------------------------------------------------------------------------
+# --- around it
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", ["grl_linear", "linear_heads", "heads_loss"])
@@ -482,8 +672,16 @@ MASKED = ["x", "weight", "bias", "targets", "sample_weight", "class_weight"]
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
 @pytest.mark.parametrize("argument", MASKED)
 def test_masked_tensors_are_refused_by_name(path, device, argument):
-    given = {"x": torch.randn(5, 7), "weight": torch.randn(3, 7), "bias": torch.randn(3), "targets": torch.rand(5, 3).softmax(1)}
-    given = {name: tensor.to(device) for name, tensor in (given | {"sample_weight": torch.ones(5), "class_weight": torch.ones(3)}).items()}
+    given = {
+        "x": torch.randn(5, 7),
+        "weight": torch.randn(3, 7),
+        "bias": torch.randn(3),
+        "targets": torch.rand(5, 3).softmax(1),
+    }
+    given = {
+        name: tensor.to(device)
+        for name, tensor in (given | {"sample_weight": torch.ones(5), "class_weight": torch.ones(3)}).items()
+    }
     given[argument] = torch.masked.masked_tensor(given[argument], torch.ones_like(given[argument], dtype=torch.bool))
     lists = {name: [tensor] for name, tensor in given.items() if name != "x"}
     calls = {f"{argument}[0]": lambda: heads_loss(given["x"], **lists, lambda_=[0.5])}

@@ -121,7 +121,10 @@ def test_functional_call_of_the_heads_with_another_lambda(device, adversary):
     target = torch.tensor([0, 1, 1, 0, 1], device=device)
 
     def loss(x, lambda_):
-        state = {**dict(heads.named_parameters()), "lambda_": torch.tensor([lambda_], dtype=torch.float64, device=device)}
+        state = {
+            **dict(heads.named_parameters()),
+            "lambda_": torch.tensor([lambda_], dtype=torch.float64, device=device),
+        }
         return functional_call(heads, state, (x,))["domain"].log_softmax(1).gather(1, target[:, None]).mean()
 
     one, half = (grad(loss)(x, value) for value in (1.0, 0.5))
@@ -135,9 +138,14 @@ def test_functional_call_of_the_heads_with_another_lambda(device, adversary):
 def test_gradients_of_the_modules_parameters(device):
     heads = AdversarialHeads(7, {"digit": 3}, {"domain": [4, 2]}, lambda_=0.5, dtype=torch.float64).to(device)
     x = torch.randn(5, 7, dtype=torch.float64, device=device)
-    targets = {"digit": torch.tensor([0, 1, 2, 0, 1], device=device), "domain": torch.tensor([0, 1, 1, 0, 1], device=device)}
+    targets = {
+        "digit": torch.tensor([0, 1, 2, 0, 1], device=device),
+        "domain": torch.tensor([0, 1, 1, 0, 1], device=device),
+    }
     parameters = dict(heads.named_parameters())
-    ours = grad(lambda p: functional_call(heads, p, (x, targets)).loss)({name: p.detach() for name, p in parameters.items()})
+    ours = grad(lambda p: functional_call(heads, p, (x, targets)).loss)(
+        {name: p.detach() for name, p in parameters.items()}
+    )
     heads(x, targets).loss.backward()
     for name, p in parameters.items():
         torch.testing.assert_close(ours[name], p.grad)

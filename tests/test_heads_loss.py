@@ -68,7 +68,9 @@ def test_heads_of_several_layers_equal_the_layers(device, dtype, head_sizes):
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2, "x"], ids=str)
 def test_hidden_layers_over_many_rows_equal_the_layers(device, frozen):
     # Their gradients are written over the layers' outputs, some rows at a time.
-    sample = sample_heads(device, torch.float64, leading=(1030,), features=5, head_sizes=((7, 6, 3), (4, 2)), kinds=("classes",))
+    sample = sample_heads(
+        device, torch.float64, leading=(1030,), features=5, head_sizes=((7, 6, 3), (4, 2)), kinds=("classes",)
+    )
     if frozen is not None:
         (sample.x if frozen == "x" else sample.weight[0][frozen]).requires_grad_(False)
     check_loss(sample)
@@ -92,7 +94,9 @@ def test_equals_the_layers_and_the_reference_for_any_configuration(device, data)
     dtype = draw(st.sampled_from(DTYPES))
     size = st.sampled_from([1, 2, 3, 7, 30])
     half = dtype in (torch.float16, torch.bfloat16)
-    sizes = draw(st.lists(size if half else st.one_of(size, st.lists(size, min_size=1, max_size=3)), min_size=1, max_size=5))
+    sizes = draw(
+        st.lists(size if half else st.one_of(size, st.lists(size, min_size=1, max_size=3)), min_size=1, max_size=5)
+    )
     leading = draw(st.sampled_from([(), (0,), (1,), (6,), (70,), (2, 3), (131,)]))
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3))
     bias = draw(st.sampled_from([True, False, "mixed"]))
@@ -116,7 +120,8 @@ def test_equals_the_layers_and_the_reference_for_any_configuration(device, data)
         options["sample_weight"] = rows_weight() if form == "one" else [rows_weight() if h % 2 else None for h in heads]
     if draw(st.booleans()):
         options["class_weight"] = [
-            None if losses[h] == "mse" or draw(st.booleans()) else torch.rand(max(2, columns[h]), device=device) + 0.1 for h in heads
+            None if losses[h] == "mse" or draw(st.booleans()) else torch.rand(max(2, columns[h]), device=device) + 0.1
+            for h in heads
         ]
     if draw(st.booleans()):
         options["loss_weight"] = [draw(st.sampled_from([1.0, 0.5, 0.0, 2.0])) for _ in heads]
@@ -124,7 +129,9 @@ def test_equals_the_layers_and_the_reference_for_any_configuration(device, data)
     if form == "one":
         options["label_smoothing"] = 0.1
     elif form == "each":
-        options["label_smoothing"] = [0.0 if losses[h] == "mse" else draw(st.sampled_from([0.0, 0.2, 1.0])) for h in heads]
+        options["label_smoothing"] = [
+            0.0 if losses[h] == "mse" else draw(st.sampled_from([0.0, 0.2, 1.0])) for h in heads
+        ]
     check_loss(sample, outputs=draw(st.sampled_from(["loss", "all"])), **options)
 
     exact_inputs = [t.detach().double().requires_grad_() for t in sample.inputs]
@@ -184,7 +191,8 @@ def test_no_rows_give_a_loss_of_zero_and_gradients_of_zero(device):
             assert_same(gradient, torch.zeros_like(t))
 
 
-# --- lambda zero -----------------------------------------------------------------------------------------------------------
+# --- lambda zero
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -208,7 +216,8 @@ def test_a_head_of_lambda_zero_gives_the_features_nothing_whatever_it_holds(devi
     assert_near(dx(sample), dx(sample.head(0)).double(), dtype)
 
 
-# --- numbers out of the ordinary -------------------------------------------------------------------------------------------
+# --- numbers out of the ordinary
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4])
@@ -233,7 +242,9 @@ def test_uniform_logits_of_many_classes_cost_the_logarithm_of_their_number(devic
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
-    "head_sizes, bad", [((3, 2), math.nan), ((3, 2), math.inf), (WIDE, math.nan), (WIDE, math.inf), (((4, 3), 2), math.nan)], ids=str
+    "head_sizes, bad",
+    [((3, 2), math.nan), ((3, 2), math.inf), (WIDE, math.nan), (WIDE, math.inf), (((4, 3), 2), math.nan)],
+    ids=str,
 )
 def test_a_nan_or_infinity_in_the_features_shows_in_the_loss(device, bad, head_sizes, label_smoothing):
     sample = sample_heads(device, leading=(70,), head_sizes=head_sizes)
@@ -269,7 +280,8 @@ def test_a_class_of_probability_zero_may_have_a_logit_of_minus_infinity(device):
     assert_near(our_loss(sample).loss.detach(), expected, torch.float32)
 
 
-# --- what needs no gradient, and what gets none ----------------------------------------------------------------------------
+# --- what needs no gradient, and what gets none
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (1, 2), (0, 3), (1, 3), (1, 2, 3, 4), (0, 1, 3)], ids=str)
@@ -315,23 +327,31 @@ def allocated(step) -> int:
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    return sum(max(0, event.nbytes()) for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+    return sum(
+        max(0, event.nbytes()) for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
+    )
 
 
 @pytest.mark.parametrize(
-    "frozen, limit", [((), 1.3), ((0,), 0.3), ((1, 2), 1.3), ((0, 1, 2), 0.3)], ids=["nothing", "features", "weights", "both"]
+    "frozen, limit",
+    [((), 1.3), ((0,), 0.3), ((1, 2), 1.3), ((0, 1, 2), 0.3)],
+    ids=["nothing", "features", "weights", "both"],
 )
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "weights"])
 @pytest.mark.parametrize("path", ["compiled"], indirect=True)  # plain PyTorch holds what its own operators hold
 def test_a_step_allocates_no_more_than_its_gradients(path, device, frozen, limit, weights):
-    # In units of the features. All else, N K for the logits and threads K D for the weights' gradients, is small beside them here.
+    # In units of the features. All else, N K for the logits and threads K D for the weights' gradients, is small beside
+    # them here.
     if device.type != "cpu":
         pytest.skip("reads the CPU allocator's record")
     sample = sample_heads(device, leading=(512,), features=512, head_sizes=(3, 2))
     for i in frozen:
         sample.inputs[i].requires_grad_(False)
     options = {"sample_weight": torch.rand(512), "class_weight": [torch.rand(3), torch.rand(2)]} if weights else {}
-    assert allocated(lambda: torch.autograd.grad(our_loss(sample, **options).loss, sample.wanted)) < limit * sample.x.nbytes
+    assert (
+        allocated(lambda: torch.autograd.grad(our_loss(sample, **options).loss, sample.wanted))
+        < limit * sample.x.nbytes
+    )
 
 
 @pytest.mark.parametrize("path", ["compiled"], indirect=True)  # plain PyTorch leaves it to autograd
@@ -340,7 +360,9 @@ def test_a_frozen_head_has_no_gradient_computed(path, device):
     if device.type != "cpu":
         pytest.skip("reads the CPU allocator's record")
     for head_sizes, layer in (((SWITCH + 1,), 0), ((64, 2), 0)):
-        sample = sample_heads(device, leading=(64,), features=2048, head_sizes=(head_sizes,) if len(head_sizes) > 1 else head_sizes)
+        sample = sample_heads(
+            device, leading=(64,), features=2048, head_sizes=(head_sizes,) if len(head_sizes) > 1 else head_sizes
+        )
         sample.x.requires_grad_(False)
         weight = sample.weight[0][layer]
         with_weight = allocated(lambda: torch.autograd.grad(our_loss(sample).loss, sample.wanted))  # noqa: B023
@@ -365,4 +387,7 @@ def test_a_step_is_one_kernel_and_one_scaling_whatever_the_number_of_heads(path,
     names = [event.name for event in record.events() if event.name.startswith(("aten::", "grl_ext::_"))]
     reading = ("aten::item", "aten::_local_scalar_dense")  # of the number, which is on the CPU here
     begin = names.index("grl_ext::_heads_loss")  # before are our_loss's own lists and numbers
-    assert [name for name in names[begin:] if name not in reading] == ["grl_ext::_heads_loss", "grl_ext::_scale_negate_list_"]
+    assert [name for name in names[begin:] if name not in reading] == [
+        "grl_ext::_heads_loss",
+        "grl_ext::_scale_negate_list_",
+    ]

@@ -22,7 +22,8 @@ def classes(sample, h):
     return max(2, sample.weight[h][-1].shape[0])
 
 
-# --- against PyTorch's own functions, one call each ------------------------------------------------------------------------
+# --- against PyTorch's own functions, one call each
+# ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
@@ -76,7 +77,8 @@ def test_one_binary_logit_is_the_softmax_over_zero_and_it(device):
     torch.testing.assert_close(our_loss(sample, class_weight=[weight], label_smoothing=0.2).loss, expected)
 
 
-# --- targets ---------------------------------------------------------------------------------------------------------------
+# --- targets
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leading", [(6,), (2, 3), (), (0,)], ids=str)
@@ -121,13 +123,15 @@ def test_uniform_probabilities_pull_towards_a_head_that_cannot_tell(device):
     sample = sample._replace(targets=[torch.full((70, 4), 0.25, device=device)], lambda_=[None])
     result = our_loss(sample)
     dz = torch.autograd.grad(
-        F.cross_entropy(result.logits[0], torch.full((70, 4), 0.25, dtype=torch.float64, device=device)), result.logits[0]
+        F.cross_entropy(result.logits[0], torch.full((70, 4), 0.25, dtype=torch.float64, device=device)),
+        result.logits[0],
     )[0]
     torch.testing.assert_close(torch.autograd.grad(our_loss(sample).loss, sample.bias[0][0])[0], dz.sum(0))
     torch.testing.assert_close(dz, (result.logits[0].detach().softmax(1) - 0.25) / 70)
 
 
-# --- rows without a label, and weights of rows -----------------------------------------------------------------------------
+# --- rows without a label, and weights of rows
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 255])
@@ -185,7 +189,10 @@ def test_weights_that_count_rows_are_rows_given_several_times(device):
     for reduction in ("mean", "sum"):
         targets = [t.repeat_interleave(times, 0) for t in sample.targets]
         repeated = sample._replace(x=sample.x.repeat_interleave(times, 0), targets=targets)
-        a, b = our_loss(sample, sample_weight=times.double(), reduction=reduction), our_loss(repeated, reduction=reduction)
+        a, b = (
+            our_loss(sample, sample_weight=times.double(), reduction=reduction),
+            our_loss(repeated, reduction=reduction),
+        )
         torch.testing.assert_close(a.head_losses, b.head_losses)
         for p, q in zip(gradients(a.loss, sample.inputs), gradients(b.loss, sample.inputs), strict=True):
             torch.testing.assert_close(p, q)
@@ -202,15 +209,21 @@ def test_a_head_without_a_weight_has_no_loss_and_no_gradient(device, head_sizes,
         options = {"reduction": "sum"} if "sum" in how else {}
         own = sample
         if how == "ignored":
-            own = sample._replace(targets=[t.clone().fill_(-100) if i == h else t for i, t in enumerate(sample.targets)])
+            own = sample._replace(
+                targets=[t.clone().fill_(-100) if i == h else t for i, t in enumerate(sample.targets)]
+            )
         elif how == "class_weight":
-            options["class_weight"] = [torch.zeros(classes(sample, h), device=device) if i == h else None for i in range(3)]
+            options["class_weight"] = [
+                torch.zeros(classes(sample, h), device=device) if i == h else None for i in range(3)
+            ]
         else:
             options["sample_weight"] = [torch.zeros(70, device=device) if i == h else None for i in range(3)]
         result = our_loss(own, **options)
         assert result.head_losses[h] == 0
         parameters = [*own.weight[h], *own.bias[h]]
-        for t, gradient in zip(parameters, torch.autograd.grad(result.loss, parameters, retain_graph=True), strict=True):
+        for t, gradient in zip(
+            parameters, torch.autograd.grad(result.loss, parameters, retain_graph=True), strict=True
+        ):
             assert_same(gradient, torch.zeros_like(t))
         check_loss(own, **options)
 
@@ -230,7 +243,9 @@ def test_nothing_that_counts_at_all_gives_zeros(device):
 @pytest.mark.parametrize("head_sizes", [(3, 1), WIDE], ids=str)  # an infinite hidden layer gives NaN in every network
 @pytest.mark.parametrize("kind", ["classes", "soft", "mse"])
 @pytest.mark.parametrize("asked", ["loss", "all", "twice"])
-def test_a_row_of_weight_zero_takes_no_part_though_its_logits_and_targets_are_nan(device, dtype, head_sizes, kind, asked):
+def test_a_row_of_weight_zero_takes_no_part_though_its_logits_and_targets_are_nan(
+    device, dtype, head_sizes, kind, asked
+):
     sample = sample_of(device, head_sizes, (kind,), dtype)
     weight = torch.ones(70, device=device)
     weight[3] = 0
@@ -242,7 +257,9 @@ def test_a_row_of_weight_zero_takes_no_part_though_its_logits_and_targets_are_na
         for w in sample.weight[h]:
             w.data[:, 0], w.data[:, 1] = 2, -2
     sample = sample._replace(targets=targets)
-    clean = our_loss(sample._replace(x=sample.x[torch.arange(70) != 3], targets=[t[torch.arange(70) != 3] for t in targets]))
+    clean = our_loss(
+        sample._replace(x=sample.x[torch.arange(70) != 3], targets=[t[torch.arange(70) != 3] for t in targets])
+    )
     result = our_loss(sample, sample_weight=weight)
     assert not all(z[3].isfinite().all() for z in result.logits), "or the test tests nothing"
     torch.testing.assert_close(result.loss, clean.loss)
@@ -252,7 +269,9 @@ def test_a_row_of_weight_zero_takes_no_part_though_its_logits_and_targets_are_na
         ours = gradients(result.loss * 0.5 + 0.5 * sum(result.head_losses), sample.inputs)
     else:
         ours = [g.detach() for g in torch.autograd.grad(result.loss, sample.inputs, create_graph=True)]
-    tolerance = {torch.float16: 2e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-4)  # rounded at other places where asked otherwise
+    tolerance = {torch.float16: 2e-2, torch.bfloat16: 5e-2}.get(
+        dtype, 1e-4
+    )  # rounded at other places where asked otherwise
     for a, b in zip(ours, gradients(clean.loss, sample.inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1e-3, b.abs().max().item()))
 
@@ -266,7 +285,8 @@ def test_an_ignored_row_takes_no_part_though_its_logits_are_nan(device):
         assert first.isnan() and second.isfinite()
 
 
-# --- weights of classes, of heads; smoothing -------------------------------------------------------------------------------
+# --- weights of classes, of heads; smoothing
+# -------------------------------------------------------------------------------
 
 
 @on_sizes
@@ -276,7 +296,9 @@ def test_an_ignored_row_takes_no_part_though_its_logits_are_nan(device):
 def test_class_weights_weigh_the_classes(device, head_sizes, kinds, label_smoothing, reduction):
     sample = sample_of(device, head_sizes, kinds)
     sample.targets[0][::3] = -100 if kinds[0] == "classes" else 0.3
-    weights = [None if kinds[h % len(kinds)] == "mse" else torch.rand(classes(sample, h), device=device) for h in range(3)]
+    weights = [
+        None if kinds[h % len(kinds)] == "mse" else torch.rand(classes(sample, h), device=device) for h in range(3)
+    ]
     rows = torch.rand(70, device=device)
     for options in ({}, {"sample_weight": rows}, {"sample_weight": [None, rows, None]}):
         check_loss(sample, class_weight=weights, label_smoothing=label_smoothing, reduction=reduction, **options)
@@ -350,7 +372,9 @@ def test_every_option_for_all_is_the_option_for_each(device):
     sample = sample_of(device, (3, 1, 2))
     rows = torch.rand(70, device=device)
     one = our_loss(sample, sample_weight=rows, label_smoothing=0.1, ignore_index=1, loss_weight=2)
-    each = our_loss(sample, sample_weight=[rows] * 3, label_smoothing=[0.1] * 3, ignore_index=(1, 1, 1), loss_weight=[2, 2, 2])
+    each = our_loss(
+        sample, sample_weight=[rows] * 3, label_smoothing=[0.1] * 3, ignore_index=(1, 1, 1), loss_weight=[2, 2, 2]
+    )
     assert_same(one.loss, each.loss)
 
 

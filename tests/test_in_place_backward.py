@@ -1,8 +1,9 @@
 """The backward overwrites the incoming gradient only where nobody else can see it, now or later.
 
-The first half lets others keep that gradient, or the memory under it, in every way there is: what they hold must not change,
-and the layer's own result must be right. The second half proves that the gradient *is* overwritten where nobody does: on the CPU.
-On CUDA a kernel queued on another stream may still read it, of which nothing on the host knows (csrc/autograd/scale_negate.h).
+The first half lets others keep that gradient, or the memory under it, in every way there is: what they hold must not
+change, and the layer's own result must be right. The second half proves that the gradient *is* overwritten where nobody
+does: on the CPU. On CUDA a kernel queued on another stream may still read it, of which nothing on the host knows
+    (csrc/autograd/scale_negate.h).
 """
 
 import mmap
@@ -36,7 +37,8 @@ def check(x: Tensor, grad: Tensor) -> None:
     assert_same(x.grad, expected_gradient(grad, LAMBDA))
 
 
-# --- somebody keeps the gradient -------------------------------------------------------------------------------------------
+# --- somebody keeps the gradient
+# -------------------------------------------------------------------------------------------
 
 # name: (what is kept of the gradient, how to look at it afterwards)
 KEEPERS = {
@@ -46,18 +48,26 @@ KEEPERS = {
     "a view": (lambda g: g.view(-1), lambda kept: kept.view(3, 4)),
     "an expanded view": (lambda g: g.expand(2, 3, 4), lambda kept: kept[1]),
     "rows": (lambda g: g.unbind(), torch.stack),
-    "its storage": (lambda g: g.untyped_storage(), lambda kept: torch.empty(0, device=kept.device).set_(kept).view(3, 4)),
+    "its storage": (
+        lambda g: g.untyped_storage(),
+        lambda kept: torch.empty(0, device=kept.device).set_(kept).view(3, 4),
+    ),
     "a lazy clone": (lambda g: torch._lazy_clone(g), lambda kept: kept),
     "a DLPack capsule": (lambda g: g.__dlpack__(), lambda kept: torch.from_dlpack(kept)),
     "a NumPy array": (lambda g: g.numpy(), torch.from_numpy),
-    "a NumPy array's buffer": (lambda g: memoryview(g.numpy()), lambda kept: torch.frombuffer(kept, dtype=torch.float32).view(3, 4)),
+    "a NumPy array's buffer": (
+        lambda g: memoryview(g.numpy()),
+        lambda kept: torch.frombuffer(kept, dtype=torch.float32).view(3, 4),
+    ),
     "an iterator": (lambda g: iter(g), lambda kept: torch.stack(list(kept))),
     "a closure": (lambda g: lambda: g, lambda kept: kept()),
 }
 
 
 @pytest.mark.parametrize("keeper", KEEPERS)
-@pytest.mark.parametrize("where", ["hook on the output", "hook before the node", "Function that returns the same buffer"])
+@pytest.mark.parametrize(
+    "where", ["hook on the output", "hook before the node", "Function that returns the same buffer"]
+)
 def test_whoever_keeps_the_incoming_gradient_finds_it_unchanged(path, x, grad, where, keeper):
     keep, look = KEEPERS[keeper]
     if "NumPy" in keeper and x.is_cuda:
@@ -138,7 +148,9 @@ def test_a_captured_gradient_of_the_output(path, x, grad):
 
 
 @pytest.mark.parametrize(
-    "as_given", [lambda g: g, lambda g: g.view(-1).view(3, 4), lambda g: g[0].expand(3, 4)], ids=["itself", "a view", "expanded"]
+    "as_given",
+    [lambda g: g, lambda g: g.view(-1).view(3, 4), lambda g: g[0].expand(3, 4)],
+    ids=["itself", "a view", "expanded"],
 )
 def test_the_callers_gradient_is_left_alone(path, x, grad, as_given):
     given = grad.clone()
@@ -147,7 +159,8 @@ def test_the_callers_gradient_is_left_alone(path, x, grad, as_given):
     assert_same(given, grad)
 
 
-# --- the gradient flows elsewhere too --------------------------------------------------------------------------------------
+# --- the gradient flows elsewhere too
+# --------------------------------------------------------------------------------------
 
 
 def test_two_consumers_of_one_gradient(path, x, grad):
@@ -182,7 +195,11 @@ def test_layers_in_a_row(path, x, grad):
 
 @pytest.mark.parametrize(
     "join",
-    [lambda y, other: torch.cat([y, other]), lambda y, other: torch.stack([y, other]), lambda y, other: torch.cat([y, other], dim=1)],
+    [
+        lambda y, other: torch.cat([y, other]),
+        lambda y, other: torch.stack([y, other]),
+        lambda y, other: torch.cat([y, other], dim=1),
+    ],
     ids=["cat", "stack", "cat of columns"],
 )
 def test_neighbours_in_one_buffer_are_left_alone(path, x, device, join):
@@ -236,7 +253,8 @@ def test_lazily_conjugated_and_negated_gradients(path, device, bit):
     check(x, lazy(memory).resolve_conj().resolve_neg())
 
 
-# --- several backwards -----------------------------------------------------------------------------------------------------
+# --- several backwards
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_repeated_backward_through_a_function_that_keeps_its_gradient(path, x, grad):
@@ -297,7 +315,8 @@ def test_backward_from_several_threads_over_one_graph(path, x, device):
         assert_same(result, expected_gradient(w, LAMBDA))
 
 
-# --- the memory belongs to somebody else -----------------------------------------------------------------------------------
+# --- the memory belongs to somebody else
+# -----------------------------------------------------------------------------------
 
 
 def _file(tmp_path, values: np.ndarray):
@@ -344,9 +363,15 @@ def _storage_slice(tmp_path, values):
 OWNERS = {
     "NumPy": lambda tmp_path, values: (lambda: torch.from_numpy(values), lambda: values),
     "NumPy, through as_tensor": lambda tmp_path, values: (lambda: torch.as_tensor(values), lambda: values),
-    "NumPy, transposed": lambda tmp_path, values: (lambda: torch.from_numpy(np.asfortranarray(values).T).t(), lambda: values),
+    "NumPy, transposed": lambda tmp_path, values: (
+        lambda: torch.from_numpy(np.asfortranarray(values).T).t(),
+        lambda: values,
+    ),
     "DLPack": lambda tmp_path, values: (lambda: torch.from_dlpack(values), lambda: values),
-    "a Python buffer": lambda tmp_path, values: (lambda: torch.frombuffer(values, dtype=torch.float32).view(values.shape), lambda: values),
+    "a Python buffer": lambda tmp_path, values: (
+        lambda: torch.frombuffer(values, dtype=torch.float32).view(values.shape),
+        lambda: values,
+    ),
     "a file mapped by PyTorch": _mapped_file,
     "a file mapped by Python": _mapped_by_python,
     "a mapped checkpoint": _mapped_checkpoint,
@@ -372,7 +397,8 @@ def test_a_lazy_clone_of_somebodys_tensor_is_not_written_through(path, x, grad):
     assert_same(held, grad)
 
 
-# --- subclasses ------------------------------------------------------------------------------------------------------------
+# --- subclasses
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Named(Tensor):
@@ -384,7 +410,9 @@ class Wrapped(Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride())
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride()
+        )
 
     def __init__(self, inner):
         self.inner = inner
@@ -393,7 +421,9 @@ class Wrapped(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         unwrap = lambda v: v.inner if isinstance(v, Wrapped) else v  # noqa: E731
         out = torch.utils._pytree.tree_map(unwrap, (args, kwargs or {}))
-        return torch.utils._pytree.tree_map(lambda v: Wrapped(v) if isinstance(v, Tensor) else v, func(*out[0], **out[1]))
+        return torch.utils._pytree.tree_map(
+            lambda v: Wrapped(v) if isinstance(v, Tensor) else v, func(*out[0], **out[1])
+        )
 
 
 @pytest.mark.parametrize("lambda_", [LAMBDA, torch.full((3, 1), LAMBDA)], ids=["float", "per sample"])
@@ -408,7 +438,9 @@ def test_a_gradient_of_a_subclass(path, subclass, lambda_):
     assert_same(held, grad)
 
 
-@pytest.mark.parametrize("lambda_", [LAMBDA, torch.tensor(LAMBDA), torch.full((3, 1), LAMBDA)], ids=["float", "0-d", "per sample"])
+@pytest.mark.parametrize(
+    "lambda_", [LAMBDA, torch.tensor(LAMBDA), torch.full((3, 1), LAMBDA)], ids=["float", "0-d", "per sample"]
+)
 @pytest.mark.parametrize("subclass", [Named, Wrapped])
 def test_features_of_a_subclass(path, subclass, lambda_):
     memory = torch.randn(3, 4)
@@ -420,7 +452,8 @@ def test_features_of_a_subclass(path, subclass, lambda_):
     assert_same(result, torch.full((3, 4), -LAMBDA * 3))
 
 
-# --- kernels that are still queued ------------------------------------------------------------------------------------------
+# --- kernels that are still queued
+# ------------------------------------------------------------------------------------------
 
 
 def test_a_gradient_that_two_branches_share_reaches_both(path, x, grad):
@@ -466,7 +499,8 @@ class _SpinBackward(torch.autograd.Function):
         return grad.clone()
 
 
-# --- nobody else can see it ------------------------------------------------------------------------------------------------
+# --- nobody else can see it
+# ------------------------------------------------------------------------------------------------
 
 
 class LayerBackward(NamedTuple):
@@ -475,7 +509,8 @@ class LayerBackward(NamedTuple):
 
 
 def profile_backward(loss: Tensor) -> LayerBackward:
-    """What the layer's node does in loss.backward(), from PyTorch's profiler: the gradient itself never reaches Python."""
+    """What the layer's node does in loss.backward(), from PyTorch's profiler: the gradient itself never reaches
+    Python."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         loss.backward()
     (node,) = [event for event in profile.function_events if re.fullmatch("autograd::.*Reversal.*Backward", event.name)]
@@ -488,7 +523,8 @@ def profile_backward(loss: Tensor) -> LayerBackward:
 
 
 def overwritten(x: Tensor) -> LayerBackward:
-    """What is expected where nobody on the host sees the gradient: on CUDA there may be kernels that do, and it is left alone."""
+    """What is expected where nobody on the host sees the gradient: on CUDA there may be kernels that do, and it is left
+    alone."""
     return LayerBackward(True, 0) if x.device.type == "cpu" else LayerBackward(False, -(-x.nbytes // 512) * 512)
 
 

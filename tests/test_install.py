@@ -24,7 +24,12 @@ from build_backend import Plan, Torch  # noqa: E402
 def run(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("GRL_EXT_BUILD", "CUDA_HOME", "CUDA_PATH")}
     return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env={**environment, **variables}, capture_output=True, text=True, timeout=300
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -90,16 +95,22 @@ def test_missing_torch_is_named_with_the_remedy(bare):
 
 def test_an_old_torch_is_refused(tmp_path):
     fake_torch(tmp_path, "2.7.1")
-    assert only_message(build_ext(tmp_path, PYTHONPATH=str(tmp_path))) == ("grl_ext: torch 2.7.1 is too old: 2.8 or later is needed.")
+    assert only_message(build_ext(tmp_path, PYTHONPATH=str(tmp_path))) == (
+        "grl_ext: torch 2.7.1 is too old: 2.8 or later is needed."
+    )
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA: this one has it")
 def test_cuda_build_without_a_cuda_torch_says_so(tmp_path):
     message = only_message(build_ext(tmp_path, GRL_EXT_BUILD="cuda"))
-    assert message == f"grl_ext: GRL_EXT_BUILD=cuda, but torch {torch.__version__} is not a CUDA build; install one that is."
+    assert (
+        message
+        == f"grl_ext: GRL_EXT_BUILD=cuda, but torch {torch.__version__} is not a CUDA build; install one that is."
+    )
 
 
-# --- which toolkit ---------------------------------------------------------------------------------------------------------
+# --- which toolkit
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_torch_of_the_environment_is_read_without_importing_it(bare):
@@ -168,7 +179,9 @@ def test_without_build_isolation_the_packages_to_install_are_named(bare):
         (None, "auto", []),  # the build says what is wrong
     ],
 )
-def test_the_installer_is_asked_for_a_toolkit_only_where_one_is_missing(bare, monkeypatch, capsys, found, build, expected):
+def test_the_installer_is_asked_for_a_toolkit_only_where_one_is_missing(
+    bare, monkeypatch, capsys, found, build, expected
+):
     monkeypatch.setenv("GRL_EXT_BUILD", build)
     monkeypatch.setattr(build_backend, "find_torch", lambda: found)
     for kind in ("wheel", "editable"):
@@ -176,7 +189,10 @@ def test_the_installer_is_asked_for_a_toolkit_only_where_one_is_missing(bare, mo
         assert getattr(build_backend, f"get_requires_for_build_{kind}")() == ["its own", *expected]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == (2 if expected else 0)
-    assert all(line.startswith("grl_ext: torch 2.11.0+cu130 is a CUDA build and no CUDA toolkit is here: fetching") for line in said)
+    assert all(
+        line.startswith("grl_ext: torch 2.11.0+cu130 is a CUDA build and no CUDA toolkit is here: fetching")
+        for line in said
+    )
 
     fake_toolkit(bare / "nvidia" / "cu13")
     assert build_backend.get_requires_for_build_wheel() == ["its own"]
@@ -190,7 +206,8 @@ def test_the_linker_gets_cudart_by_the_name_that_is_there(tmp_path):
     assert build_backend.name_cudart(["c10", "cudart", "torch"], folders) == ["c10", "cudart", "torch"]
 
 
-# --- what the package says of itself ---------------------------------------------------------------------------------------
+# --- what the package says of itself
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,7 +274,9 @@ def test_a_package_page_links_into_the_repository(source, tmp_path, monkeypatch)
     assert result.returncode == 0, result.stderr
     metadata = message_from_string((tmp_path / result.stdout.splitlines()[-1] / "METADATA").read_text())
     assert "Source, https://example.org/us/grl_ext" in metadata.get_all("Project-URL")
-    assert f"/raw/{tag}/docs/a.png" in metadata.get_payload() and metadata["Description-Content-Type"] == "text/markdown"
+    assert (
+        f"/raw/{tag}/docs/a.png" in metadata.get_payload() and metadata["Description-Content-Type"] == "text/markdown"
+    )
 
 
 def test_sdist_holds_everything_a_build_needs_and_needs_no_torch(tmp_path):
@@ -267,7 +286,11 @@ def test_sdist_holds_everything_a_build_needs_and_needs_no_torch(tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     names = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
     for folder, pattern in (("csrc", "**/*"), ("grl_ext", "*.py"), ("tests", "**/*.py"), ("bench", "*.py")):
-        wanted = {str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(pattern) if p.is_file() and "__pycache__" not in str(p)}
+        wanted = {
+            str(p.relative_to(ROOT))
+            for p in (ROOT / folder).glob(pattern)
+            if p.is_file() and "__pycache__" not in str(p)
+        }
         assert wanted <= names, wanted - names
     assert {"setup.py", "build_backend.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"} <= names
 
@@ -277,6 +300,8 @@ def test_python_only_install_works_and_is_silent(source, tmp_path):
     options = ("--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(target))
     result = run("-m", "pip", "install", *options, str(source), cwd=tmp_path, GRL_EXT_BUILD="python")
     assert result.returncode == 0, result.stderr
-    code = "import warnings; warnings.simplefilter('error'); import grl_ext, torch; print(grl_ext.GRL(0.5)(torch.ones(2)))"
+    code = (
+        "import warnings; warnings.simplefilter('error'); import grl_ext, torch; print(grl_ext.GRL(0.5)(torch.ones(2)))"
+    )
     used = run("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
     assert used.returncode == 0 and used.stderr == "" and "tensor([1., 1.])" in used.stdout, used.stderr

@@ -46,7 +46,8 @@ def test_the_mode_makes_no_difference(mode):
     assert reversal_of(mode(GRL(0.75))) == -0.75
 
 
-# --- setting lambda --------------------------------------------------------------------------------------------------------
+# --- setting lambda
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,18 @@ def test_the_mode_makes_no_difference(mode):
         torch.tensor(0.5, requires_grad=True),
         nn.Parameter(torch.tensor(0.5)),
     ],
-    ids=["float", "zero", "negative int", "bool", "numpy float32", "numpy float64", "tensor", "int tensor", "requires grad", "Parameter"],
+    ids=[
+        "float",
+        "zero",
+        "negative int",
+        "bool",
+        "numpy float32",
+        "numpy float64",
+        "tensor",
+        "int tensor",
+        "requires grad",
+        "Parameter",
+    ],
 )
 def test_assignment_sets_lambda_in_place(device, value):
     layer = GRL(0.75).to(device)
@@ -76,7 +88,19 @@ def test_assignment_sets_lambda_in_place(device, value):
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, -math.inf, "0.5", None, 1j, [0.5], np.zeros(2), torch.zeros(2), torch.zeros(1, 1), torch.tensor(1j)],
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        "0.5",
+        None,
+        1j,
+        [0.5],
+        np.zeros(2),
+        torch.zeros(2),
+        torch.zeros(1, 1),
+        torch.tensor(1j),
+    ],
     ids=repr,
 )
 def test_a_refused_assignment_leaves_lambda_as_it_was(value):
@@ -120,7 +144,8 @@ def test_lambda_keeps_the_precision_of_a_python_float():
     assert layer.lambda_.item() == 0.3
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------------
+# --- checkpoints
+# -----------------------------------------------------------------------------------------------------------
 
 
 def network(lambda_: float) -> nn.Sequential:
@@ -150,7 +175,9 @@ def test_a_checkpoint_of_half_precision_or_of_one_element_restores_lambda():
 @pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
 def test_a_checkpoint_without_lambda_loads_strictly_and_keeps_it(nested):
     net = network(0.75) if nested else GRL(0.75)
-    state = {name: value for name, value in network(1.0).state_dict().items() if "lambda_" not in name} if nested else {}
+    state = (
+        {name: value for name, value in network(1.0).state_dict().items() if "lambda_" not in name} if nested else {}
+    )
     keys = net.load_state_dict(state, strict=True)
     assert not keys.missing_keys and not keys.unexpected_keys
     assert (net[1][0] if nested else net).lambda_.item() == 0.75
@@ -158,12 +185,15 @@ def test_a_checkpoint_without_lambda_loads_strictly_and_keeps_it(nested):
 
 def test_what_else_is_missing_is_still_reported():
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "1.1.weight"\.'):
-        network(0.75).load_state_dict({n: v for n, v in network(0.75).state_dict().items() if n not in ("1.0.lambda_", "1.1.weight")})
+        network(0.75).load_state_dict(
+            {n: v for n, v in network(0.75).state_dict().items() if n not in ("1.0.lambda_", "1.1.weight")}
+        )
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "coeff"\.'):
         GRL().load_state_dict({"coeff": torch.tensor(1.0)})
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------------
+# --- copies
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _saved_and_loaded(layer, tmp_path):
@@ -190,7 +220,8 @@ def _with_state(layer, state):
     return layer
 
 
-# --- conversions -----------------------------------------------------------------------------------------------------------
+# --- conversions
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,7 +267,8 @@ def test_shared_memory_is_shared():
     assert layer.lambda_.is_shared()
 
 
-# --- the meta device -------------------------------------------------------------------------------------------------------
+# --- the meta device
+# -------------------------------------------------------------------------------------------------------
 
 
 def in_meta_context(make):
@@ -265,7 +297,11 @@ def test_a_layer_from_meta_has_the_constructors_lambda(device, make, to_meta):
     layer = to_meta(make)
     assert repr(layer).startswith(type(layer).__name__)
     layer = layer.to_empty(device=device)
-    assert layer.lambda_.device.type == device.type and layer.lambda_.dtype == torch.float64 and layer.lambda_.item() == 0.75
+    assert (
+        layer.lambda_.device.type == device.type
+        and layer.lambda_.dtype == torch.float64
+        and layer.lambda_.item() == 0.75
+    )
     layer.lambda_ = 0.25
     assert layer.lambda_.item() == 0.25
 
@@ -284,7 +320,9 @@ def test_a_layer_on_meta_loads_a_checkpoint(to_meta, present, assign):
     net = to_meta(lambda: network(0.75))
     net.load_state_dict(state, strict=True, assign=assign)
     lambda_ = net[1][0].lambda_
-    assert lambda_.device.type == "cpu" and lambda_.dtype == torch.float64 and lambda_.item() == (0.5 if present else 0.75)
+    assert (
+        lambda_.device.type == "cpu" and lambda_.dtype == torch.float64 and lambda_.item() == (0.5 if present else 0.75)
+    )
 
 
 def test_a_checkpoint_on_meta_is_refused():
@@ -308,7 +346,9 @@ def test_the_default_device_is_where_lambda_is_made(device):
 
 
 @pytest.mark.parametrize(
-    "make", [GRL, lambda: GRLLinear(3, 2), lambda: AdversarialHeads(3, adversaries={"d": 2})], ids=["GRL", "GRLLinear", "heads"]
+    "make",
+    [GRL, lambda: GRLLinear(3, 2), lambda: AdversarialHeads(3, adversaries={"d": 2})],
+    ids=["GRL", "GRLLinear", "heads"],
 )
 def test_a_replica_of_data_parallel_takes_the_copy_on_its_device(make):
     # What nn.parallel.replicate() does for each GPU.
@@ -319,7 +359,8 @@ def test_a_replica_of_data_parallel_takes_the_copy_on_its_device(make):
     assert layer.lambda_ is not there and layer.lambda_.tolist() == torch.ones_like(there).tolist()
 
 
-# --- the constructor's value -----------------------------------------------------------------------------------------------
+# --- the constructor's value
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [GRL, lambda value: GRLLinear(3, 2, lambda_=value)], ids=["GRL", "GRLLinear"])

@@ -103,7 +103,8 @@ def test_one_matrix_may_serve_several_heads(device):
     check_network(lambda *t: our_logits(of(*t)), lambda *t: naive_logits(of(*t)), *inputs)
 
 
-# --- lambda_ ---------------------------------------------------------------------------------------------------------------
+# --- lambda_
+# ---------------------------------------------------------------------------------------------------------------
 
 FORMS = {
     "numbers": lambda device: [None, 0.3],
@@ -160,7 +161,8 @@ def test_a_lambda_that_changes_between_forward_and_backward_counts_as_it_was(dev
     torch.testing.assert_close(dx, -0.5 * sample.weight[0][0].detach().sum(0).expand_as(dx))
 
 
-# --- what needs no gradient, and what gets none ----------------------------------------------------------------------------
+# --- what needs no gradient, and what gets none
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (1, 2), (0, 3), (1, 2, 3, 4), (0, 1, 3)], ids=str)

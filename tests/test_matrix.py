@@ -1,5 +1,6 @@
-"""Every set-up of PyTorch times every operation, on both paths: values and gradients are those of plain PyTorch, and the tables in
-`docs/works-with.md` and the README say what the tests give. `tests/matrix/` holds the rows, the columns and what writes the tables."""
+"""Every set-up of PyTorch times every operation, on both paths: values and gradients are those of plain PyTorch, and
+the tables in `docs/works-with.md` and the README say what the tests give. `tests/matrix/` holds the rows, the columns
+and what writes the tables."""
 
 import json
 
@@ -14,7 +15,8 @@ WRITTEN = table.read()
 HOW = "python tests/matrix/write.py writes the tables again"
 
 pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no torch.distributed with gloo"
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch has no torch.distributed with gloo",
 )
 
 
@@ -61,7 +63,12 @@ def test_an_error_that_no_row_declares_is_no_refusal(monkeypatch):
 
 def test_the_cells_where_nothing_is_compiled_give_what_the_table_says(pure_python):
     found = pure_python()
-    failed = {f"{name} | {column}": cell for name, of in found.items() for column, cell in of.items() if cell.startswith("FAILED")}
+    failed = {
+        f"{name} | {column}": cell
+        for name, of in found.items()
+        for column, cell in of.items()
+        if cell.startswith("FAILED")
+    }
     assert not failed, "\n".join(f"{cell}: {why}" for cell, why in failed.items())
     differs = [
         f"{name} | {column}: {cell}"

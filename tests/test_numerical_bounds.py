@@ -1,5 +1,5 @@
-"""Extreme numbers: saturated softmaxes, infinities, subnormals, sums over millions of rows. Within stated bounds of float64, and the same
-bits in every run. Large logits in general are in `test_heads_loss.py`."""
+"""Extreme numbers: saturated softmaxes, infinities, subnormals, sums over millions of rows. Within stated bounds of
+float64, and the same bits in every run. Large logits in general are in `test_heads_loss.py`."""
 
 import math
 
@@ -38,7 +38,8 @@ def loss_and_gradients(sample: Sample) -> list[Tensor]:
     return [result.loss.detach(), *gradients(result.loss, sample.wanted)]
 
 
-# --- saturation ------------------------------------------------------------------------------------------------------------
+# --- saturation
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -46,8 +47,8 @@ def loss_and_gradients(sample: Sample) -> list[Tensor]:
 @pytest.mark.parametrize("as_probabilities", [False, True], ids=["classes", "one-hot"])
 @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
 def test_a_softmax_saturated_at_one_class(device, size, dtype, as_probabilities, right):
-    # Class c of row i has the logit 1e4 where c = i, and 0 elsewhere: e^-1e4 is 0 in every type. The loss is 0 or 1e4 and the gradient of
-    # the logits 0 or +-1/N, all exact: no rounding, no NaN.
+    # Class c of row i has the logit 1e4 where c = i, and 0 elsewhere: e^-1e4 is 0 in every type. The loss is 0 or 1e4
+    # and the gradient of the logits 0 or +-1/N, all exact: no rounding, no NaN.
     n, classes, large = 8, max(2, size), 9984.0  # which bfloat16 has, and so has 8 times its reciprocal
     logits = torch.zeros(n, classes)
     logits[torch.arange(n), torch.arange(n) % classes] = large
@@ -66,7 +67,9 @@ def test_a_softmax_saturated_at_one_class(device, size, dtype, as_probabilities,
     assert loss.item() == (0.0 if right else large)
     torch.testing.assert_close(grad_weight.cpu().float(), grad_logits.T, rtol=0, atol=0)
     exact = -0.5 * grad_logits.double() @ columns.T.double()
-    torch.testing.assert_close(grad_x.cpu().double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * exact.abs().max().item())
+    torch.testing.assert_close(
+        grad_x.cpu().double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * exact.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -86,7 +89,8 @@ def test_the_loss_of_a_sure_head_is_right_to_roundings_of_one(device, size, dtyp
     assert grad_x.flatten().tolist() == pytest.approx([exact] * 16, rel=4 * eps, abs=4 * eps * scale / 16)
 
 
-# --- infinities --------------------------------------------------------------------------------------------------------------
+# --- infinities
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)  # binary: the cross entropy over the logits 0 and z
@@ -107,14 +111,15 @@ def test_an_infinite_logit_gives_pytorchs_loss(device, size, value, of_target):
         torch.testing.assert_close(found, [-0.5 * expected[0], expected[1]])
 
 
-# --- subnormals ------------------------------------------------------------------------------------------------------------
+# --- subnormals
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", ["gradient_reversal", "grl_linear", "linear_heads", "heads_loss"])
 @pytest.mark.parametrize("columns", [2, SWITCH + 1])
 def test_subnormals_are_not_flushed_to_zero(device, operation, columns):
-    # Weights of some units of 2^-149, so that the features' gradient is as small. Each product and sum may be rounded to the next
-    # subnormal, which is an absolute error of 2^-149 for each of the columns.
+    # Weights of some units of 2^-149, so that the features' gradient is as small. Each product and sum may be rounded
+    # to the next subnormal, which is an absolute error of 2^-149 for each of the columns.
     rows, features = 5, 9
     weight = (torch.randint(1, 1000, (columns, features), device=device) * 2.0**-140).requires_grad_()
     assert 0 < weight.abs().min() < TINY and weight.abs().max() < TINY
@@ -150,10 +155,11 @@ def test_a_tiny_lambda_times_a_small_gradient_is_rounded_once(device):
     assert found.any() and found.abs().max() < TINY
 
 
-# --- long sums -------------------------------------------------------------------------------------------------------------
+# --- long sums
+# -------------------------------------------------------------------------------------------------------------
 
-# The compiled sums go by blocks of rows. Where roundings go in both directions the bound is the 64 eps of every other test of the loss. The
-# fallback's sums are those of PyTorch's products.
+# The compiled sums go by blocks of rows. Where roundings go in both directions the bound is the 64 eps of every other
+# test of the loss. The fallback's sums are those of PyTorch's products.
 compiled_only = pytest.mark.parametrize("path", ["compiled"], indirect=True)
 
 
@@ -173,7 +179,9 @@ def test_sums_over_a_million_rows(path, device, size):
         grad = ((z.softmax(1) - F.one_hot(target, 2)) / n)[:, -size:]
         terms = grad.abs().T @ x.double()  # what is added up, without the signs
     assert loss.item() == pytest.approx(exact.item(), rel=64 * EPS)
-    torch.testing.assert_close(grad_weight.double(), grad.T @ x.detach().double(), rtol=0, atol=64 * EPS * terms.max().item())
+    torch.testing.assert_close(
+        grad_weight.double(), grad.T @ x.detach().double(), rtol=0, atol=64 * EPS * terms.max().item()
+    )
     torch.testing.assert_close(grad_bias.double(), grad.sum(0), rtol=0, atol=64 * EPS * grad.abs().sum(0).max().item())
     torch.testing.assert_close(grad_x.double(), -0.5 * grad @ weight.detach().double(), rtol=0, atol=64 * EPS / n)
 
@@ -181,9 +189,9 @@ def test_sums_over_a_million_rows(path, device, size):
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sums_over_ten_million_rows(path, device, dtype):
-    # All rows the same: the exact sums are known, and all roundings may go in one direction. Added one after the other, the sums of the
-    # blocks of rows would be off by 1.6e-3; in two levels they are off by 6e-6 on the CPU, PyTorch's own product by 7e-4. In a half type
-    # a sum of ones would stop at 2^11 or 2^8.
+    # All rows the same: the exact sums are known, and all roundings may go in one direction. Added one after the other,
+    # the sums of the blocks of rows would be off by 1.6e-3; in two levels they are off by 6e-6 on the CPU, PyTorch's
+    # own product by 7e-4. In a half type a sum of ones would stop at 2^11 or 2^8.
     x = torch.ones(10_000_000, 1, device=device, dtype=dtype)
     weight, bias = (torch.zeros(*shape, device=device, dtype=dtype, requires_grad=True) for shape in ((2, 1), (2,)))
     target = torch.zeros(len(x), dtype=torch.int64, device=device)

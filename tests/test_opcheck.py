@@ -1,4 +1,5 @@
-"""PyTorch's own checks of a custom operator (schema, autograd registration, fake tensors, AOT dispatch) for every one of ours."""
+"""PyTorch's own checks of a custom operator (schema, autograd registration, fake tensors, AOT dispatch) for every one
+of ours."""
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("compiled")
 def gradient_reversal(device):
     for dtype in (torch.float32, torch.bfloat16, torch.complex64):
         for name, x, lambda_ in sample_inputs(device, dtype):
-            # A lambda that requires grad gets none in the first backward, as designed and tested elsewhere; to opcheck's
-            # comparison with the traced graph that is a missing gradient.
+            # A lambda that requires grad gets none in the first backward, as designed and tested elsewhere; to
+            # opcheck's comparison with the traced graph that is a missing gradient.
             if isinstance(lambda_, torch.Tensor) and not lambda_.requires_grad:
                 if dtype == torch.float32 or name in ("0-d float32", "per sample", "full shape"):
                     yield x, lambda_
@@ -40,7 +41,11 @@ def scale_negate_list(device):
 
 def heads(device, requires_grad, flat=False):
     """Samples on both sides of the switch to matrix products, with and without bias and rows; `flat`: x (N, D) only."""
-    forms = [(torch.float32, (5,), (3, 2), True), (torch.bfloat16, (5,), (3, 2), "mixed"), (torch.float32, (0,), (3, 2), True)]
+    forms = [
+        (torch.float32, (5,), (3, 2), True),
+        (torch.bfloat16, (5,), (3, 2), "mixed"),
+        (torch.float32, (0,), (3, 2), True),
+    ]
     forms += [(torch.float32, (5,), (SWITCH, 1), True), (torch.float16, (70,), (SWITCH, 1), False)]
     forms += [(torch.float64, (2, 3), (1, 4), True), (torch.float32, (), (1, 4), True)] * (not flat)
     for dtype, leading, head_sizes, bias in forms:
@@ -78,14 +83,43 @@ def heads_loss(device):
         leading = sample.x.shape[:-1]
         rows = torch.rand(leading, device=device)
         of_classes = torch.rand(max(2, sample.weight[0][0].shape[0]), device=device)
-        yield sample.x, *sample.linear, [1, 1], sample.targets, no, no, lambda_, index, None, [0, 0], [0.0, 0.0], [-100, -100], True
+        yield (
+            sample.x,
+            *sample.linear,
+            [1, 1],
+            sample.targets,
+            no,
+            no,
+            lambda_,
+            index,
+            None,
+            [0, 0],
+            [0.0, 0.0],
+            [-100, -100],
+            True,
+        )
         yield (
             *(sample.x, *sample.linear, [1, 1], sample.targets, [rows, None], [of_classes, None], others, both),
             *(torch.tensor([0.5, 2.0]), [0, 0], [0.1, 0.2], [-100, 0], False),
         )
     sample = sample_heads(device, head_sizes=((4, 3), 2), kinds=("classes", "mse"))
     weight, bias = ([t for layers in own for t in layers] for own in (sample.weight, sample.bias))
-    yield sample.x, weight, bias, [2, 1], sample.targets, no, no, lambda_, index, None, [0, 1], [0.1, 0.0], [-100, -100], True
+    yield (
+        sample.x,
+        weight,
+        bias,
+        [2, 1],
+        sample.targets,
+        no,
+        no,
+        lambda_,
+        index,
+        None,
+        [0, 1],
+        [0.1, 0.0],
+        [-100, -100],
+        True,
+    )
 
 
 def _heads_logits(device):
@@ -147,7 +181,9 @@ SAMPLES = {
 
 
 def test_every_registered_operator_has_samples():
-    registered = {name.removeprefix("grl_ext::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("grl_ext::")}
+    registered = {
+        name.removeprefix("grl_ext::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("grl_ext::")
+    }
     assert registered == set(SAMPLES)
 
 
@@ -155,5 +191,7 @@ def test_every_registered_operator_has_samples():
 def test_opcheck(device, op):
     for index, args in enumerate(SAMPLES[op](device)):
         # Tracing through AOT dispatch takes most of the time; the samples differ in what the cheap checks see.
-        checks = ["test_schema", "test_faketensor"] + ["test_autograd_registration", "test_aot_dispatch_dynamic"] * (index == 0)
+        checks = ["test_schema", "test_faketensor"] + ["test_autograd_registration", "test_aot_dispatch_dynamic"] * (
+            index == 0
+        )
         opcheck(getattr(torch.ops.grl_ext, op).default, args, test_utils=checks)

@@ -1,4 +1,5 @@
-"""The tests of graphs again in a process that has no compiled extension at all: there the operators in a graph are Python's."""
+"""The tests of graphs again in a process that has no compiled extension at all: there the operators in a graph are
+Python's."""
 
 import subprocess
 import sys
@@ -22,7 +23,9 @@ def test_graphs_stay_reversed_where_nothing_is_compiled(tmp_path):
         f"fallback and ({' or '.join(KINDS)})",
         "test_graphs.py",
     ]
-    result = subprocess.run(command, env=copy_package(tmp_path), cwd=TESTS, capture_output=True, text=True, timeout=1200)
+    result = subprocess.run(
+        command, env=copy_package(tmp_path), cwd=TESTS, capture_output=True, text=True, timeout=1200
+    )
     assert result.returncode == 0, result.stdout
     passed = [line for line in result.stdout.splitlines() if " PASSED" in line]
     for kind in KINDS:

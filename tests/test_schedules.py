@@ -53,12 +53,19 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.branches = nn.ModuleList([nn.Sequential(GRL(), nn.Linear(4, 2)), nn.Sequential(nn.ReLU(), GRLLinear(4, 2))])
+        self.branches = nn.ModuleList(
+            [nn.Sequential(GRL(), nn.Linear(4, 2)), nn.Sequential(nn.ReLU(), GRLLinear(4, 2))]
+        )
         self.heads = AdversarialHeads(4, {"digit": 3}, {"domain": 2, "speaker": 5})
 
 
 def lambdas(model: nn.Module) -> list[float]:
-    return [value for name, buffer in model.named_buffers() if name.endswith("lambda_") for value in buffer.flatten().tolist()]
+    return [
+        value
+        for name, buffer in model.named_buffers()
+        if name.endswith("lambda_")
+        for value in buffer.flatten().tolist()
+    ]
 
 
 def test_every_layer_is_set_from_the_start_and_at_every_step():
@@ -140,7 +147,8 @@ def test_the_state_survives_a_checkpoint_file(tmp_path):
     assert (other.last_step, other.last_factor) == (1, scheduler.last_factor)
 
 
-# --- resuming --------------------------------------------------------------------------------------------------------------
+# --- resuming
+# --------------------------------------------------------------------------------------------------------------
 
 
 def training(lambda_: float = 0.5) -> tuple[nn.Module, LambdaScheduler]:
@@ -217,7 +225,8 @@ def test_a_schedule_and_its_scheduler_can_be_pickled_and_copied(name):
     assert scheduler.last_step == 1
 
 
-# --- frameworks ------------------------------------------------------------------------------------------------------------
+# --- frameworks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_an_optimizers_hook_advances_the_scheduler_beside_those_of_pytorch():
@@ -225,7 +234,9 @@ def test_an_optimizers_hook_advances_the_scheduler_beside_those_of_pytorch():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     optimizer.register_step_post_hook(scheduler.step)
     rates = torch.optim.lr_scheduler.SequentialLR(
-        optimizer, [torch.optim.lr_scheduler.ConstantLR(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)], milestones=[2]
+        optimizer,
+        [torch.optim.lr_scheduler.ConstantLR(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)],
+        milestones=[2],
     )
     for k in range(1, 5):
         model(torch.ones(1, 2)).sum().backward()
@@ -268,7 +279,11 @@ def test_lambda_in_the_layer_leaves_the_adversarys_own_gradient_alone_and_on_the
         (nn.Linear(2, 2), 5, "layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in Linear"),
         ([], 5, "layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in an empty list"),
         (GRL(), 0, "total_steps must be at least 1, got 0"),
-        (GRL(0.0), 5, "the GRL was made with lambda_=0, which no schedule can multiply: give it the lambda that a factor of 1 stands for"),
+        (
+            GRL(0.0),
+            5,
+            "the GRL was made with lambda_=0, which no schedule can multiply: give it the lambda that a factor of 1 stands for",
+        ),
         (
             AdversarialHeads(2, adversaries={"a": 1, "b": 1}, lambda_=0.0),
             5,
@@ -285,7 +300,9 @@ def test_bad_arguments_are_named(layers, total_steps, message):
 
 def test_some_adversaries_may_be_off_and_heads_may_have_none():
     heads = AdversarialHeads(2, adversaries={"a": 1, "b": 1}, lambda_={"a": 0.0, "b": 0.5})
-    scheduler = LambdaScheduler(nn.ModuleList([heads, AdversarialHeads(2, predictors={"y": 1})]), schedules.constant(0.5), 5)
+    scheduler = LambdaScheduler(
+        nn.ModuleList([heads, AdversarialHeads(2, predictors={"y": 1})]), schedules.constant(0.5), 5
+    )
     scheduler.step()
     assert heads.lambda_.tolist() == [0.0, 0.25]
 

@@ -49,8 +49,18 @@ def tool(name: str) -> str:
 
 def mypy(file: Path) -> set[int]:
     """The lines in which it finds an error."""
-    command = [tool("mypy"), "--strict", "--python-executable", sys.executable, "--cache-dir", str(ROOT / "build" / "mypy"), str(file)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=file.parent, env={**os.environ, "MYPYPATH": str(ROOT)})
+    command = [
+        tool("mypy"),
+        "--strict",
+        "--python-executable",
+        sys.executable,
+        "--cache-dir",
+        str(ROOT / "build" / "mypy"),
+        str(file),
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=file.parent, env={**os.environ, "MYPYPATH": str(ROOT)}
+    )
     assert result.returncode in (0, 1), result.stdout + result.stderr
     return {int(line) for line in re.findall(rf"^{re.escape(file.name)}:(\d+): error", result.stdout, re.MULTILINE)}
 

@@ -57,7 +57,9 @@ class TwoProcesses:
             failures = [f"process {waiting.pop(pipe)}: {failure}" for pipe in answered if (failure := pipe.recv())]
             if failures or not answered:
                 self.kill()  # the other may wait for this one for ever
-                raise AssertionError("\n".join(failures) or f"no answer within {SECONDS} seconds from {list(waiting.values())}")
+                raise AssertionError(
+                    "\n".join(failures) or f"no answer within {SECONDS} seconds from {list(waiting.values())}"
+                )
             for pipe in answered:
                 waiting.pop(pipe)
 

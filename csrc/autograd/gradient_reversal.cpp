@@ -1,7 +1,7 @@
 // gradient_reversal: a view forward, -lambda * grad backward, in place where nobody else can see the gradient.
 //
-// A hand-made node instead of torch::autograd::Function: it costs half as much per call, and it receives the engine's own
-// gradient list, so that the use counts in it are true (Function's wrapper holds a copy).
+// A hand-made node instead of torch::autograd::Function: it costs half as much per call, and it receives the engine's
+// own gradient list, so that the use counts in it are true (Function's wrapper holds a copy).
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -61,12 +61,12 @@ at::Tensor reverse(const at::Tensor& x, const Lambda& lambda) {
     at::AutoDispatchBelowADInplaceOrView guard;
     y = at::alias(x);
   }
-  // Marked like the view of a custom Function: an in-place operation on it raises PyTorch's own error instead of bypassing the
-  // node. Marked also where x requires no gradient yet: after x.add_(w), with a w that requires one, a plain view would pass the
-  // gradient on without reversing it.
+  // Marked like the view of a custom Function: an in-place operation on it raises PyTorch's own error instead of
+  // bypassing the node. Marked also where x requires no gradient yet: after x.add_(w), with a w that requires one, a
+  // plain view would pass the gradient on without reversing it.
   y = torch::autograd::as_view(
-      x, y, /*is_bw_differentiable=*/true, /*is_fw_differentiable=*/false, /*view_func=*/nullptr, /*rev_view_func=*/nullptr,
-      torch::autograd::CreationMeta::IN_CUSTOM_FUNCTION);
+      x, y, /*is_bw_differentiable=*/true, /*is_fw_differentiable=*/false, /*view_func=*/nullptr,
+      /*rev_view_func=*/nullptr, torch::autograd::CreationMeta::IN_CUSTOM_FUNCTION);
   if (needs_grad) {
     auto node = make_node<GradientReversalBackward>(lambda);
     node->set_next_edges(torch::autograd::collect_next_edges(x));

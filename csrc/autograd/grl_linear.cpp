@@ -1,5 +1,5 @@
-// grl_linear: F.linear whose gradient for x is multiplied by -lambda. If lambda is a number, the matrix product takes it as its
-// factor.
+// grl_linear: F.linear whose gradient for x is multiplied by -lambda. If lambda is a number, the matrix product takes
+// it as its factor.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -20,14 +20,15 @@ using torch::autograd::variable_list;
 // -lambda * (grad @ weight)
 Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
   if (!lambda.tensor && lambda.value != 0) {
-    // With beta = 0 the values of the first argument are ignored. Under vmap they are multiplied all the same, hence zeros.
+    // With beta = 0 the values of the first argument are ignored. Under vmap they are multiplied all the same, hence
+    // zeros.
     return at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
   }
   if (!lambda.tensor && !at::GradMode::is_enabled()) {  // gradients of gradients need the graph, of zeros too
     return grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)});
   }
-  // A matrix product cannot take its factor from a tensor. Scaling an operand instead of the result would be less work, but would
-  // give NaN instead of 0 where lambda is 0 and the other operand holds an infinity.
+  // A matrix product cannot take its factor from a tensor. Scaling an operand instead of the result would be less work,
+  // but would give NaN instead of 0 where lambda is 0 and the other operand holds an infinity.
   return scale_negate(grad.mm(weight), lambda, Made::kByThisNode);
 }
 
@@ -94,7 +95,8 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
   }
   void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { lambda_.collect_constants(args); }
   TracedBackward traced() const {
-    return [lambda = lambda_.traced(), needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) {
+    return [lambda = lambda_.traced(), needs = needs_when_traced()](
+               const variable_list& grads, const variable_list& saved) {
       return gradients(grads[0], lambda(saved[0], saved[1]), saved[2], saved[3], needs);
     };
   }
@@ -109,7 +111,8 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
   SavedVariable x_, weight_;
 };
 
-Tensor reversed_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Lambda& lambda) {
+Tensor reversed_linear(
+    const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Lambda& lambda) {
   refuse_forward_mode(x_, weight_, bias_);
   const Autocast cast(x_.device().type());
   const auto inputs_x = cast(x_), weight = cast(weight_);
@@ -133,7 +136,8 @@ Tensor reversed_linear(const Tensor& x_, const Tensor& weight_, const std::optio
 
 }  // namespace
 
-at::Tensor grl_linear_by_value(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double lambda) {
+at::Tensor grl_linear_by_value(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double lambda) {
   return reversed_linear(x, weight, bias, {lambda, std::nullopt});
 }
 

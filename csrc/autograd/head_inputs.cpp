@@ -55,7 +55,8 @@ Tensor numbers_now(const Tensor& values) {
   if (!values.is_cpu()) {
     return values.detach();
   }
-  if (!is_plain(values) || !values.is_contiguous() || values.scalar_type() != at::kDouble || c10::impl::dispatch_mode_enabled()) {
+  if (!is_plain(values) || !values.is_contiguous() || values.scalar_type() != at::kDouble ||
+      c10::impl::dispatch_mode_enabled()) {
     return values.detach().clone();
   }
   // The same copy without the dispatcher's overhead, which would take longer than copying a few numbers.

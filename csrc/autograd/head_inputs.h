@@ -32,8 +32,8 @@ bool any_requires_grad(const at::Tensor& x, const HeadLayers& layers);
 // A node's edges: to x, to each weight, to each bias.
 torch::autograd::edge_list edges_of(const at::Tensor& x, const HeadLayers& layers);
 
-// Lambda or loss weights, to be read later. From the CPU a copy, because they may change before the backward. On a GPU the tensor
-// itself: kernels read what it holds when they run.
+// Lambda or loss weights, to be read later. From the CPU a copy, because they may change before the backward. On a GPU
+// the tensor itself: kernels read what it holds when they run.
 at::Tensor numbers_now(const at::Tensor& values);
 
 // A head's lambda, 0-d. For a predictor -1, which leaves the gradient as it is.

@@ -17,8 +17,8 @@ bool in_place(const Tensor& grad) {
   return !at::GradMode::is_enabled() && !is_batched(grad);
 }
 
-// The gradient of a hidden layer's output from that of the layer above. Where no graph is recorded it is written over the output, some
-// rows at a time: a step with large hidden layers then never holds both.
+// The gradient of a hidden layer's output from that of the layer above. Where no graph is recorded it is written over
+// the output, some rows at a time: a step with large hidden layers then never holds both.
 Tensor hidden_gradient(const Tensor& grad, const Tensor& weight, const Tensor& output) {
   constexpr int64_t kPieces = 4, kRowsOfPiece = 256;  // fewer rows would make slower products
   if (!in_place(grad) || !is_plain(output) || output.size(0) < kPieces * kRowsOfPiece) {
@@ -82,7 +82,8 @@ void add_reversed_product(Tensor& dx, const Tensor& grad, const Tensor& weight, 
   } else if (!lambda.tensor && dx.defined()) {
     dx = add_in_place ? dx.addmm_(grad, weight, 1, -lambda.value) : dx.addmm(grad, weight, 1, -lambda.value);
   } else if (!lambda.tensor) {
-    // With beta = 0 the values of the first argument are ignored. Under vmap they are multiplied all the same, hence zeros.
+    // With beta = 0 the values of the first argument are ignored. Under vmap they are multiplied all the same, hence
+    // zeros.
     dx = at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
   } else {
     const auto part = scale_negate(grad.mm(weight), lambda, Made::kByThisNode);

@@ -36,7 +36,8 @@ at::Tensor relu_gradient(at::Tensor grad, const at::Tensor& output);
 
 // Backward through the first `depth` layers. `grad` is the gradient of layer depth-1's output. Consumes `inputs`.
 void gradients_of_layers(
-    GradientsOfLayers& gradients, at::Tensor grad, std::vector<at::Tensor> inputs, const LayersOfHead& layers, size_t depth);
+    GradientsOfLayers& gradients, at::Tensor grad, std::vector<at::Tensor> inputs, const LayersOfHead& layers,
+    size_t depth);
 
 // Adds -lambda * grad weight to dx, which may be undefined.
 void add_reversed_product(at::Tensor& dx, const at::Tensor& grad, const at::Tensor& weight, const Lambda& lambda);

@@ -1,9 +1,11 @@
-// heads_loss: all heads' logits, losses and gradients. Linear heads are computed together, in one pass over the features.
+// heads_loss: all heads' logits, losses and gradients. Linear heads are computed together, in one pass over the
+// features.
 //
-// The forward computes the gradients too, in the same pass over the features; the backward multiplies them by the loss's incoming
-// gradient. Not in float16: a gradient that underflows in the forward cannot be recovered by a loss scale that comes in the
-// backward. There the forward computes the losses only, and the backward goes over the features once more, with the scale. The
-// backward also does that where a single head's loss or the logits have an incoming gradient of their own.
+// The forward computes the gradients too, in the same pass over the features; the backward multiplies them by the
+// loss's incoming gradient. Not in float16: a gradient that underflows in the forward cannot be recovered by a loss
+// scale that comes in the backward. There the forward computes the losses only, and the backward goes over the features
+// once more, with the scale. The backward also does that where a single head's loss or the logits have an incoming
+// gradient of their own.
 #include <ATen/ATen.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -130,7 +132,8 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
       if (own.loss_weight) {
         own.loss_weight = saved[at_lambda + 1];
       }
-      variable_list gradients(saved.end() - static_cast<std::ptrdiff_t>(with_gradients ? needs.size() : 0), saved.end());
+      variable_list gradients(
+          saved.end() - static_cast<std::ptrdiff_t>(with_gradients ? needs.size() : 0), saved.end());
       if (can_reuse(incoming, needs, gradients)) {
         return scaled(grads[0], needs, /*last=*/false, gradients);
       }
@@ -140,9 +143,10 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   }
 
  private:
-  // Whether the forward's gradients can be returned: they are what is asked for, and an earlier backward that failed has not
-  // consumed them.
-  static bool can_reuse(const IncomingGradients& incoming, const std::vector<bool>& needs, const variable_list& gradients) {
+  // Whether the forward's gradients can be returned: they are what is asked for, and an earlier backward that failed
+  // has not consumed them.
+  static bool can_reuse(
+      const IncomingGradients& incoming, const std::vector<bool>& needs, const variable_list& gradients) {
     if (!incoming.of_loss().defined() || incoming.any_of_head_losses() || incoming.any_of_logits() ||
         is_batched(incoming.of_loss()) || at::GradMode::is_enabled()) {
       return false;
@@ -170,8 +174,8 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   }
 
   static variable_list recomputed(
-      const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x, const std::function<Tensor(size_t h)>& logits,
-      const std::vector<bool>& needs) {
+      const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x,
+      const std::function<Tensor(size_t h)>& logits, const std::vector<bool>& needs) {
     if (!incoming.of_loss().defined() && !incoming.any_of_head_losses() && !incoming.any_of_logits()) {
       return variable_list(needs.size());
     }
@@ -183,8 +187,10 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     return heads_loss_backward(incoming, heads, x, needs);
   }
 
-  // The heads as the forward had them. `saved`: weight and bias of each layer; target, sample and class weights of each head.
-  static HeadsOfLoss heads_of(const std::vector<Tensor>& saved, const std::vector<int64_t>& depth, HeadsOptions options) {
+  // The heads as the forward had them. `saved`: weight and bias of each layer; target, sample and class weights of each
+  // head.
+  static HeadsOfLoss heads_of(
+      const std::vector<Tensor>& saved, const std::vector<int64_t>& depth, HeadsOptions options) {
     const auto optional = [](const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
     HeadLayers layers;
     size_t next = 0;
@@ -235,8 +241,8 @@ void prepare(HeadsOptions& options, const Tensor& x, const std::vector<c10::SymI
   }
 }
 
-// The kernels check values too, but count the heads of their own call. With hidden layers a call has only some of the heads, and
-// the kernels' errors would name the wrong one. So the values are checked here, where h is right.
+// The kernels check values too, but count the heads of their own call. With hidden layers a call has only some of the
+// heads, and the kernels' errors would name the wrong one. So the values are checked here, where h is right.
 void check_values(const HeadsOptions& options, const std::vector<c10::SymInt>& sizes) {
   const auto readable = [](const Tensor& tensor) {
     return tensor.is_cpu() && is_plain(tensor) && !c10::impl::dispatch_mode_enabled();
@@ -278,7 +284,8 @@ LossAndLogits heads_loss(
   options.lambda = numbers_now(options.lambda);
   if (options.loss_weight) {
     const auto& given = *options.loss_weight;
-    const bool readable = given.scalar_type() == at::kFloat || given.scalar_type() == at::kDouble;  // by the kernels, as it is
+    const bool readable = given.scalar_type() == at::kFloat ||
+        given.scalar_type() == at::kDouble;  // by the kernels, as it is
     options.loss_weight = numbers_now(readable ? given : given.to(at::kDouble));
   }
 
@@ -308,7 +315,8 @@ LossAndLogits heads_loss(
     result = heads.compute(heads.all(), inputs.x, heads.options().loss_weight, needs);
   }
   if (recorded) {
-    auto node = make_node<HeadsLossBackward>(inputs.x, std::move(heads), now ? std::move(result.gradients) : variable_list());
+    auto node = make_node<HeadsLossBackward>(
+        inputs.x, std::move(heads), now ? std::move(result.gradients) : variable_list());
     node->set_next_edges(std::move(edges));
     torch::autograd::set_history(result.loss, node);
     torch::autograd::set_history(result.head_losses, node);
@@ -316,7 +324,8 @@ LossAndLogits heads_loss(
     node->save_logits(result.logits);
   }
   for (auto& logits : result.logits) {
-    if (inputs.features.dim() != 2) {  // a view, so that the node, which has saved the rows, notices if they are modified in place
+    if (inputs.features.dim() !=
+        2) {  // a view, so that the node, which has saved the rows, notices if they are modified in place
       logits = logits.view_symint(leading_sizes(logits, inputs.features));
     }
   }
@@ -325,9 +334,9 @@ LossAndLogits heads_loss(
 
 LossAndLogits heads_loss_of_lists(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth, at::TensorList targets,
-    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const Tensor& lambda, at::IntArrayRef lambda_index,
-    const std::optional<Tensor>& loss_weight, at::IntArrayRef kind, at::ArrayRef<double> label_smoothing,
-    at::IntArrayRef ignore_index, bool mean) {
+    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const Tensor& lambda,
+    at::IntArrayRef lambda_index, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
+    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean) {
   return heads_loss(
       x, weight, bias, depth,
       {targets.vec(), sample_weight.copy(), class_weight.copy(), lambda, lambda_index.vec(), loss_weight, kind.vec(),

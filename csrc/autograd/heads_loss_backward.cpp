@@ -27,14 +27,14 @@ bool IncomingGradients::any_batched() const {
 
 namespace {
 
-// The incoming gradient of head h's loss: its own, plus that of the total times the head's loss weight. Undefined if there is
-// neither.
+// The incoming gradient of head h's loss: its own, plus that of the total times the head's loss weight. Undefined if
+// there is neither.
 Tensor factor(const IncomingGradients& incoming, const HeadsOptions& options, size_t h) {
   Tensor factor = incoming.of_head_loss(h);
   if (const auto& total = incoming.of_loss(); total.defined()) {
-    const auto own = options.loss_weight
-        ? total * options.loss_weight->select(0, static_cast<int64_t>(h)).to(total.scalar_type())  // on whichever device
-        : total;
+    const auto own = options.loss_weight ? total *
+            options.loss_weight->select(0, static_cast<int64_t>(h)).to(total.scalar_type())  // on whichever device
+                                         : total;
     factor = factor.defined() ? factor + own : own;
   }
   return factor;
@@ -137,19 +137,22 @@ variable_list heads_loss_backward(
     factors.push_back(weight.defined() ? weight : at::zeros({}, x.options().dtype(arithmetic_type(x.scalar_type()))));
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  // Most often all heads have the same one, the gradient of the total. It is expanded and not copied: kernels read it where it is.
-  const bool one = std::all_of(factors.begin(), factors.end(), [&](const Tensor& own) { return own.is_same(factors[0]); });
+  // Most often all heads have the same one, the gradient of the total. It is expanded and not copied: kernels read it
+  // where it is.
+  const bool one = std::all_of(
+      factors.begin(), factors.end(), [&](const Tensor& own) { return own.is_same(factors[0]); });
   const auto weights = one ? factors[0].expand({static_cast<int64_t>(factors.size())}) : at::stack(factors);
   return heads.compute(asked, x, weights, needs).gradients;
 }
 
 variable_list heads_loss_backward_composite(
-    const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x, const std::function<Tensor(size_t h)>& logits,
-    const std::vector<bool>& needs) {
+    const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x,
+    const std::function<Tensor(size_t h)>& logits, const std::vector<bool>& needs) {
   variable_list result(heads.slots().count());
   add_linear_heads(result, incoming, heads, x, logits, needs);
   for (size_t h = 0; h < heads.count(); ++h) {
-    const bool asked = incoming.of_loss().defined() || incoming.of_head_loss(h).defined() || incoming.of_logits(h).defined();
+    const bool asked = incoming.of_loss().defined() || incoming.of_head_loss(h).defined() ||
+        incoming.of_logits(h).defined();
     if (asked && !heads.is_linear(h)) {
       add_layers(result, incoming, heads, h, x, needs);
     }

@@ -8,7 +8,8 @@
 
 namespace grl_ext {
 
-// The incoming gradients of heads_loss: of the loss, of each head's loss, of each head's logits. Undefined where there is none.
+// The incoming gradients of heads_loss: of the loss, of each head's loss, of each head's logits. Undefined where there
+// is none.
 struct IncomingGradients {
   const torch::autograd::variable_list& grads;
   size_t heads;
@@ -29,13 +30,13 @@ struct IncomingGradients {
   bool any(size_t begin, size_t end) const;
 };
 
-// By the kernels, in one more pass over the features. The logits must have no incoming gradients. A head whose loss has none takes
-// no part: its values may be infinite, and its parameters get no gradient instead of zeros.
+// By the kernels, in one more pass over the features. The logits must have no incoming gradients. A head whose loss has
+// none takes no part: its values may be infinite, and its parameters get no gradient instead of zeros.
 torch::autograd::variable_list heads_loss_backward(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const at::Tensor& x, const std::vector<bool>& needs);
 
-// The same in ATen operators, which are differentiable; with the logits' incoming gradients. logits(h) returns the logits of linear
-// head h as the forward saved them.
+// The same in ATen operators, which are differentiable; with the logits' incoming gradients. logits(h) returns the
+// logits of linear head h as the forward saved them.
 torch::autograd::variable_list heads_loss_backward_composite(
     const IncomingGradients& incoming, const HeadsOfLoss& heads, const at::Tensor& x,
     const std::function<at::Tensor(size_t h)>& logits, const std::vector<bool>& needs);

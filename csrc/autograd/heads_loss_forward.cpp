@@ -22,15 +22,17 @@ using Output = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vect
 Output call_kernel(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, const HeadsOptions& options,
     const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs) {
-  static const auto kernel = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("grl_ext::_heads_loss", "")
-                                 .typed<Output(
-                                     const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
-                                     const OptionalTensors&, const Tensor&, at::IntArrayRef, const std::optional<Tensor>&,
-                                     at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
+  static const auto kernel =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("grl_ext::_heads_loss", "")
+          .typed<Output(
+              const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
+              const OptionalTensors&, const Tensor&, at::IntArrayRef, const std::optional<Tensor>&, at::IntArrayRef,
+              at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
   return kernel.call(
-      x, weight, bias, options.targets, options.sample_weight, options.class_weight, options.lambda, options.lambda_index,
-      loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, to_list(needs));
+      x, weight, bias, options.targets, options.sample_weight, options.class_weight, options.lambda,
+      options.lambda_index, loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean,
+      to_list(needs));
 }
 
 // tensor.unbind(), without the dispatcher's overhead where no subclass and no mode has to see the call.
@@ -41,7 +43,8 @@ std::vector<Tensor> elements_of(const Tensor& tensor) {
   std::vector<Tensor> elements;
   elements.reserve(tensor.numel());
   for (int64_t i = 0; i < tensor.numel(); ++i) {
-    elements.push_back(at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
+    elements.push_back(
+        at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
     elements.back().unsafeGetTensorImpl()->set_sizes_and_strides(c10::IntArrayRef{}, c10::IntArrayRef{}, i);
   }
   return elements;
@@ -121,7 +124,8 @@ HeadsOptions HeadsOfLoss::options_of(const std::vector<size_t>& heads, const std
 HeadsOfLoss::Result HeadsOfLoss::compute(
     const std::vector<size_t>& asked, const Tensor& x, const std::optional<Tensor>& loss_weight,
     const std::vector<bool>& needs) const {
-  Result result{{}, std::vector<Tensor>(count()), std::vector<Tensor>(count()), torch::autograd::variable_list(slots().count())};
+  Result result{
+      {}, std::vector<Tensor>(count()), std::vector<Tensor>(count()), torch::autograd::variable_list(slots().count())};
   if (const auto heads = linear_of(asked); !heads.empty()) {
     compute_linear(result, heads, x, loss_weight, needs);
   }
@@ -171,9 +175,11 @@ void HeadsOfLoss::compute_linear(
   }
 }
 
-// A head of several layers: matrix products up to its last layer. That one and its loss are computed as those of a linear head.
+// A head of several layers: matrix products up to its last layer. That one and its loss are computed as those of a
+// linear head.
 void HeadsOfLoss::compute_layers(
-    Result& result, size_t h, const Tensor& x, const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs) const {
+    Result& result, size_t h, const Tensor& x, const std::optional<Tensor>& loss_weight,
+    const std::vector<bool>& needs) const {
   const auto layers = layers_of(h, needs);
   const auto top = layers.depth() - 1;
   auto inputs = inputs_of_layers(x, layers);

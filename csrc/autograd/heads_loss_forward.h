@@ -49,7 +49,8 @@ class HeadsOfLoss {
     torch::autograd::variable_list gradients;  // by GradientSlots; undefined where not needed
   };
 
-  // The losses of the heads in `asked`, and the gradients that are needed. In these each head counts with its loss_weight.
+  // The losses of the heads in `asked`, and the gradients that are needed. In these each head counts with its
+  // loss_weight.
   Result compute(
       const std::vector<size_t>& asked, const at::Tensor& x, const std::optional<at::Tensor>& loss_weight,
       const std::vector<bool>& needs) const;
@@ -57,8 +58,8 @@ class HeadsOfLoss {
  private:
   HeadsOptions options_of(const std::vector<size_t>& heads, const std::optional<at::Tensor>& loss_weight) const;
   void compute_linear(
-      Result& result, const std::vector<size_t>& heads, const at::Tensor& x, const std::optional<at::Tensor>& loss_weight,
-      const std::vector<bool>& needs) const;
+      Result& result, const std::vector<size_t>& heads, const at::Tensor& x,
+      const std::optional<at::Tensor>& loss_weight, const std::vector<bool>& needs) const;
   void compute_layers(
       Result& result, size_t h, const at::Tensor& x, const std::optional<at::Tensor>& loss_weight,
       const std::vector<bool>& needs) const;

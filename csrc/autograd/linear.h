@@ -9,7 +9,8 @@
 
 namespace grl_ext {
 
-// What autocast does to the arguments of F.linear: where it is on for the device, they are cast to its dtype, except for float64.
+// What autocast does to the arguments of F.linear: where it is on for the device, they are cast to its dtype, except
+// for float64.
 class Autocast {
  public:
   explicit Autocast(c10::DeviceType device) : device_(device) {
@@ -52,14 +53,14 @@ inline std::vector<c10::SymInt> leading_sizes(const at::Tensor& rows, const at::
   return sizes;
 }
 
-// Rows in that shape, which nobody else may hold: the result is not marked as a view. Neither is F.linear's. A view would lose its
-// hooks when it is modified in place.
+// Rows in that shape, which nobody else may hold: the result is not marked as a view. Neither is F.linear's. A view
+// would lose its hooks when it is modified in place.
 inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& like) {
   return like.dim() == 2 ? rows : at::_unsafe_view_symint(rows, leading_sizes(rows, like));
 }
 
-// The nodes of linear operators have no forward-mode derivative: an error is better than a tangent that is silently lost. The
-// Python functions take their other path; this guards torch.ops.
+// The nodes of linear operators have no forward-mode derivative: an error is better than a tangent that is silently
+// lost. The Python functions take their other path; this guards torch.ops.
 inline void refuse_forward_mode(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   using torch::autograd::isFwGradDefined;
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -67,7 +68,8 @@ inline void refuse_forward_mode(const at::Tensor& x, const at::Tensor& weight, c
       "torch.ops.grl_ext has no forward-mode derivative for linear operators; call the functions of grl_ext instead");
 }
 
-inline void refuse_forward_mode(const at::Tensor& x, at::TensorList weight, const c10::List<std::optional<at::Tensor>>& bias) {
+inline void refuse_forward_mode(
+    const at::Tensor& x, at::TensorList weight, const c10::List<std::optional<at::Tensor>>& bias) {
   refuse_forward_mode(x, x, std::nullopt);
   for (size_t i = 0; i < weight.size(); ++i) {
     refuse_forward_mode(x, weight[i], i < bias.size() ? bias.get(i) : std::nullopt);

@@ -1,4 +1,5 @@
-// linear_heads: linear layers over the same features. In the features' gradient each adversary's part is multiplied by its -lambda.
+// linear_heads: linear layers over the same features. In the features' gradient each adversary's part is multiplied by
+// its -lambda.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -23,8 +24,8 @@ using torch::autograd::variable_list;
 
 using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
 
-// Head by head, as separate layers would do it, so that gradients of gradients pass through each head's reversal as they would
-// there.
+// Head by head, as separate layers would do it, so that gradients of gradients pass through each head's reversal as
+// they would there.
 Gradients heads_gradients_composite(
     const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
     const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
@@ -101,7 +102,8 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
   void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { args.collect(lambda_index_); }
 
   TracedBackward traced() const {
-    return [lambda_index = lambda_index_, needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) {
+    return [lambda_index = lambda_index_, needs = needs_when_traced()](
+               const variable_list& grads, const variable_list& saved) {
       return gradients(grads, saved[0], {saved.begin() + 2, saved.end()}, saved[1], lambda_index, needs);
     };
   }
@@ -159,8 +161,8 @@ Gradients heads_gradients(
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_gradients", "")
                                  .typed<Gradients(
-                                     at::TensorList, const std::optional<Tensor>&, at::TensorList, const Tensor&, at::IntArrayRef,
-                                     const c10::List<bool>&)>();
+                                     at::TensorList, const std::optional<Tensor>&, at::TensorList, const Tensor&,
+                                     at::IntArrayRef, const c10::List<bool>&)>();
   if (at::GradMode::is_enabled() || std::any_of(grad_logits.begin(), grad_logits.end(), is_batched)) {
     return heads_gradients_composite(grad_logits, x, weight, lambda, lambda_index, needs);
   }
@@ -177,7 +179,8 @@ Gradients heads_gradients(
 }
 
 std::vector<Tensor> linear_heads(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, const Tensor& lambda, at::IntArrayRef lambda_index) {
+    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, const Tensor& lambda,
+    at::IntArrayRef lambda_index) {
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_logits", "")
                                  .typed<std::vector<Tensor>(const Tensor&, at::TensorList, const OptionalTensors&)>();

@@ -8,9 +8,10 @@
 
 namespace grl_ext {
 
-// The gradients (dx, dw, db) of linear heads from those of their logits. In dx each adversary's part is multiplied by its -lambda.
-// Computed by the kernel; by ATen operators for gradients of gradients and for batches of gradients. A gradient that is not needed
-// comes back undefined. x may be undefined where no weight needs a gradient, and weight empty where x needs none.
+// The gradients (dx, dw, db) of linear heads from those of their logits. In dx each adversary's part is multiplied by
+// its -lambda. Computed by the kernel; by ATen operators for gradients of gradients and for batches of gradients. A
+// gradient that is not needed comes back undefined. x may be undefined where no weight needs a gradient, and weight
+// empty where x needs none.
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> heads_gradients(
     const std::vector<at::Tensor>& grad_logits, const at::Tensor& x, const std::vector<at::Tensor>& weight,
     const at::Tensor& lambda, const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs);

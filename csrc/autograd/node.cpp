@@ -33,8 +33,8 @@ torch::autograd::variable_list call_traced(
     const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap,
     const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved, TracedBackward backward) {
   using namespace torch::dynamo::autograd;
-  // A graph cannot hold undefined tensors. The defined ones are the arguments; when the call runs, `present` says where they
-  // belong.
+  // A graph cannot hold undefined tensors. The defined ones are the arguments; when the call runs, `present` says where
+  // they belong.
   std::vector<at::IValue> arguments;
   std::vector<bool> present;
   for (const auto& tensor : saved) {
@@ -43,7 +43,8 @@ torch::autograd::variable_list call_traced(
       arguments.emplace_back(tensor);
     }
   }
-  auto run = [backward = std::move(backward), present](const variable_list& grads, const std::vector<at::IValue>& arguments) {
+  auto run = [backward = std::move(backward), present](
+                 const variable_list& grads, const std::vector<at::IValue>& arguments) {
     variable_list saved(present.size());
     for (size_t i = 0, next = 0; i < present.size(); ++i) {
       if (present[i]) {
@@ -89,8 +90,8 @@ void refuse_functorch() {
 }
 
 bool is_unshared(const at::Tensor& tensor) {
-  // One holder of the tensor and one of its storage: no Python variable, hook, saved tensor or view. Storage that PyTorch cannot
-  // resize belongs to somebody else (NumPy, DLPack, shared memory), who may still look at it.
+  // One holder of the tensor and one of its storage: no Python variable, hook, saved tensor or view. Storage that
+  // PyTorch cannot resize belongs to somebody else (NumPy, DLPack, shared memory), who may still look at it.
   return tensor.use_count() == 1 && tensor.storage().use_count() == 1 && tensor.storage().resizable() &&
       tensor.is_non_overlapping_and_dense();
 }

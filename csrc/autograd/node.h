@@ -40,11 +40,11 @@ torch::autograd::variable_list call_traced(
     const torch::autograd::Node& node, torch::dynamo::autograd::SwapSavedVariables& swap,
     const torch::autograd::variable_list& grads, const torch::autograd::variable_list& saved, TracedBackward backward);
 
-// A node that compiled autograd can trace. Its saved tensors become inputs of the graph, so that one graph serves all their values.
-// The node has
-//   template <class Visit> void each_saved(Visit visit);         what it saves, SavedVariable or Tensor, always in one order
-//   void collect_constants(CompiledNodeArgs& args) const;        what else its backward reads: another value is another graph
-//   TracedBackward traced() const;                               its backward, given what each_saved visits
+// A node that compiled autograd can trace. Its saved tensors become inputs of the graph, so that one graph serves all
+// their values. The node has
+//   template <class Visit> void each_saved(Visit visit);    what it saves, SavedVariable or Tensor, always in one order
+//   void collect_constants(CompiledNodeArgs& args) const;   what else its backward reads: another value, another graph
+//   TracedBackward traced() const;                          its backward, given what each_saved visits
 template <class T>
 class TraceableNode : public torch::autograd::Node {
  public:
@@ -54,7 +54,8 @@ class TraceableNode : public torch::autograd::Node {
       if constexpr (std::is_same_v<std::decay_t<decltype(saved)>, at::Tensor>) {
         args.collect(saved);
       } else {
-        args.collect(saved, /*is_output=*/true);  // true for saved results, which must know their node; harmless for saved inputs
+        // True for saved results, which must know their node. It does no harm to saved inputs.
+        args.collect(saved, /*is_output=*/true);
       }
     });
   }
@@ -106,16 +107,16 @@ bool is_batched(const at::Tensor& tensor);
 
 bool on_kernels_device(const at::Tensor& tensor);
 
-// Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for. Not under a
-// dispatch mode (make_fx, FakeTensorMode, a user's own mode), which has to see plain ATen operators.
+// Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for.
+// Not under a dispatch mode (make_fx, FakeTensorMode, a user's own mode), which has to see plain ATen operators.
 bool has_kernel(const at::Tensor& tensor);
 
-// Raises PyTorch's own error inside a torch.func transform, which would silently ignore a C++ node. The Python functions take their
-// other path there; this guards torch.ops.
+// Raises PyTorch's own error inside a torch.func transform, which would silently ignore a C++ node. The Python
+// functions take their other path there; this guards torch.ops.
 void refuse_functorch();
 
-// Whether on the host only `tensor` itself refers to its memory, now and later. It says nothing about kernels that are still
-// queued: see Made in scale_negate.h.
+// Whether on the host only `tensor` itself refers to its memory, now and later. It says nothing about kernels that are
+// still queued: see Made in scale_negate.h.
 bool is_unshared(const at::Tensor& tensor);
 
 }  // namespace grl_ext

@@ -78,15 +78,17 @@ at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda) 
   const auto factor = lambda.tensor->to(grad.options().dtype(arithmetic_type(grad.scalar_type())).device(device))
                           .mul(-lambda.value);
   const auto scaled = grad.to(c10::promoteTypes(grad.scalar_type(), at::kFloat)).mul(factor).to(grad.scalar_type());
-  const auto off = on_host ? at::full({}, host_number(*lambda.tensor) * lambda.value == 0, grad.options().dtype(at::kBool))
-                           : factor.eq(0);
+  const auto off = on_host
+      ? at::full({}, host_number(*lambda.tensor) * lambda.value == 0, grad.options().dtype(at::kBool))
+      : factor.eq(0);
   return at::where(off, at::zeros({}, grad.options()), scaled);
 }
 
 at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made) {
-  static const auto out_of_place = c10::Dispatcher::singleton()
-                                       .findSchemaOrThrow("grl_ext::_scale_negate", "")
-                                       .typed<at::Tensor(const at::Tensor&, double, const std::optional<at::Tensor>&)>();
+  static const auto out_of_place =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("grl_ext::_scale_negate", "")
+          .typed<at::Tensor(const at::Tensor&, double, const std::optional<at::Tensor>&)>();
   static const auto in_place = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("grl_ext::_scale_negate_", "")
                                    .typed<void(at::Tensor&, double, const std::optional<at::Tensor>&)>();

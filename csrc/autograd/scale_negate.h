@@ -20,15 +20,17 @@ struct Lambda {
 
 // Who made a gradient. On this depends whether it may be overwritten when it has a single owner on the host.
 //
-// Kernels queued on a CUDA stream are not counted as owners. Take z = a + reversal(b), with a made on one stream and b on another.
-// The engine hands the same gradient to both branches. a's backward queues its kernels on a's stream and releases the gradient.
-// Then b's node, on its own stream, is the only owner of memory that the other stream still has to read. A node cannot tell this
-// from the harmless case:
-// - the stream of the gradient's producer may be the node's own, and so may the default stream, which waits for no other;
+// Kernels queued on a CUDA stream are not counted as owners. Take z = a + reversal(b), with a made on one stream and b
+// on another. The engine hands the same gradient to both branches. a's backward queues its kernels on a's stream and
+// releases the gradient. Then b's node, on its own stream, is the only owner of memory that the other stream still has
+// to read. A node cannot tell this from the harmless case:
+// - the stream of the gradient's producer may be the node's own, and so may the default stream, which waits for no
+// other;
 // - whoever else got the gradient comes later in the forward and is gone in the backward;
 // - record_stream keeps the allocator from handing the memory on, but not this node from writing to it.
-// So a gradient from the engine is overwritten only on the CPU, where operators have ended when they return. On CUDA a pass in
-// place moves as many bytes as one out of place; it would only save memory until the incoming gradient is freed.
+// So a gradient from the engine is overwritten only on the CPU, where operators have ended when they return. On CUDA a
+// pass in place moves as many bytes as one out of place; it would only save memory until the incoming gradient is
+// freed.
 enum class Made {
   kElsewhere,   // it comes from the engine
   kByThisNode,  // and nobody else ever had it
@@ -37,17 +39,18 @@ enum class Made {
 // Takes `grad` over: pass it by std::move, so that its use count is true and it can be scaled in place.
 at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made = Made::kElsewhere);
 
-// The same for all gradients that a node has made, by one lambda. They have one dtype, and some may be undefined. Those that may be
-// overwritten are scaled in one call, which on CUDA is one launch.
+// The same for all gradients that a node has made, by one lambda. They have one dtype, and some may be undefined. Those
+// that may be overwritten are scaled in one call, which on CUDA is one launch.
 void scale_negate_list(std::vector<at::Tensor>& grads, const Lambda& lambda);
 
 // The same in ATen operators, as in _reference.scale_negate: differentiable, traceable, for every device and layout.
 at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda);
 
-// The lambda as a node keeps it. A 0-d CPU tensor becomes a number now: reading it is cheap, and later changes of the tensor do not
-// reach a graph already built. Where its value cannot be read (a tracer, a subclass), a copy does the same.
-// A lambda that requires grad stays a tensor, because gradients of gradients need it. Its value is read when the backward runs,
-// from the host if it is there: copying it to a GPU would wait for the GPU, and fail during the capture of a CUDA graph.
+// The lambda as a node keeps it. A 0-d CPU tensor becomes a number now: reading it is cheap, and later changes of the
+// tensor do not reach a graph already built. Where its value cannot be read (a tracer, a subclass), a copy does the
+// same. A lambda that requires grad stays a tensor, because gradients of gradients need it. Its value is read when the
+// backward runs, from the host if it is there: copying it to a GPU would wait for the GPU, and fail during the capture
+// of a CUDA graph.
 Lambda read_lambda(const at::Tensor& lambda);
 
 // A node's lambda between forward and backward.
@@ -55,9 +58,9 @@ class SavedLambda {
  public:
   explicit SavedLambda(const Lambda& lambda) : value_(lambda.value), has_tensor_(lambda.tensor.has_value()) {
     if (has_tensor_) {
-      // A 0-d tensor is a setting that may change, like a capturable optimizer's learning rate: the kernel reads what it holds
-      // when it runs, also in a replayed CUDA graph. Saved with a version counter of its own, so that a change raises no error.
-      // Any other tensor is data, which must not change.
+      // A 0-d tensor is a setting that may change, like a capturable optimizer's learning rate: the kernel reads what
+      // it holds when it runs, also in a replayed CUDA graph. Saved with a version counter of its own, so that a change
+      // raises no error. Any other tensor is data, which must not change.
       const auto& tensor = *lambda.tensor;
       const bool live = tensor.dim() == 0 && !tensor.requires_grad();
       tensor_ = torch::autograd::SavedVariable(live ? tensor.variable_data() : tensor, /*is_output=*/false);

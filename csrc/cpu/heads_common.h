@@ -1,5 +1,6 @@
-// What the heads' operators on the CPU share: which heads the fused kernels take, how rows are divided among the threads and into
-// blocks, and which gradients are needed. heads_rows.h reads and writes rows, heads_parameters.h weights and biases.
+// What the heads' operators on the CPU share: which heads the fused kernels take, how rows are divided among the
+// threads and into blocks, and which gradients are needed. heads_rows.h reads and writes rows, heads_parameters.h
+// weights and biases.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -46,7 +47,8 @@ void for_each_thread(int64_t threads, int64_t rows, const F& f) {
 template <class F>
 auto dispatch_arithmetic(at::ScalarType dtype, const F& f) {
   TORCH_CHECK_TYPE(
-      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, "no kernel for ", dtype);
+      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, "no kernel for ",
+      dtype);
   return dtype == at::kDouble ? f(double()) : f(float());
 }
 
@@ -61,9 +63,10 @@ const HeadsKernels<T>& heads_kernels() {
 
 // at::empty without the dispatcher's overhead.
 //
-// Make the largest tensor last. What glibc's malloc takes from the end of its heap, and gets back while it is still the last block
-// there, serves the next step again. Below other blocks it leaves a gap, too small for the next tensor of its size, which has to be
-// aligned. The heap then grows instead, and when it shrinks again its pages go to the system and come back to be filled with zeros.
+// Make the largest tensor last. What glibc's malloc takes from the end of its heap, and gets back while it is still the
+// last block there, serves the next step again. Below other blocks it leaves a gap, too small for the next tensor of
+// its size, which has to be aligned. The heap then grows instead, and when it shrinks again its pages go to the system
+// and come back to be filled with zeros.
 inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_cpu(sizes, dtype);
 }
@@ -113,7 +116,8 @@ class HeadColumns {
   std::vector<int64_t> heads_, begin_;
 };
 
-// The heads that the fused kernels take, which is each one for which there is still room, and those left to matrix products.
+// The heads that the fused kernels take, which is each one for which there is still room, and those left to matrix
+// products.
 struct Division {
   HeadColumns fused;
   std::vector<int64_t> by_products;

@@ -1,5 +1,5 @@
-// _heads_loss on the CPU: logits, losses and all gradients block by block, while a block of features is in the cache. Heads too
-// wide for that are computed by matrix products, with the losses between them.
+// _heads_loss on the CPU: logits, losses and all gradients block by block, while a block of features is in the cache.
+// Heads too wide for that are computed by matrix products, with the losses between them.
 #include <torch/library.h>
 
 #include <array>
@@ -41,8 +41,8 @@ class Losses {
     }
   }
 
-  // Adds a head's losses in a block of rows to the thread's sum. Writes the gradient of its logits, and the same times the head's
-  // scale. All three matrices have their columns kMaxBlockRows apart.
+  // Adds a head's losses in a block of rows to the thread's sum. Writes the gradient of its logits, and the same times
+  // the head's scale. All three matrices have their columns kMaxBlockRows apart.
   void block(int64_t thread, int64_t h, int64_t row, int64_t rows, const T* logits, T* grad_logits, T* scaled) {
     const Head& head = heads_[h];
     std::array<Integer<T>, kMaxBlockRows> labels{};
@@ -107,9 +107,12 @@ class Losses {
     int64_t ignore_index = 0;
   };
 
-  static const T* pointer(const std::optional<Tensor>& tensor) { return tensor ? tensor->template const_data_ptr<T>() : nullptr; }
+  static const T* pointer(const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->template const_data_ptr<T>() : nullptr;
+  }
 
-  // The sum of the rows' weights. Needed before the first gradient, which is divided by it. Refuses invalid targets and weights.
+  // The sum of the rows' weights. Needed before the first gradient, which is divided by it. Refuses invalid targets and
+  // weights.
   static double total_weight(const Head& head, size_t h, int64_t rows) {
     const int64_t classes = classes_of(head.size);
     const auto takes_part = [&](int64_t r) { return !head.labels || head.labels[r] != head.ignore_index; };
@@ -148,8 +151,8 @@ struct Result {
 // The heads that the fused kernels take, in one pass over the features.
 template <class T>
 void fused(
-    Result& result, Losses<T>& losses, const HeadColumns& columns, int64_t threads, const Tensor& x, at::TensorList weight,
-    const OptionalTensors& bias, const std::vector<double>& scales, const Needs& needs) {
+    Result& result, Losses<T>& losses, const HeadColumns& columns, int64_t threads, const Tensor& x,
+    at::TensorList weight, const OptionalTensors& bias, const std::vector<double>& scales, const Needs& needs) {
   const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
   const Parameters<T> parameters(columns, weight, bias);
   const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
@@ -202,8 +205,8 @@ void fused(
 // One head by matrix products, with its losses between them.
 template <class T>
 void by_products(
-    Result& result, bool& dx_begun, Losses<T>& losses, int64_t h, int64_t threads, const Tensor& x, const Tensor& weight,
-    const std::optional<Tensor>& bias, double scale, const Needs& needs) {
+    Result& result, bool& dx_begun, Losses<T>& losses, int64_t h, int64_t threads, const Tensor& x,
+    const Tensor& weight, const std::optional<Tensor>& bias, double scale, const Needs& needs) {
   const int64_t n = x.size(0), k = weight.size(0);
   const auto logits = at::linear(x, weight, bias);
   auto grad_logits = at::empty_like(logits);
@@ -234,11 +237,12 @@ using Output = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vect
 
 Output heads_loss(
     const Tensor& x_, at::TensorList weight, const OptionalTensors& bias, at::TensorList targets,
-    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const Tensor& lambda, at::IntArrayRef lambda_index,
-    const std::optional<Tensor>& loss_weight, at::IntArrayRef kind, at::ArrayRef<double> label_smoothing,
-    at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs_) {
-  const HeadsOptions options{targets.vec(), sample_weight,         class_weight,       lambda, lambda_index.vec(), loss_weight,
-                             kind.vec(),    label_smoothing.vec(), ignore_index.vec(), mean};
+    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const Tensor& lambda,
+    at::IntArrayRef lambda_index, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
+    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs_) {
+  const HeadsOptions options{targets.vec(),      sample_weight, class_weight, lambda,
+                             lambda_index.vec(), loss_weight,   kind.vec(),   label_smoothing.vec(),
+                             ignore_index.vec(), mean};
   const auto x = x_.contiguous();
   const Needs needs(needs_);
   const auto heads = weight.size();
@@ -249,7 +253,9 @@ Output heads_loss(
     columns += matrix.size(0);
   }
   const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
-  const auto none = [&] { return empty({0}, x.scalar_type()); };  // a new tensor each time: results must not share memory
+  const auto none = [&] {
+    return empty({0}, x.scalar_type());
+  };  // a new tensor each time: results must not share memory
   Result result{std::vector<Tensor>(heads), needs.x() ? Tensor() : none(), {}, {}};
   result.dw.reserve(heads);
   result.db.reserve(heads);

@@ -1,5 +1,6 @@
-// The weights and biases of the heads that the fused kernels take, and the sums that become their gradients. The threads' sums are
-// added in the threads' order, so that the result depends on the number of threads and on nothing else.
+// The weights and biases of the heads that the fused kernels take, and the sums that become their gradients. The
+// threads' sums are added in the threads' order, so that the result depends on the number of threads and on nothing
+// else.
 #pragma once
 
 #include <algorithm>
@@ -61,8 +62,8 @@ class Parameters {
   std::vector<T> bias_;
 };
 
-// After this many blocks a thread puts its sums aside and begins new ones. A float32 sum over millions of rows, one after the
-// other, would lose four digits.
+// After this many blocks a thread puts its sums aside and begins new ones. A float32 sum over millions of rows, one
+// after the other, would lose four digits.
 constexpr int64_t kBlocksPerSum = 256;
 
 // The gradients of weights and biases: each thread's sums, and their total.

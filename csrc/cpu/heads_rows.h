@@ -19,8 +19,9 @@ class Rows {
   Rows(const Tensor& tensor, int64_t width)
       // const_data_ptr also where rows are written, which happens only to tensors that the operator made. For others
       // mutable_data_ptr could copy the tensor (copy-on-write).
-      : data_(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))), row_bytes_(width * tensor.element_size()),
-        width_(width), convert_(convert_kernels(tensor.scalar_type())), copy_(convert_ ? kMaxBlockRows * width : 0) {}
+      : data_(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
+        row_bytes_(width * tensor.element_size()), width_(width), convert_(convert_kernels(tensor.scalar_type())),
+        copy_(convert_ ? kMaxBlockRows * width : 0) {}
 
   const T* read(int64_t row, int64_t rows) {
     if constexpr (std::is_same_v<T, float>) {
@@ -36,7 +37,9 @@ class Rows {
   T* write(int64_t row) { return convert_ ? copy_.data() : reinterpret_cast<T*>(data_ + row * row_bytes_); }
 
   // Where read(row) will find its rows, for prefetching. A converted copy is always at the same place.
-  const T* ahead(int64_t row) const { return convert_ ? copy_.data() : reinterpret_cast<const T*>(data_ + row * row_bytes_); }
+  const T* ahead(int64_t row) const {
+    return convert_ ? copy_.data() : reinterpret_cast<const T*>(data_ + row * row_bytes_);
+  }
 
   void written(int64_t row, int64_t rows) {
     if constexpr (std::is_same_v<T, float>) {

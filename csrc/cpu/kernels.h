@@ -1,20 +1,21 @@
 // The CPU kernels as a table of plain functions, one table per instruction set, and the choice among them at run time.
 //
-// The kernels' source (csrc/cpu/kernels/) is compiled once per instruction set (csrc/cpu/isa/) and includes no header at all. An
-// inline function of a header would be compiled for AVX-512 too, and that copy could be the one that the linker keeps for
-// everybody.
+// The kernels' source (csrc/cpu/kernels/) is compiled once per instruction set (csrc/cpu/isa/) and includes no header
+// at all. An inline function of a header would be compiled for AVX-512 too, and that copy could be the one that the
+// linker keeps for everybody.
 #pragma once
 
 namespace grl_ext::cpu {
 
-// out[i] = -lambda * grad[i] for a number, or with lambda[i] for `scale_each`; zero where lambda is zero. out may be grad.
-// Lambda and the arithmetic are double for double, float otherwise; half types are 16-bit patterns.
+// out[i] = -lambda * grad[i] for a number, or with lambda[i] for `scale_each`; zero where lambda is zero. out may be
+// grad. Lambda and the arithmetic are double for double, float otherwise; half types are 16-bit patterns.
 struct ScaleKernels {
   void (*scale)(void* out, const void* grad, long n, double lambda);
   void (*scale_each)(void* out, const void* grad, long n, const void* lambda);
 };
 
-// The most rows that the heads' kernels take at a time. It is also the distance between two columns of a block's matrices.
+// The most rows that the heads' kernels take at a time. It is also the distance between two columns of a block's
+// matrices.
 constexpr long kMaxBlockRows = 64;
 
 template <class T>
@@ -35,8 +36,8 @@ struct Columns {
   long begin, end;
 };
 
-// One head's logits and targets in a block of rows. A matrix has its columns kMaxBlockRows apart. Rows after the last one, up to a
-// whole vector, have a row weight of 0.
+// One head's logits and targets in a block of rows. A matrix has its columns kMaxBlockRows apart. Rows after the last
+// one, up to a whole vector, have a row weight of 0.
 template <class T>
 struct HeadBlock {
   const T* logits;
@@ -68,11 +69,12 @@ struct GradientsBlock {
   long dw_runs;
 };
 
-// Each takes a block of at most kMaxBlockRows rows. csrc/cpu/kernels/heads_logits.h, heads_loss.h and heads_gradients.h say
-// what it computes.
+// Each takes a block of at most kMaxBlockRows rows. csrc/cpu/kernels/heads_logits.h, heads_loss.h and heads_gradients.h
+// say what it computes.
 template <class T>
 struct HeadsKernels {
-  void (*logits)(T* z, const T* x, const T* next, const T* weight, const T* bias, long rows, long features, long columns);
+  void (*logits)(
+      T* z, const T* x, const T* next, const T* weight, const T* bias, long rows, long features, long columns);
   double (*cross_entropy)(const HeadBlock<T>& head);
   double (*squared_error)(const HeadBlock<T>& head);
   void (*gradients)(const GradientsBlock<T>& block);
@@ -91,8 +93,8 @@ struct Kernels {
   ConvertKernels half, bfloat16;
 };
 
-// The table of the widest instruction set that this machine has; GRL_EXT_CPU_ISA=avx512|avx2|baseline chooses another one that it
-// has.
+// The table of the widest instruction set that this machine has; GRL_EXT_CPU_ISA=avx512|avx2|baseline chooses another
+// one that it has.
 const Kernels& kernels();
 
 }  // namespace grl_ext::cpu

@@ -1,5 +1,5 @@
-// _heads_logits and _heads_gradients on the CPU: narrow heads together, in one pass over the features; each wide one by matrix
-// products.
+// _heads_logits and _heads_gradients on the CPU: narrow heads together, in one pass over the features; each wide one by
+// matrix products.
 #include <torch/library.h>
 
 #include "heads_common.h"
@@ -10,7 +10,8 @@ namespace grl_ext::cpu {
 namespace {
 
 void fused_logits(
-    std::vector<Tensor>& logits, const HeadColumns& columns, const Tensor& x, at::TensorList weight, const OptionalTensors& bias) {
+    std::vector<Tensor>& logits, const HeadColumns& columns, const Tensor& x, at::TensorList weight,
+    const OptionalTensors& bias) {
   const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
   for (int64_t i = 0; i < columns.count(); ++i) {
     logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
@@ -25,7 +26,8 @@ void fused_logits(
       for (int64_t r = begin; r < end; r += step) {
         const int64_t rows = std::min(step, end - r);
         const T* next = features.ahead(std::min(r + rows, end - 1));
-        heads_kernels<T>().logits(z.data(), features.read(r, rows), next, parameters.weight(), parameters.bias(), rows, d, k);
+        heads_kernels<T>().logits(
+            z.data(), features.read(r, rows), next, parameters.weight(), parameters.bias(), rows, d, k);
         out.write(z.data(), r, rows);
       }
     });
@@ -60,10 +62,11 @@ struct Gradients {
 
 template <class T>
 void fused_gradients(
-    Gradients& gradients, const HeadColumns& columns, at::TensorList grad_logits, const Tensor& x, at::TensorList weight,
-    const std::vector<double>& scales, const Needs& needs, int64_t d) {
+    Gradients& gradients, const HeadColumns& columns, at::TensorList grad_logits, const Tensor& x,
+    at::TensorList weight, const std::vector<double>& scales, const Needs& needs, int64_t d) {
   const auto dtype = grad_logits[0].scalar_type();
-  const int64_t n = grad_logits[0].size(0), k = columns.total(), step = block_rows(d), threads = thread_count(n, d, 2 * k);
+  const int64_t n = grad_logits[0].size(0), k = columns.total(), step = block_rows(d),
+                threads = thread_count(n, d, 2 * k);
   const auto parameters = needs.x() ? std::optional<Parameters<T>>(std::in_place, columns, weight, OptionalTensors())
                                     : std::nullopt;
   const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });

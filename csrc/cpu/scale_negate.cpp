@@ -1,4 +1,5 @@
-// _scale_negate on the CPU: splits the gradient among the threads and calls the kernel of this machine's instruction set.
+// _scale_negate on the CPU: splits the gradient among the threads and calls the kernel of this machine's instruction
+// set.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -47,7 +48,8 @@ void scale(const at::Tensor& out, const at::Tensor& grad, double value, const st
 
   const auto found = lambda_layout(grad.sizes(), lambda->sizes());
   TORCH_CHECK_VALUE(
-      found && grad.is_contiguous() && lambda->is_contiguous() && lambda->scalar_type() == (size == 8 ? at::kDouble : at::kFloat),
+      found && grad.is_contiguous() && lambda->is_contiguous() &&
+          lambda->scalar_type() == (size == 8 ? at::kDouble : at::kFloat),
       "_scale_negate: lambda_ does not lie over the gradient in a form that the kernel reads");
   auto layout = *found;
   const auto values = layout.inner * parts == 1 ? *lambda : lambda->to(at::kDouble);

@@ -9,8 +9,8 @@
 
 namespace grl_ext {
 
-// The type that an element is computed in: f16 and bf16 are widened to f32, and results are rounded once, when they are stored.
-// widen_pair takes two neighbours in a 32-bit word, the first in its low half.
+// The type that an element is computed in: f16 and bf16 are widened to f32, and results are rounded once, when they are
+// stored. widen_pair takes two neighbours in a 32-bit word, the first in its low half.
 template <typename T>
 struct Arithmetic {
   using type = T;
@@ -35,8 +35,11 @@ struct Arithmetic<__nv_bfloat16> {
   using type = float;
   __device__ static float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
   __device__ static __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
-  // A bfloat16 is the upper half of a float. So two take a shift and a mask; one by one they would take three instructions.
-  __device__ static float2 widen_pair(uint32_t bits) { return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)}; }
+  // A bfloat16 is the upper half of a float. So two take a shift and a mask; one by one they would take three
+  // instructions.
+  __device__ static float2 widen_pair(uint32_t bits) {
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  }
 };
 
 }  // namespace grl_ext

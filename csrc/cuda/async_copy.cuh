@@ -9,8 +9,8 @@
 
 namespace grl_ext {
 
-// 16, 8 or 4 bytes, both ends aligned to as many. Only copies of 16 bypass the L1 cache (cp.async.cg), as data that is read once
-// should.
+// 16, 8 or 4 bytes, both ends aligned to as many. Only copies of 16 bypass the L1 cache (cp.async.cg), as data that is
+// read once should.
 template <int kBytes>
 __device__ inline void cp_async(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, kBytes);

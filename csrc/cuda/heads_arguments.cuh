@@ -8,8 +8,8 @@
 
 namespace grl_ext {
 
-// The most heads of one launch. Their descriptions are among the kernel's arguments, which may have 4096 bytes. They hold pointers,
-// so that weights and targets need not be copied into one buffer first.
+// The most heads of one launch. Their descriptions are among the kernel's arguments, which may have 4096 bytes. They
+// hold pointers, so that weights and targets need not be copied into one buffer first.
 constexpr int kHeadsPerLaunch = kMaxSweepColumns;
 
 enum class TargetKind : uint8_t {
@@ -33,7 +33,8 @@ struct Head {
   const A* class_weight;   // (classes), or null: 1
   int64_t ignore_index;
   double smoothing;
-  double scale;  // the head's factor in dx: 1 for a predictor, -lambda for an adversary; not read if the device holds lambda
+  double scale;  // the head's factor in dx: 1 for a predictor, -lambda for an adversary; not read if the device holds
+                 // lambda
   double loss_weight;  // not read if the device holds it
   int begin, end;  // columns, among those of all heads
   int16_t lambda_index;  // in `lambda` of the launch; -1 for a predictor
@@ -50,8 +51,8 @@ struct Head {
   }
 };
 
-// Numbers that the device holds, or null. They are read when the kernel runs, so that nothing waits for them and a replayed CUDA
-// graph sees their changes.
+// Numbers that the device holds, or null. They are read when the kernel runs, so that nothing waits for them and a
+// replayed CUDA graph sees their changes.
 struct DeviceNumbers {
   const float* floats;
   const double* doubles;
@@ -72,7 +73,9 @@ struct Heads {
   __device__ double scale_of(int h) const {
     return head[h].lambda_index >= 0 && lambda.exist() ? -lambda[head[h].lambda_index] : head[h].scale;
   }
-  __device__ double loss_weight_of(int h) const { return loss_weight.exist() ? loss_weight[first + h] : head[h].loss_weight; }
+  __device__ double loss_weight_of(int h) const {
+    return loss_weight.exist() ? loss_weight[first + h] : head[h].loss_weight;
+  }
 };
 
 }  // namespace grl_ext

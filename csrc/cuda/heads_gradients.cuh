@@ -5,13 +5,13 @@
 
 namespace grl_ext {
 
-// dx[r] = sum_c scaled[c][r] w[c], over the columns whose bit is set in `dx_columns`: not over those of a head with scale 0, whose
-// weight may hold an infinity. A thread takes kRowGroup rows of a piece. For each c it loads a piece of w, another one in each
-// lane, and kRowGroup numbers of `scaled`, the same in all lanes, for 32 multiply-adds.
+// dx[r] = sum_c scaled[c][r] w[c], over the columns whose bit is set in `dx_columns`: not over those of a head with
+// scale 0, whose weight may hold an infinity. A thread takes kRowGroup rows of a piece. For each c it loads a piece of
+// w, another one in each lane, and kRowGroup numbers of `scaled`, the same in all lanes, for 32 multiply-adds.
 template <typename T, typename A>
 __device__ void write_feature_gradient(
-    T* dx, int64_t stride, const A* scaled, int scaled_pitch, const T* weight, int pitch, unsigned dx_columns, int rows, int width,
-    bool whole) {
+    T* dx, int64_t stride, const A* scaled, int scaled_pitch, const T* weight, int pitch, unsigned dx_columns, int rows,
+    int width, bool whole) {
   const int pieces = (width + kPiece - 1) / kPiece;
   const int groups = (rows + kRowGroup - 1) / kRowGroup;
   for (int item = static_cast<int>(threadIdx.x); item < pieces * groups; item += static_cast<int>(blockDim.x)) {
@@ -43,8 +43,8 @@ __device__ void write_feature_gradient(
   }
 }
 
-// The thread's part of the weights' gradient, in registers: kTilesPerThread tiles of kColumnGroup columns x kPiece features. Tiles
-// without a `needed` column are skipped.
+// The thread's part of the weights' gradient, in registers: kTilesPerThread tiles of kColumnGroup columns x kPiece
+// features. Tiles without a `needed` column are skipped.
 template <typename T>
 struct WeightGradient {
   using A = typename Arithmetic<T>::type;
@@ -77,8 +77,8 @@ struct WeightGradient {
     }
   }
 
-  // sum[c] += sum_r g[r][c] x[r]. For each r a thread loads a piece of x, another one in each lane, and a piece of g, the same
-  // in nearly all lanes, for 16 multiply-adds.
+  // sum[c] += sum_r g[r][c] x[r]. For each r a thread loads a piece of x, another one in each lane, and a piece of g,
+  // the same in nearly all lanes, for 16 multiply-adds.
   __device__ void add(const A* g, const T* x, int pitch, int columns, int rows, int width) {
     for_each_tile(width, columns, [&](A(&tile)[kColumnGroup][kPiece], int column, int at) {
 #pragma unroll 4

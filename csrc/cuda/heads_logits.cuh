@@ -5,8 +5,8 @@
 
 namespace grl_ext {
 
-// The tile's logits, in register tiles of kRowGroup x kColumnGroup dot products, each computed by a warp. Where there are more
-// warps than register tiles, several warps share one, and each takes a range of the features.
+// The tile's logits, in register tiles of kRowGroup x kColumnGroup dot products, each computed by a warp. Where there
+// are more warps than register tiles, several warps share one, and each takes a range of the features.
 struct LogitsTiles {
   int column_groups;
   int tiles;
@@ -19,8 +19,8 @@ struct LogitsTiles {
     splits = max(1, warps / tiles);
   }
 
-  // sums[split][tile][row within][column within]. Every piece loaded is used four or eight times: 12 loads of a piece for 128
-  // multiply-adds.
+  // sums[split][tile][row within][column within]. Every piece loaded is used four or eight times: 12 loads of a piece
+  // for 128 multiply-adds.
   template <typename T, typename A>
   __device__ void multiply(A* sums, const T* x, const T* weight, int pitch, int pieces, int columns) const {
     static_assert(kRowGroup * kColumnGroup == kWarpSize);

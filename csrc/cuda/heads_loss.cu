@@ -1,5 +1,5 @@
-// _heads_loss on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued on the current stream,
-// and the host never waits, so that it can be captured in a CUDA graph.
+// _heads_loss on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued on the
+// current stream, and the host never waits, so that it can be captured in a CUDA graph.
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
 
@@ -21,15 +21,16 @@ using Output = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vect
 
 Output heads_loss_cuda(
     const Tensor& x_, at::TensorList weight_, const OptionalTensors& bias_, at::TensorList targets_,
-    const OptionalTensors& sample_weight_, const OptionalTensors& class_weight_, const Tensor& lambda, at::IntArrayRef lambda_index,
-    const std::optional<Tensor>& loss_weight, at::IntArrayRef kind, at::ArrayRef<double> label_smoothing,
-    at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs) {
+    const OptionalTensors& sample_weight_, const OptionalTensors& class_weight_, const Tensor& lambda,
+    at::IntArrayRef lambda_index, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
+    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs) {
   const c10::cuda::CUDAGuard guard(x_.device());
   const auto sizes = sizes_of(x_, weight_);
   check_features(sizes);
   const auto x = x_.contiguous();
   const auto weight = contiguous(weight_), targets = contiguous(targets_);
-  const auto bias = contiguous(bias_), sample_weight = contiguous(sample_weight_), class_weight = contiguous(class_weight_);
+  const auto bias = contiguous(bias_), sample_weight = contiguous(sample_weight_),
+             class_weight = contiguous(class_weight_);
   const auto loss_options = x.options().dtype(arithmetic_type(x.scalar_type()));
   const auto loss = at::empty({}, loss_options);
   const auto head_losses = at::empty({static_cast<int64_t>(sizes.heads.size())}, loss_options);
@@ -64,7 +65,11 @@ Output heads_loss_cuda(
     }
     const HeadsLosses<A> losses{data<A>(loss), data<A>(head_losses)};
     const HeadsCall<T> call{
-        const_data<T>(x), data<T>(gradients.dx), sizes.rows, static_cast<int>(sizes.features), static_cast<int>(sizes.columns()),
+        const_data<T>(x),
+        data<T>(gradients.dx),
+        sizes.rows,
+        static_cast<int>(sizes.features),
+        static_cast<int>(sizes.columns()),
         heads[0]};
     if (sizes.columns() <= kMaxSweepColumns &&
         plan_heads(problem_with_loss(call, mean), queue.device).form != HeadsForm::kProducts) {
@@ -83,8 +88,8 @@ Output heads_loss_cuda(
       buffers.scaled = at::empty({sizes.rows, buffers.pitch}, x.options());
       C10_CUDA_CHECK(silence_weights(buffers.as<T>(), heads, queue));  // after the logits, which need the whole weight
     }
-    C10_CUDA_CHECK(
-        heads_loss_of_products(buffers.as<T>(), heads, static_cast<int>(sizes.heads.size()), mean, losses, queue, Scratch(x)));
+    C10_CUDA_CHECK(heads_loss_of_products(
+        buffers.as<T>(), heads, static_cast<int>(sizes.heads.size()), mean, losses, queue, Scratch(x)));
     buffers.write_gradients(gradients, x);
   });
   return {loss, head_losses, logits, gradients.dx, gradients.dw, gradients.db};

@@ -1,11 +1,13 @@
 // The loss of a row of one head, and its gradient for the row's logits z:
 //
-//   cross entropy    u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes), with y the target class or probabilities
-//                    loss = mass log sum_c exp z[c] - sum_c u[c] z[c],  mass = sum_c u[c],   dz[c] = mass softmax(z)[c] - u[c]
-//   squared error    loss = sum_c (z[c] - value[c])^2,                                       dz[c] = 2 (z[c] - value[c])
+//   cross entropy   u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes), with y the target class or
+//                   probabilities;   mass = sum_c u[c]
+//                   loss = mass log sum_c exp z[c] - sum_c u[c] z[c],    dz[c] = mass softmax(z)[c] - u[c]
+//   squared error   loss = sum_c (z[c] - value[c])^2,                    dz[c] = 2 (z[c] - value[c])
 //
-// A head of one column is binary, the softmax over 0 and z. A row counts with its sample weight. It is not valid where that is 0 or
-// its target is ignore_index: it has no loss and no gradient then, even where its logits or targets are NaN.
+// A head of one column is binary, the softmax over 0 and z. A row counts with its sample weight. It is not valid where
+// that is 0 or its target is ignore_index: it has no loss and no gradient then, even where its logits or targets are
+// NaN.
 #pragma once
 
 #include "heads_norm.cuh"
@@ -108,11 +110,12 @@ struct LossSums {
   bool mass;
 };
 
-// The gradient of the row's part in the total loss, for the lane's logit z. The first lane of each head adds the row's loss to
-// `loss`. A lane without a column counts as a head of its own.
+// The gradient of the row's part in the total loss, for the lane's logit z. The first lane of each head adds the row's
+// loss to `loss`. A lane without a column counts as a head of its own.
 template <typename T, typename A = typename Arithmetic<T>::type>
 __device__ A loss_of_lane(
-    double& loss, A z, const HeadLoss<T>& head, const RowTarget<T>& row, bool exists, int first_lane, int end_lane, LossSums sums) {
+    double& loss, A z, const HeadLoss<T>& head, const RowTarget<T>& row, bool exists, int first_lane, int end_lane,
+    LossSums sums) {
   const int column = lane_id() - first_lane;
   const int hit = head.binary ? 1 : column;  // the class that the lane stands for
   A e = 0, sum = 1, u = 0, mass = 1;

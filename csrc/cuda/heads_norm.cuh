@@ -1,5 +1,5 @@
-// The norm of each head: the sum of its rows' weights, by which its mean divides. It must be known before the first gradient is
-// written. Added up in double and in one fixed order: no atomics.
+// The norm of each head: the sum of its rows' weights, by which its mean divides. It must be known before the first
+// gradient is written. Added up in double and in one fixed order: no atomics.
 #pragma once
 
 #include <cassert>
@@ -12,11 +12,13 @@ namespace grl_ext {
 // Where the sweep finds the norms.
 struct Norms {
   bool mean;            // false: the loss is a sum, and every norm is 1
-  const double* parts;  // (blocks, heads of the launch), by heads_norm_kernel; null: each block adds the rows' weights up itself
+  const double*
+      parts;  // (blocks, heads of the launch), by heads_norm_kernel; null: each block adds the rows' weights up itself
   int blocks;
 };
 
-// A class that does not exist stops the program, as in PyTorch's own loss: an error would need the host to wait for the device.
+// A class that does not exist stops the program, as in PyTorch's own loss: an error would need the host to wait for the
+// device.
 __device__ inline void check_target(bool exists) {
   if (!exists) {
     __assert_fail("a target is neither a class of its head nor ignore_index", __FILE__, __LINE__, __func__);
@@ -39,8 +41,9 @@ __device__ double weight_of_row(const Head<T>& head, int64_t row) {
   return head.class_weight && exists ? weight * static_cast<double>(__ldg(head.class_weight + target)) : weight;
 }
 
-// norms[h] = the sum over rows [begin, end), by the whole block. `scratch` holds a number for each thread. The block's threads are
-// divided among the heads: thread t of a head takes rows t, t + threads, t + 2 threads, ... A warp adds up the threads' sums.
+// norms[h] = the sum over rows [begin, end), by the whole block. `scratch` holds a number for each thread. The block's
+// threads are divided among the heads: thread t of a head takes rows t, t + threads, t + 2 threads, ... A warp adds up
+// the threads' sums.
 template <typename T>
 __device__ void add_rows(double* norms, double* scratch, const Heads<T>& heads, int64_t begin, int64_t end) {
   const int threads = static_cast<int>(blockDim.x) / heads.count;
@@ -69,8 +72,8 @@ __device__ void add_rows(double* norms, double* scratch, const Heads<T>& heads, 
 }
 
 // parts[block][h] = the sum over the block's rows.
-// Traffic: the targets and sample weights once. Launch: 16 rows a thread or more, kMaxNormBlocks at most, because all their parts
-// are added up again by every block that needs them.
+// Traffic: the targets and sample weights once. Launch: 16 rows a thread or more, kMaxNormBlocks at most, because all
+// their parts are added up again by every block that needs them.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads)
     heads_norm_kernel(double* parts, int64_t rows, const __grid_constant__ Heads<T> heads) {

@@ -1,8 +1,9 @@
-// Every decision about how the heads' kernels are launched, from sizes alone; heads_*_launches.cuh act on it. Plain C++: no CUDA,
-// no ATen.
+// Every decision about how the heads' kernels are launched, from sizes alone; heads_*_launches.cuh act on it. Plain
+// C++: no CUDA, no ATen.
 //
-// A block of threads sweeps over its own rows, a tile of them in shared memory at a time. During the whole sweep it keeps the
-// weight in shared memory and its part of the weight's gradient in registers. Features too wide for either are swept in slices.
+// A block of threads sweeps over its own rows, a tile of them in shared memory at a time. During the whole sweep it
+// keeps the weight in shared memory and its part of the weight's gradient in registers. Features too wide for either
+// are swept in slices.
 #pragma once
 
 #include <algorithm>
@@ -13,38 +14,41 @@ namespace grl_ext {
 // The sweep gives every column of a row its own lane of a warp. More columns than lanes go to matrix products.
 constexpr int kMaxSweepColumns = 32;
 
-// The register tile: a thread holds kPiece neighbouring features, kColumnGroup columns and, backward, kRowGroup rows. The tile of
-// the logits is as many numbers as a warp has lanes.
+// The register tile: a thread holds kPiece neighbouring features, kColumnGroup columns and, backward, kRowGroup rows.
+// The tile of the logits is as many numbers as a warp has lanes.
 constexpr int kPiece = 4;
 constexpr int kColumnGroup = 4;
 constexpr int kRowGroup = 8;
 
-// Tiles of kPiece x kColumnGroup of the weight's gradient that a thread owns: D * K up to 16384 in one slice with 512 threads. They
-// take 32 registers in f32, beside which the rest just fits into the 128 that 512 threads may have; with three tiles ptxas spills.
+// Tiles of kPiece x kColumnGroup of the weight's gradient that a thread owns: D * K up to 16384 in one slice with 512
+// threads. They take 32 registers in f32, beside which the rest just fits into the 128 that 512 threads may have; with
+// three tiles ptxas spills.
 constexpr int kTilesPerThread = 2;
 
-// Features too wide for one block's memory are swept in slices, the blocks of a slice along the grid's second dimension. A slice is
-// a multiple of 32 features: whole sectors of 32 bytes for every type. The narrowest fits any GPU, and more of them than the grid
-// may have there cannot be launched.
+// Features too wide for one block's memory are swept in slices, the blocks of a slice along the grid's second
+// dimension. A slice is a multiple of 32 features: whole sectors of 32 bytes for every type. The narrowest fits any
+// GPU, and more of them than the grid may have there cannot be launched.
 constexpr int kSliceMultiple = 32;
 constexpr int kMaxGridY = 65535;
 constexpr int kMaxFeatures = kMaxGridY * kSliceMultiple;
 
-// The columns of a product are padded to a multiple of this, so that rows of halves begin at multiples of 16 bytes, which the fast
-// products ask for.
+// The columns of a product are padded to a multiple of this, so that rows of halves begin at multiples of 16 bytes,
+// which the fast products ask for.
 constexpr int kProductColumns = 8;
 
-// Up to this many targets, rows times heads, every block adds the rows' weights up itself. That costs less than the launch of a
-// kernel that does it once.
+// Up to this many targets, rows times heads, every block adds the rows' weights up itself. That costs less than the
+// launch of a kernel that does it once.
 constexpr int64_t kMaxRowsCountedInPlace = 16384;
 
 constexpr int kNormThreads = 256;
 constexpr int kMaxNormBlocks = 128;
 constexpr int kProductThreads = 256;
 constexpr int kTotalThreads = 256;
-constexpr int kSmallBlocksPerSm = 8;  // 8 blocks of 256 threads (the three constants above) fill a multiprocessor's 2048
+constexpr int kSmallBlocksPerSm =
+    8;  // 8 blocks of 256 threads (the three constants above) fill a multiprocessor's 2048
 
-// The most static shared memory of the sweep, which describes columns and heads. A block's memory is this and the dynamic part.
+// The most static shared memory of the sweep, which describes columns and heads. A block's memory is this and the
+// dynamic part.
 constexpr int kStaticBytes = 4096;
 
 struct HeadsDevice {
@@ -112,9 +116,10 @@ inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   sweep.shared_bytes = static_cast<int>(end);
 }
 
-// Large tiles divide the cost of reading W, and that of the phase row by row, among more rows. Two stages keep the memory busy
-// during the arithmetic. Where two blocks of 256 threads fit on a multiprocessor, one works while the other waits at a barrier.
-// Else there is one block of 512 threads, or of 256 in f64, whose numbers take two registers. To be tuned with bench/compare.py
+// Large tiles divide the cost of reading W, and that of the phase row by row, among more rows. Two stages keep the
+// memory busy during the arithmetic. Where two blocks of 256 threads fit on a multiprocessor, one works while the other
+// waits at a barrier. Else there is one block of 512 threads, or of 256 in f64, whose numbers take two registers. To be
+// tuned with bench/compare.py
 // --device cuda.
 inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
   constexpr int kReservedBytes = 1024;  // by the system, for each block
@@ -153,15 +158,16 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   }
   sweep.slices = static_cast<int>(std::max<int64_t>(1, divide_up(problem.features, std::max(1, sweep.slice_features))));
 
-  // As many blocks as run at a time, if there is a row group for each. But every block writes its partial sums of the weight's
-  // gradient, which are read once more. This traffic may be a quarter of that of the features, which are read and written once; one
-  // block a multiprocessor is always allowed.
-  // A block takes one slice of the features. For logits only it takes all slices, because the sums run through them.
+  // As many blocks as run at a time, if there is a row group for each. But every block writes its partial sums of the
+  // weight's gradient, which are read once more. This traffic may be a quarter of that of the features, which are read
+  // and written once; one block a multiprocessor is always allowed. A block takes one slice of the features. For logits
+  // only it takes all slices, because the sums run through them.
   const int64_t resident = int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1);
   const int64_t across = problem.logits_only ? resident : std::max<int64_t>(1, resident / sweep.slices);
   int64_t blocks = std::min(divide_up(problem.rows, kRowGroup), across);
   if (problem.weight_gradient) {
-    const int64_t cheap = problem.rows * problem.element_bytes / (4 * int64_t{problem.columns} * problem.arithmetic_bytes);
+    const int64_t cheap = problem.rows * problem.element_bytes /
+        (4 * int64_t{problem.columns} * problem.arithmetic_bytes);
     blocks = std::min(blocks, std::max<int64_t>(device.sm_count, cheap));
   }
   sweep.rows_per_block = divide_up(problem.rows, std::max<int64_t>(1, blocks));
@@ -196,11 +202,11 @@ inline int norm_blocks_for(int64_t rows_to_count) {
   return static_cast<int>(std::min<int64_t>(kMaxNormBlocks, divide_up(rows_to_count, 16 * kNormThreads)));
 }
 
-// Where one pass is not possible, half types go to products and the others to two passes. The reason, in cycles of an H100's
-// multiprocessor for 16 rows of 1024 features and 12 columns, counted in the compiled code: two passes of f32 need 15200 for the
-// memory and 9730 to issue the instructions, so that the memory is the limit. Those of bf16 need 7600 and 11390, so that the
-// arithmetic is the limit; for the matrix units of a product it is little work. In f32 a product has no matrix units (unless the
-// user allows TF32), and it pads narrow heads to its own tiles.
+// Where one pass is not possible, half types go to products and the others to two passes. The reason, in cycles of an
+// H100's multiprocessor for 16 rows of 1024 features and 12 columns, counted in the compiled code: two passes of f32
+// need 15200 for the memory and 9730 to issue the instructions, so that the memory is the limit. Those of bf16 need
+// 7600 and 11390, so that the arithmetic is the limit; for the matrix units of a product it is little work. In f32 a
+// product has no matrix units (unless the user allows TF32), and it pads narrow heads to its own tiles.
 inline HeadsPlan plan_heads(const HeadsProblem& problem, const HeadsDevice& device) {
   HeadsPlan plan{};
   plan.norm_blocks = problem.rows_to_count <= kMaxRowsCountedInPlace ? 0 : norm_blocks_for(problem.rows_to_count);

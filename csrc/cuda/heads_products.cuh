@@ -1,8 +1,9 @@
-// The kernels before, between and after matrix products, for heads that the sweep does not take. One product serves all heads, over
-// buffers in which their columns lie side by side. There are `pitch` columns, a multiple of kProductColumns; those after the last
-// head's are zero.
+// The kernels before, between and after matrix products, for heads that the sweep does not take. One product serves all
+// heads, over buffers in which their columns lie side by side. There are `pitch` columns, a multiple of
+// kProductColumns; those after the last head's are zero.
 //
-// Kernels that go through rows give each row of a head as many lanes as it can use: a warp takes several rows of a narrow head.
+// Kernels that go through rows give each row of a head as many lanes as it can use: a warp takes several rows of a
+// narrow head.
 #pragma once
 
 #include "heads_loss.cuh"
@@ -36,16 +37,18 @@ struct LanesOfRow {
   }
 };
 
-// The end of the columns that head h fills in a buffer: its own, and for the last head of all also the padding after them.
+// The end of the columns that head h fills in a buffer: its own, and for the last head of all also the padding after
+// them.
 template <typename T>
 __device__ int padded_end(const Heads<T>& heads, int h, int columns, int pitch) {
   return heads.head[h].end == columns ? pitch : heads.head[h].end;
 }
 
-// weight (pitch, features) and bias (pitch) from the heads' own. Traffic: weights read and written once. Launch: heads along y.
+// weight (pitch, features) and bias (pitch) from the heads' own. Traffic: weights read and written once. Launch: heads
+// along y.
 template <typename T>
-__global__ void __launch_bounds__(kProductThreads)
-    heads_gather_weights_kernel(T* weight, T* bias, int features, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
+__global__ void __launch_bounds__(kProductThreads) heads_gather_weights_kernel(
+    T* weight, T* bias, int features, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
   const int h = static_cast<int>(blockIdx.y);
   const Head<T>& head = heads.head[h];
   const T zero = Arithmetic<T>::narrow(0);
@@ -55,13 +58,14 @@ __global__ void __launch_bounds__(kProductThreads)
   for (int64_t i = first; i < all; i += int64_t{gridDim.x} * blockDim.x) {
     weight[int64_t{head.begin} * features + i] = i < own ? head.weight[i] : zero;
   }
-  for (int64_t c = first; bias && head.begin + c < padded_end(heads, h, columns, pitch); c += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t c = first; bias && head.begin + c < padded_end(heads, h, columns, pitch);
+       c += int64_t{gridDim.x} * blockDim.x) {
     bias[head.begin + c] = head.bias && c < head.size() ? head.bias[c] : zero;
   }
 }
 
-// Zeros the rows of `weight` that belong to heads with scale 0, so that such a head, which may hold infinities, adds nothing to the
-// product that makes dx. Launch: heads along y; those with another scale return at once.
+// Zeros the rows of `weight` that belong to heads with scale 0, so that such a head, which may hold infinities, adds
+// nothing to the product that makes dx. Launch: heads along y; those with another scale return at once.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads)
     heads_silence_kernel(T* weight, int features, const __grid_constant__ Heads<T> heads) {
@@ -91,8 +95,8 @@ __global__ void __launch_bounds__(kProductThreads)
 // g and scaled (rows, pitch), each where not null, from the heads' grad_logits; scaled = g with each head's scale.
 // Traffic: the gradient read once and written twice. Launch: heads along y.
 template <typename T>
-__global__ void __launch_bounds__(kProductThreads)
-    heads_gather_gradients_kernel(T* g, T* scaled, int64_t rows, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
+__global__ void __launch_bounds__(kProductThreads) heads_gather_gradients_kernel(
+    T* g, T* scaled, int64_t rows, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
   using A = typename Arithmetic<T>::type;
   const int h = static_cast<int>(blockIdx.y);
   const Head<T>& head = heads.head[h];
@@ -113,9 +117,9 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
-// The heads' logits, g and scaled (each where not null), and losses[block][head], from a product's logits z (rows, pitch).
-// Traffic: z once from memory and twice more from the cache; logits, g and scaled written once. Launch: the heads of the launch
-// along y; along x enough blocks to fill the GPU, which stride over the rows.
+// The heads' logits, g and scaled (each where not null), and losses[block][head], from a product's logits z (rows,
+// pitch). Traffic: z once from memory and twice more from the cache; logits, g and scaled written once. Launch: the
+// heads of the launch along y; along x enough blocks to fill the GPU, which stride over the rows.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
     T* g, T* scaled, double* losses, const T* z, int64_t rows, int columns, int pitch, int all_heads, Norms from,
@@ -129,13 +133,14 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
   const Head<T>& head = heads.head[h];
   const HeadLoss<T> of_head = head_loss(heads, h, norms[h]);
   const int size = head.size();
-  const int first_class = head.binary();  // of the first column: that of a binary head is class 1, and class 0 has the logit 0
+  const int first_class =
+      head.binary();  // of the first column: that of a binary head is class 1, and class 0 has the logit 0
   const int end = padded_end(heads, h, columns, pitch) - head.begin;
   const A scale = static_cast<A>(heads.scale_of(h));
   const LanesOfRow at(size);
   double loss = 0;
-  // All lanes of a warp leave the loop together, because its shuffles need them all. A lane beyond the last row reads the last row
-  // and adds nothing.
+  // All lanes of a warp leave the loop together, because its shuffles need them all. A lane beyond the last row reads
+  // the last row and adds nothing.
   const int64_t warp_first = at.first - lane_id() / at.lanes;
   for (int64_t ahead = 0; warp_first + ahead < rows; ahead += at.step) {
     const bool inside = at.first + ahead < rows;
@@ -174,7 +179,8 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
     }
     part = at.over(part, Sum{});
     if (inside && row_target.valid && at.lane == 0) {
-      loss += static_cast<double>(row_target.weight) * static_cast<double>(of_head.squared() ? part : mass * log(sum) - part);
+      loss += static_cast<double>(row_target.weight) *
+          static_cast<double>(of_head.squared() ? part : mass * log(sum) - part);
     }
     for (int c = at.lane; inside && c < end; c += at.lanes) {
       A dz = 0;

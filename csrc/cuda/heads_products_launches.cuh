@@ -1,5 +1,5 @@
-// The kernels between matrix products, for any number of columns: which run, one after the other. `all_heads` holds all heads,
-// kHeadsPerLaunch at a time.
+// The kernels between matrix products, for any number of columns: which run, one after the other. `all_heads` holds all
+// heads, kHeadsPerLaunch at a time.
 #pragma once
 
 #include "heads_products.cuh"
@@ -8,8 +8,8 @@
 
 namespace grl_ext {
 
-// The buffers that the products read and write: weight (pitch, features), bias (pitch), z, g and scaled (rows, pitch). Null: not
-// needed.
+// The buffers that the products read and write: weight (pitch, features), bias (pitch), z, g and scaled (rows, pitch).
+// Null: not needed.
 template <typename T>
 struct Products {
   int64_t rows;
@@ -34,8 +34,8 @@ cudaError_t gather_weights(const Products<T>& in, const HeadsList& all_heads, co
   for (const Heads<T>& heads : all_heads) {
     launches(
         heads_gather_weights_kernel<T>,
-        grid_of_elements(int64_t{in.pitch} * in.features / heads.count + 1, heads.count, queue.device), kProductThreads, 0,
-        in.weight, in.bias, in.features, in.columns, in.pitch, heads);
+        grid_of_elements(int64_t{in.pitch} * in.features / heads.count + 1, heads.count, queue.device), kProductThreads,
+        0, in.weight, in.bias, in.features, in.columns, in.pitch, heads);
   }
   return launches.status;
 }
@@ -45,8 +45,9 @@ cudaError_t silence_weights(const Products<T>& in, const HeadsList& all_heads, c
   Launches launches{queue.stream};
   for (const Heads<T>& heads : all_heads) {
     launches(
-        heads_silence_kernel<T>, grid_of_elements(int64_t{in.pitch} * in.features / heads.count + 1, heads.count, queue.device),
-        kProductThreads, 0, in.weight, in.features, heads);
+        heads_silence_kernel<T>,
+        grid_of_elements(int64_t{in.pitch} * in.features / heads.count + 1, heads.count, queue.device), kProductThreads,
+        0, in.weight, in.features, heads);
   }
   return launches.status;
 }
@@ -57,8 +58,9 @@ cudaError_t split_logits(const Products<T>& in, const HeadsList& all_heads, cons
   for (const Heads<T>& heads : all_heads) {
     if (in.rows > 0) {
       launches(
-          heads_split_logits_kernel<T>, grid_of_elements(in.rows * in.pitch / heads.count + 1, heads.count, queue.device),
-          kProductThreads, 0, in.z, in.rows, in.pitch, heads);
+          heads_split_logits_kernel<T>,
+          grid_of_elements(in.rows * in.pitch / heads.count + 1, heads.count, queue.device), kProductThreads, 0, in.z,
+          in.rows, in.pitch, heads);
     }
   }
   return launches.status;
@@ -70,8 +72,9 @@ cudaError_t gather_gradients(const Products<T>& in, const HeadsList& all_heads, 
   for (const Heads<T>& heads : all_heads) {
     if (in.rows > 0) {
       launches(
-          heads_gather_gradients_kernel<T>, grid_of_elements(in.rows * in.pitch / heads.count + 1, heads.count, queue.device),
-          kProductThreads, 0, in.g, in.scaled, in.rows, in.columns, in.pitch, heads);
+          heads_gather_gradients_kernel<T>,
+          grid_of_elements(in.rows * in.pitch / heads.count + 1, heads.count, queue.device), kProductThreads, 0, in.g,
+          in.scaled, in.rows, in.columns, in.pitch, heads);
     }
   }
   return launches.status;
@@ -96,11 +99,12 @@ cudaError_t heads_loss_of_products(
   for (const Heads<T>& heads : all_heads) {
     if (blocks > 0) {
       if (norm_blocks > 0) {
-        launches(heads_norm_kernel<T>, dim3(static_cast<unsigned>(norm_blocks)), kNormThreads, 0, parts, in.rows, heads);
+        launches(
+            heads_norm_kernel<T>, dim3(static_cast<unsigned>(norm_blocks)), kNormThreads, 0, parts, in.rows, heads);
       }
       launches(
-          heads_loss_kernel<T>, dim3(grid.x, static_cast<unsigned>(heads.count)), kProductThreads, 0, in.g, in.scaled, partial,
-          in.z, in.rows, in.columns, in.pitch, heads_count, Norms{mean, parts, norm_blocks}, heads);
+          heads_loss_kernel<T>, dim3(grid.x, static_cast<unsigned>(heads.count)), kProductThreads, 0, in.g, in.scaled,
+          partial, in.z, in.rows, in.columns, in.pitch, heads_count, Norms{mean, parts, norm_blocks}, heads);
     }
     HeadsTotal<T> total{};
     total.losses = partial;

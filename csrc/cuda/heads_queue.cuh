@@ -1,6 +1,6 @@
 // What the launches of all heads' kernels need: a stream and its device, and a workspace. Like the launches
-// (heads_sweep_launches.cuh, heads_products_launches.cuh) it takes plain pointers and knows no ATen, so that tests/cuda_on_cpu runs
-// this text as it is. linear_heads.cu and heads_loss.cu bring the tensors.
+// (heads_sweep_launches.cuh, heads_products_launches.cuh) it takes plain pointers and knows no ATen, so that
+// tests/cuda_on_cpu runs this text as it is. linear_heads.cu and heads_loss.cu bring the tensors.
 //
 // Nothing waits for the device, every sum has one fixed order, and all memory is the caller's.
 #pragma once
@@ -23,7 +23,8 @@ struct Launches {
   template <typename... Params, typename... Args>
   void operator()(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared_bytes, Args&&... args) {
     if (status == cudaSuccess) {
-      status = launch(kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, stream, std::forward<Args>(args)...);
+      status = launch(
+          kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, stream, std::forward<Args>(args)...);
     }
   }
 };
@@ -47,7 +48,8 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-// Calls place(workspace) twice: to add up the pieces it takes, and to hand them out. allocate(bytes) returns memory on the device.
+// Calls place(workspace) twice: to add up the pieces it takes, and to hand them out. allocate(bytes) returns memory on
+// the device.
 template <typename Allocate, typename Place>
 void place_in_workspace(const Allocate& allocate, const Place& place) {
   Workspace measured;

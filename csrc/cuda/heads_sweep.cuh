@@ -1,4 +1,5 @@
-// The sweep over the features: one kernel that computes, depending on the pass, the logits, the gradients, or both and the loss.
+// The sweep over the features: one kernel that computes, depending on the pass, the logits, the gradients, or both and
+// the loss.
 #pragma once
 
 #include "heads_gradients.cuh"
@@ -38,8 +39,8 @@ struct SweepArguments {
 // The limit of drivers before CUDA 12.1. The arguments of the wide types are the largest.
 static_assert(sizeof(SweepArguments<double>) <= 4096 && sizeof(SweepArguments<float>) <= 4096);
 
-// A lane's column, the same in every row. It and its head's loss are in shared memory: they are read once a tile, and the
-// arithmetic in between needs the registers.
+// A lane's column, the same in every row. It and its head's loss are in shared memory: they are read once a tile, and
+// the arithmetic in between needs the registers.
 template <typename T>
 struct Column {
   using A = typename Arithmetic<T>::type;
@@ -78,14 +79,14 @@ __device__ Column<T> column_of_lane(const Heads<T>& heads, int columns) {
   return column;
 }
 
-// z = x W^T + b; g and the loss as in heads_loss.cuh; dx = (g * scale) W; partial dW = g^T x and db = sum g over the block's rows.
-// Per row of D features and K columns, e bytes an element: D e bytes read, D e written; 2 D K operations for the logits and 4 D K
-// for the gradients. From shared memory about (1 + K / 4 + K / 8) + (3 K / 16) + (5 K / 16) elements are loaded for each feature:
-// it is the limit before the multiply-adds are.
-// Launch: persistent blocks, each with its range of rows; slices of the features along y, or one after the other within a block
-// (kLogits: their sums meet in z). Tiles arrive by asynchronous copies; where two fit, the next one during the arithmetic of this
-// one.
-// kWithLoss is for the passes with a loss and for the pass that makes their logits. The others, without it, need fewer registers.
+// z = x W^T + b; g and the loss as in heads_loss.cuh; dx = (g * scale) W; partial dW = g^T x and db = sum g over the
+// block's rows. Per row of D features and K columns, e bytes an element: D e bytes read, D e written; 2 D K operations
+// for the logits and 4 D K for the gradients. From shared memory about (1 + K / 4 + K / 8) + (3 K / 16) + (5 K / 16)
+// elements are loaded for each feature: it is the limit before the multiply-adds are. Launch: persistent blocks, each
+// with its range of rows; slices of the features along y, or one after the other within a block (kLogits: their sums
+// meet in z). Tiles arrive by asynchronous copies; where two fit, the next one during the arithmetic of this one.
+// kWithLoss is for the passes with a loss and for the pass that makes their logits. The others, without it, need fewer
+// registers.
 template <typename T, int kThreads, bool kWithLoss>
 __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type) == 8 ? 1 : 512 / kThreads)
     heads_sweep_kernel(const __grid_constant__ SweepArguments<T> in) {
@@ -129,7 +130,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         const Head<T>& head = in.heads.head[i / 2];
         const int bytes = head.target_bytes();
         if (i % 2 == 0) {
-          copy_row(to + sweep.tile_rows * head.target_at, static_cast<const char*>(head.target) + row * bytes, rows * bytes);
+          copy_row(
+              to + sweep.tile_rows * head.target_at, static_cast<const char*>(head.target) + row * bytes, rows * bytes);
         } else if (head.sample_weight) {
           copy_row(reinterpret_cast<A*>(to + sweep.tile_rows * head.weight_at), head.sample_weight + row, rows);
         }
@@ -140,14 +142,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
   const auto start_slice = [&](int slice, int head_of_lane) {
     for (int c = warp_id(); reads_weight && c < in.columns; c += kWarps) {
       const Head<T>& head = in.heads.head[__shfl_sync(kWholeWarp, head_of_lane, c)];
-      copy_row(weight + c * pitch, head.weight + (c - head.begin) * int64_t{in.features} + slice * pitch, width_of(slice));
+      copy_row(
+          weight + c * pitch, head.weight + (c - head.begin) * int64_t{in.features} + slice * pitch, width_of(slice));
     }
     zero_row_ends(weight, pitch, in.columns, width_of(slice));
     zero_row_ends(tiles, pitch, sweep.stages * sweep.tile_rows, width_of(slice));
     start_tile(slice, 0, begin);
   };
 
-  // 1. The copies of the weights and of the first tile start. Meanwhile the block sets up its columns, norms and losses.
+  // 1. The copies of the weights and of the first tile start. Meanwhile the block sets up its columns, norms and
+  // losses.
   const int first_slice = static_cast<int>(blockIdx.y);
   {
     const auto mine = column_of_lane(in.heads, in.columns);
@@ -223,7 +227,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
             const HeadLoss<T>& head = losses[column.head];
             RowTarget<T> target;
             if (column.exists) {
-              const int bytes = head.kind == TargetKind::kClasses ? 8 : (column.end_lane - column.first_lane) * int{sizeof(A)};
+              const int bytes = head.kind == TargetKind::kClasses
+                  ? 8
+                  : (column.end_lane - column.first_lane) * int{sizeof(A)};
               const char* const own = targets + sweep.tile_rows * column.target_at + r * bytes;
               const auto* const weights = reinterpret_cast<const A*>(targets + sweep.tile_rows * column.weight_at);
               target = RowTarget<T>(head, own, column.weight_at < 0 ? A(1) : weights[r]);
@@ -243,8 +249,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
       // 5. The gradients, while the tile is in shared memory.
       if (in.dx) {
         write_feature_gradient(
-            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, dx_columns, rows, width,
-            pieces_are_whole(in.dx, in.features));
+            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, dx_columns, rows,
+            width, pieces_are_whole(in.dx, in.features));
       }
       if (in.weight_columns != 0) {
         dw.add(g, x, pitch, in.columns, rows, width);

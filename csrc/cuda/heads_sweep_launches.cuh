@@ -85,7 +85,8 @@ SweepArguments<T> sweep_arguments(Pass pass, const HeadsCall<T>& call) {
       arguments.weight_columns |= (~0u >> (32 - head.size())) << head.begin;
     }
     arguments.sums.softmax |= head.kind == TargetKind::kClasses || head.kind == TargetKind::kProbabilities;
-    arguments.sums.mass |= head.kind == TargetKind::kProbabilities || (head.kind == TargetKind::kClasses && head.class_weight);
+    arguments.sums.mass |= head.kind == TargetKind::kProbabilities ||
+        (head.kind == TargetKind::kClasses && head.class_weight);
   }
   const int64_t weights = arguments.weight_columns ? int64_t{call.columns} * call.features : 0;
   arguments.partial_stride = round_up(weights + call.columns, kPiece);
@@ -98,7 +99,8 @@ void run_sweep(Launches& launches, const SweepArguments<T>& arguments) {
   if (sweep.blocks == 0) {
     return;
   }
-  const dim3 grid(static_cast<unsigned>(sweep.blocks), arguments.pass == Pass::kLogits ? 1 : static_cast<unsigned>(sweep.slices));
+  const dim3 grid(
+      static_cast<unsigned>(sweep.blocks), arguments.pass == Pass::kLogits ? 1 : static_cast<unsigned>(sweep.slices));
   const auto shared_bytes = static_cast<std::size_t>(sweep.shared_bytes);
   if constexpr (sizeof(typename Arithmetic<T>::type) < 8) {
     if (sweep.threads == 512) {
@@ -144,7 +146,8 @@ SweepArguments<T> logits_pass(SweepArguments<T> arguments, const Sweep& sweep) {
 
 template <typename T, typename Allocate>
 cudaError_t heads_logits(const HeadsCall<T>& call, const HeadsQueue& queue, const Allocate& allocate) {
-  auto sweep = logits_pass(sweep_arguments(Pass::kLogits, call), plan_sweep(logits_problem(problem_of(call)), queue.device));
+  auto sweep = logits_pass(
+      sweep_arguments(Pass::kLogits, call), plan_sweep(logits_problem(problem_of(call)), queue.device));
   place_in_workspace(allocate, [&](Workspace& w) {
     sweep.z = sweep.sweep.slices > 1 ? w.take<typename Arithmetic<T>::type>(call.rows * call.columns) : nullptr;
   });
@@ -170,8 +173,8 @@ cudaError_t heads_gradients(const HeadsCall<T>& call, const HeadsQueue& queue, c
 // For problems that plan_heads does not give to products.
 template <typename T, typename Allocate>
 cudaError_t heads_loss(
-    const HeadsCall<T>& call, bool mean, const HeadsLosses<typename Arithmetic<T>::type>& losses, const HeadsQueue& queue,
-    const Allocate& allocate) {
+    const HeadsCall<T>& call, bool mean, const HeadsLosses<typename Arithmetic<T>::type>& losses,
+    const HeadsQueue& queue, const Allocate& allocate) {
   using A = typename Arithmetic<T>::type;
   auto sweep = sweep_arguments(Pass::kLoss, call);
   place_targets(sweep.heads);
@@ -188,7 +191,9 @@ cudaError_t heads_loss(
   Launches launches{queue.stream};
   sweep.norms.mean = mean;
   if (plan.norm_blocks > 0) {
-    launches(heads_norm_kernel<T>, dim3(static_cast<unsigned>(plan.norm_blocks)), kNormThreads, 0, parts, call.rows, sweep.heads);
+    launches(
+        heads_norm_kernel<T>, dim3(static_cast<unsigned>(plan.norm_blocks)), kNormThreads, 0, parts, call.rows,
+        sweep.heads);
     sweep.norms.parts = parts;
     sweep.norms.blocks = plan.norm_blocks;
   }

@@ -28,7 +28,8 @@ inline HeadsQueue queue_for(const Tensor& x) {
   HeadsQueue queue{};
   queue.stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&queue.device.sm_count, cudaDevAttrMultiProcessorCount, x.get_device()));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&queue.device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device()));
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&queue.device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device()));
   return queue;
 }
 
@@ -125,10 +126,12 @@ inline Sizes sizes_of(const Tensor& x, at::TensorList weight) {
 
 inline void check_features(const Sizes& sizes) {
   TORCH_CHECK_VALUE(
-      sizes.features <= kMaxFeatures, "x has ", sizes.features, " features; the CUDA kernels take up to ", kMaxFeatures);
+      sizes.features <= kMaxFeatures, "x has ", sizes.features, " features; the CUDA kernels take up to ",
+      kMaxFeatures);
 }
 
-// Tensors for the gradients that the operator's `needs` asks for: of x, of each weight, of each bias. The others are empty.
+// Tensors for the gradients that the operator's `needs` asks for: of x, of each weight, of each bias. The others are
+// empty.
 struct Gradients {
   Tensor dx;
   std::vector<Tensor> dw, db;
@@ -151,7 +154,8 @@ struct Gradients {
   }
 };
 
-// All heads, kHeadsPerLaunch at a time, with their columns and scales. describe(head, h) sets the other fields of head h.
+// All heads, kHeadsPerLaunch at a time, with their columns and scales. describe(head, h) sets the other fields of head
+// h.
 template <typename T, class Describe>
 std::vector<Heads<T>> launches_of(
     const Sizes& sizes, const Numbers& lambda, at::IntArrayRef lambda_index, const Describe& describe) {

@@ -71,12 +71,13 @@ __device__ void copy_bytes_by(char* to, const char* from, int bytes) {
   }
 }
 
-// Starts to copy `count` numbers to shared memory, by the whole warp, in the widest copies that both ends are aligned for. Half
-// types at odd multiples of 2 bytes have no such copy: the lanes load and store those.
+// Starts to copy `count` numbers to shared memory, by the whole warp, in the widest copies that both ends are aligned
+// for. Half types at odd multiples of 2 bytes have no such copy: the lanes load and store those.
 template <typename T>
 __device__ void copy_row(T* to, const T* from, int count) {
   const int bytes = count * static_cast<int>(sizeof(T));
-  const auto alignment = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<unsigned>(bytes);
+  const auto alignment = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) |
+      static_cast<unsigned>(bytes);
   auto* const bytes_to = reinterpret_cast<char*>(to);
   const auto* const bytes_from = reinterpret_cast<const char*>(from);
   if (alignment % 16 == 0) {

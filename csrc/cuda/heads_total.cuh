@@ -32,7 +32,9 @@ struct HeadsTotal {
   __host__ __device__ int64_t weight_runs(int h) const {
     return heads.head[h].grad_weight ? divide_up(int64_t{heads.head[h].size()} * features, 32) : 0;
   }
-  __host__ __device__ int64_t bias_runs(int h) const { return heads.head[h].grad_bias ? divide_up(heads.head[h].size(), 32) : 0; }
+  __host__ __device__ int64_t bias_runs(int h) const {
+    return heads.head[h].grad_bias ? divide_up(heads.head[h].size(), 32) : 0;
+  }
 };
 
 // The heads' losses and their weighted sum, by one block: a warp for each head.
@@ -59,9 +61,9 @@ __device__ void total_of_losses(const HeadsTotal<T>& in, double* scratch) {
 }
 
 // grad_weight, grad_bias and the losses, each the sum of the blocks' parts in their order.
-// Traffic: the parts once; the sweep has just written them, so that they are in the L2 cache. Launch: a warp's lanes take 32
-// neighbouring elements, and the warps of a block divide the parts among them, so that there are enough loads in flight. Block 0
-// adds the losses first.
+// Traffic: the parts once; the sweep has just written them, so that they are in the L2 cache. Launch: a warp's lanes
+// take 32 neighbouring elements, and the warps of a block divide the parts among them, so that there are enough loads
+// in flight. Block 0 adds the losses first.
 template <typename T, bool kWithLoss>
 __global__ void __launch_bounds__(kTotalThreads) heads_total_kernel(const __grid_constant__ HeadsTotal<T> in) {
   using A = typename Arithmetic<T>::type;

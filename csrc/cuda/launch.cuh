@@ -1,5 +1,6 @@
-// launch(), the only way to start a kernel here, and dynamic_shared_memory(), by which the kernel gets the memory asked for there.
-// These are plain function calls and no <<<>>>, so that the tests in tests/cuda_on_cpu compile the same text with a C++ compiler.
+// launch(), the only way to start a kernel here, and dynamic_shared_memory(), by which the kernel gets the memory asked
+// for there. These are plain function calls and no <<<>>>, so that the tests in tests/cuda_on_cpu compile the same text
+// with a C++ compiler.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,10 +12,10 @@
 
 namespace grl_ext {
 
-// Allows the kernel all the dynamic shared memory that the current device can give a block. Without this a block gets 48 KB, of
-// which the kernel's static shared arrays are a part.
-// All host threads share the setting of a device and kernel. So it is set once, to the largest size. If each launch set its own
-// size, one thread could lower it between another thread's setting and launch.
+// Allows the kernel all the dynamic shared memory that the current device can give a block. Without this a block gets
+// 48 KB, of which the kernel's static shared arrays are a part. All host threads share the setting of a device and
+// kernel. So it is set once, to the largest size. If each launch set its own size, one thread could lower it between
+// another thread's setting and launch.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> allowed;
@@ -49,7 +50,8 @@ template <typename... Params, typename... Args>
 cudaError_t launch(
     void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream, Args&&... args) {
   if (shared_bytes > 0) {
-    if (const cudaError_t status = allow_all_shared_memory(reinterpret_cast<const void*>(kernel)); status != cudaSuccess) {
+    if (const cudaError_t status = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
+        status != cudaSuccess) {
       return status;
     }
   }

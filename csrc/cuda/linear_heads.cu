@@ -1,5 +1,5 @@
-// _heads_logits and _heads_gradients on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything is enqueued
-// on the current stream, and the host never waits, so that it can be captured in a CUDA graph.
+// _heads_logits and _heads_gradients on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything
+// is enqueued on the current stream, and the host never waits, so that it can be captured in a CUDA graph.
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
 
@@ -33,7 +33,8 @@ std::vector<Tensor> heads_logits_cuda(const Tensor& x_, at::TensorList weight_, 
     });
     if (sizes.columns() <= kMaxSweepColumns) {
       const HeadsCall<T> call{
-          const_data<T>(x), nullptr, sizes.rows, static_cast<int>(sizes.features), static_cast<int>(sizes.columns()), heads[0]};
+          const_data<T>(x), nullptr, sizes.rows, static_cast<int>(sizes.features), static_cast<int>(sizes.columns()),
+          heads[0]};
       C10_CUDA_CHECK(heads_logits(call, queue, Scratch(x)));
       return;
     }

@@ -1,5 +1,5 @@
-// _scale_negate on CUDA: chooses the kernel for the gradients' type and the form of lambda. Everything is enqueued on the current
-// stream, and the host never waits, so that it can be captured in a CUDA graph.
+// _scale_negate on CUDA: chooses the kernel for the gradients' type and the form of lambda. Everything is enqueued on
+// the current stream, and the host never waits, so that it can be captured in a CUDA graph.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -32,7 +32,8 @@ int64_t reals(const at::Tensor& grad) {
   return grad.numel() * (grad.is_complex() ? 2 : 1);
 }
 
-// enqueue(form) with the form in which the kernels read a number: `value`, times the one element of `lambda` if there is one.
+// enqueue(form) with the form in which the kernels read a number: `value`, times the one element of `lambda` if there
+// is one.
 template <typename A, class F>
 void enqueue_number(double value, const std::optional<at::Tensor>& lambda, const F& enqueue) {
   if (!lambda) {
@@ -50,8 +51,8 @@ void scale_as(const at::Tensor& out, const at::Tensor& grad, double value, const
   const int64_t n = reals(grad);
   const auto enqueue = [&](auto form) {
     C10_CUDA_CHECK(scale_negate(
-        static_cast<T*>(out.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()), n, form, multiprocessors(grad),
-        c10::cuda::getCurrentCUDAStream()));
+        static_cast<T*>(out.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()), n, form,
+        multiprocessors(grad), c10::cuda::getCurrentCUDAStream()));
   };
 
   if (!lambda || lambda->numel() == 1) {
@@ -100,8 +101,8 @@ void scale_negate_list_cuda_(at::TensorList grads, double value, const std::opti
     std::vector<int64_t> sizes;
     for (const auto& grad : grads) {
       TORCH_CHECK_TYPE(
-          grad.scalar_type() == grads[0].scalar_type(), "_scale_negate_list_: gradients of ", grads[0].scalar_type(), " and of ",
-          grad.scalar_type());
+          grad.scalar_type() == grads[0].scalar_type(), "_scale_negate_list_: gradients of ", grads[0].scalar_type(),
+          " and of ", grad.scalar_type());
       data.push_back(static_cast<T*>(grad.mutable_data_ptr()));
       sizes.push_back(reals(grad));
     }

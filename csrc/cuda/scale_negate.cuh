@@ -1,5 +1,6 @@
-// out = -lambda * grad on the GPU: the kernels for one gradient and for several, the three forms of lambda, and the launches on
-// plain pointers. Knows no ATen, so that tests/cuda_on_cpu runs this text as it is; scale_negate.cu brings the tensors.
+// out = -lambda * grad on the GPU: the kernels for one gradient and for several, the three forms of lambda, and the
+// launches on plain pointers. Knows no ATen, so that tests/cuda_on_cpu runs this text as it is; scale_negate.cu brings
+// the tensors.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +12,9 @@
 
 namespace grl_ext {
 
-// The forms of lambda. Each thread calls fetch() once. The result's run_from(i) returns an iterator for a run of neighbouring
-// elements that begins at element i: next() returns the lambda of one element after the other. changes_nothing() says whether a
-// gradient would stay as it is.
+// The forms of lambda. Each thread calls fetch() once. The result's run_from(i) returns an iterator for a run of
+// neighbouring elements that begins at element i: next() returns the lambda of one element after the other.
+// changes_nothing() says whether a gradient would stay as it is.
 
 // A number known to the host.
 template <typename A>
@@ -25,8 +26,8 @@ struct LambdaValue {
   __device__ bool changes_nothing() const { return value == A(-1); }
 };
 
-// A number that the device holds, times one that the host knows: read there, so that the host never waits for it and a replayed
-// CUDA graph sees its changes.
+// A number that the device holds, times one that the host knows: read there, so that the host never waits for it and a
+// replayed CUDA graph sees its changes.
 template <typename A, typename Stored>
 struct LambdaOnDevice {
   const Stored* value;
@@ -34,8 +35,8 @@ struct LambdaOnDevice {
   __device__ LambdaValue<A> fetch() const { return {multiplier * static_cast<A>(__ldg(value))}; }
 };
 
-// A tensor: element i has values[(i / inner) % period]. A run divides once, where it begins, and only counts from there on.
-// Index is 32 bits wide where the gradient allows: a 64-bit division costs several times as much.
+// A tensor: element i has values[(i / inner) % period]. A run divides once, where it begins, and only counts from there
+// on. Index is 32 bits wide where the gradient allows: a 64-bit division costs several times as much.
 template <typename A, typename Index>
 struct LambdaBroadcast {
   const A* values;
@@ -76,14 +77,15 @@ constexpr int kVectorBytes = 16;
 template <typename T>
 constexpr int kVectorSize = kVectorBytes / sizeof(T);
 
-// How many vectors a thread loads before it stores the first. `out` may be `grad`, so that the compiler cannot move a load before a
-// store: with one vector at a time, each load would wait for the store before it.
+// How many vectors a thread loads before it stores the first. `out` may be `grad`, so that the compiler cannot move a
+// load before a store: with one vector at a time, each load would wait for the store before it.
 constexpr int kVectorsInFlight = 4;
 
 constexpr int kScaleNegateThreads = 256;
-// As many blocks as run at a time, so that none waits for another's end. The kernels take up to 64 registers a thread, with which
-// four blocks fit. Their loads in flight, 64 KB a multiprocessor, are several times what hides the memory's latency. With eight
-// blocks a thread would have 32 registers and spill. To be tuned with bench/compare.py --device cuda.
+// As many blocks as run at a time, so that none waits for another's end. The kernels take up to 64 registers a thread,
+// with which four blocks fit. Their loads in flight, 64 KB a multiprocessor, are several times what hides the memory's
+// latency. With eight blocks a thread would have 32 registers and spill. To be tuned with bench/compare.py --device
+// cuda.
 constexpr int kScaleNegateBlocksPerSm = 4;
 
 // Scales the elements of a vector, each by the next lambda of the run.
@@ -100,17 +102,21 @@ __device__ uint4 scale_negate_vector(uint4 bits, Run run) {
 }
 
 // out[i] = -lambda_i * grad[i], by `blocks` blocks of which the caller is one; out may be grad.
-// The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all of them when out
-// and grad do not reach their boundaries together (a gradient that begins inside another tensor).
-// __ldcg and __stcg are one instruction of 16 bytes each, past L1, where nothing is read twice. A plain assignment is not: nvcc
-// splits it into its elements where it sees them in registers. tests/test_cuda_code.py counts them in the compiled code.
+// The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all of
+// them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor).
+// __ldcg and __stcg are one instruction of 16 bytes each, past L1, where nothing is read twice. A plain assignment is
+// not: nvcc splits it into its elements where it sees them in registers. tests/test_cuda_code.py counts them in the
+// compiled code.
 template <typename T, typename Lambda>
-__device__ void scale_negate_elements(T* out, const T* grad, int64_t n, Lambda lambda, unsigned block, unsigned blocks) {
+__device__ void scale_negate_elements(
+    T* out, const T* grad, int64_t n, Lambda lambda, unsigned block, unsigned blocks) {
   constexpr int kSize = kVectorSize<T>;
   const int64_t thread = static_cast<int64_t>(block) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(blocks) * blockDim.x;
 
-  const auto past_boundary = [](const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVectorBytes); };
+  const auto past_boundary = [](const void* p) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVectorBytes);
+  };
   const bool together = past_boundary(out) == past_boundary(grad);
   const int64_t to_boundary = (kVectorBytes - past_boundary(out)) % kVectorBytes / static_cast<int>(sizeof(T));
   const int64_t head = together && to_boundary < n ? to_boundary : n;
@@ -119,7 +125,9 @@ __device__ void scale_negate_elements(T* out, const T* grad, int64_t n, Lambda l
 
   const auto* const from = reinterpret_cast<const uint4*>(grad + head);
   auto* const to = reinterpret_cast<uint4*>(out + head);
-  const auto scaled = [&](uint4 bits, int64_t v) { return scale_negate_vector<T>(bits, lambda.run_from(head + v * kSize)); };
+  const auto scaled = [&](uint4 bits, int64_t v) {
+    return scale_negate_vector<T>(bits, lambda.run_from(head + v * kSize));
+  };
   int64_t v = thread;
   for (; v + (kVectorsInFlight - 1) * threads < vectors; v += kVectorsInFlight * threads) {
     uint4 bits[kVectorsInFlight];
@@ -142,8 +150,8 @@ __device__ void scale_negate_elements(T* out, const T* grad, int64_t n, Lambda l
 }
 
 // Traffic: one read and one write per element (a broadcast lambda is small and comes from the cache).
-// Launch: one thread per 16 bytes until the multiprocessors are full, then each thread strides over the rest. No shared memory, as
-// no element needs another. In place with lambda = -1 nothing is read or written.
+// Launch: one thread per 16 bytes until the multiprocessors are full, then each thread strides over the rest. No shared
+// memory, as no element needs another. In place with lambda = -1 nothing is read or written.
 template <typename T, typename Lambda>
 __global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
     scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda form) {
@@ -161,15 +169,16 @@ int64_t scale_negate_blocks(int64_t n, int sm_count) {
   return std::min<int64_t>((n + kPerBlock - 1) / kPerBlock, int64_t{sm_count} * kScaleNegateBlocksPerSm);
 }
 
-// `n` counts reals: a complex element is two of them under one lambda, for which a broadcast lambda has twice the inner.
+// `n` counts reals: a complex element is two of them under one lambda, for which a broadcast lambda has twice the
+// inner.
 template <typename T, typename Lambda>
 cudaError_t scale_negate(T* out, const T* grad, int64_t n, Lambda lambda, int sm_count, cudaStream_t stream) {
   if (n == 0) {
     return cudaSuccess;
   }
   return launch(
-      scale_negate_kernel<T, Lambda>, dim3(static_cast<unsigned>(scale_negate_blocks<T>(n, sm_count))), dim3(kScaleNegateThreads),
-      0, stream, out, grad, n, lambda);
+      scale_negate_kernel<T, Lambda>, dim3(static_cast<unsigned>(scale_negate_blocks<T>(n, sm_count))),
+      dim3(kScaleNegateThreads), 0, stream, out, grad, n, lambda);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -187,10 +196,9 @@ struct GradientList {
   int64_t n[kGradientsPerLaunch];
 };
 
-// Every gradient's elements times -lambda. A training step's gradients are one large and several small ones, which as launches of
-// their own would cost more time to start than to run.
-// Traffic and inner loops: as scale_negate_kernel. Each gradient begins at another block, so that a list of small ones is spread
-// over the grid.
+// Every gradient's elements times -lambda. A training step's gradients are one large and several small ones, which as
+// launches of their own would cost more time to start than to run. Traffic and inner loops: as scale_negate_kernel.
+// Each gradient begins at another block, so that a list of small ones is spread over the grid.
 template <typename T, typename Lambda>
 __global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
     scale_negate_list_kernel(const __grid_constant__ GradientList<T> list, Lambda form) {
@@ -208,7 +216,8 @@ __global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
 
 // grads[i] has sizes[i] reals. One launch for each kGradientsPerLaunch of them.
 template <typename T, typename Lambda>
-cudaError_t scale_negate_list(T* const* grads, const int64_t* sizes, int count, Lambda lambda, int sm_count, cudaStream_t stream) {
+cudaError_t scale_negate_list(
+    T* const* grads, const int64_t* sizes, int count, Lambda lambda, int sm_count, cudaStream_t stream) {
   for (int begin = 0; begin < count; begin += kGradientsPerLaunch) {
     GradientList<T> list{};
     list.count = std::min(count - begin, kGradientsPerLaunch);
@@ -228,7 +237,8 @@ cudaError_t scale_negate_list(T* const* grads, const int64_t* sizes, int count, 
       before += scale_negate_blocks<T>(list.n[i], sm_count);
     }
     const cudaError_t status = launch(
-        scale_negate_list_kernel<T, Lambda>, dim3(static_cast<unsigned>(grid)), dim3(kScaleNegateThreads), 0, stream, list, lambda);
+        scale_negate_list_kernel<T, Lambda>, dim3(static_cast<unsigned>(grid)), dim3(kScaleNegateThreads), 0, stream,
+        list, lambda);
     if (status != cudaSuccess) {
       return status;
     }

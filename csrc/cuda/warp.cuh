@@ -1,4 +1,5 @@
-// Sums over the lanes of a warp and the warps of a block. Each adds in one fixed order, so that results repeat bit for bit.
+// Sums over the lanes of a warp and the warps of a block. Each adds in one fixed order, so that results repeat bit for
+// bit.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,9 +41,9 @@ struct Maximum {
   }
 };
 
-// Lane i gets the sum over the lanes of v[i]. At every step a lane keeps half of its numbers and sends the other half to the lane
-// that keeps those. This takes 31 exchanges; 32 sums one by one would take 160. It is a recursion because the compiler does not
-// unroll loops with such bounds, and v would be in memory instead of registers.
+// Lane i gets the sum over the lanes of v[i]. At every step a lane keeps half of its numbers and sends the other half
+// to the lane that keeps those. This takes 31 exchanges; 32 sums one by one would take 160. It is a recursion because
+// the compiler does not unroll loops with such bounds, and v would be in memory instead of registers.
 template <int kHalf = kWarpSize / 2, typename T>
 __device__ T transposed_sum(T (&v)[kWarpSize]) {
   const bool upper = lane_id() & kHalf;
@@ -59,7 +60,8 @@ __device__ T transposed_sum(T (&v)[kWarpSize]) {
   }
 }
 
-// Each lane of the first warp gets the sum of its counterparts' values in all warps; `scratch` holds a number for each thread.
+// Each lane of the first warp gets the sum of its counterparts' values in all warps; `scratch` holds a number for each
+// thread.
 __device__ inline double sum_over_warps(double value, double* scratch) {
   __syncthreads();
   scratch[threadIdx.x] = value;

@@ -1,4 +1,5 @@
-"""The data of the examples: digits, pairs of digits, photographs, prices. What ships with scikit-learn, or your own files."""
+"""The data of the examples: digits, pairs of digits, photographs, prices. What ships with scikit-learn, or your own
+files."""
 
 import csv
 import gzip
@@ -35,7 +36,8 @@ class Digits:
 
 
 def scaled_digits(size: int = 28) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1797 handwritten digits, 8x8 scaled to size x size: images (1797, 1, size, size) in [0, 1], digits (1797,)."""
+    """scikit-learn's 1797 handwritten digits, 8x8 scaled to size x size: images (1797, 1, size, size) in [0, 1], digits
+    (1797,)."""
     from sklearn.datasets import load_digits  # heavy to import, and not needed where the data comes from files
 
     data = load_digits()
@@ -57,7 +59,8 @@ def _resized(digits: Digits, size: int) -> Digits:
     if digits.train_images.shape[-1] == size:
         return digits
     train, test = (
-        F.interpolate(images, (size, size), mode="bilinear", antialias=True) for images in (digits.train_images, digits.test_images)
+        F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        for images in (digits.train_images, digits.test_images)
     )
     return Digits(train, digits.train_digits, test, digits.test_digits)
 
@@ -69,7 +72,9 @@ def read_mnist(folder: Path) -> Digits:
         images = read_idx(_find(folder, f"{split}-images-idx3-ubyte"))
         digits = read_idx(_find(folder, f"{split}-labels-idx1-ubyte"))
         if images.dim() != 3 or digits.dim() != 1 or len(images) != len(digits):
-            raise DataError(f"{folder}: the {split} files do not belong together: images {list(images.shape)}, labels {list(digits.shape)}")
+            raise DataError(
+                f"{folder}: the {split} files do not belong together: images {list(images.shape)}, labels {list(digits.shape)}"
+            )
         parts += [images.unsqueeze(1).float() / 255, digits.long()]
     return Digits(*parts)
 
@@ -84,7 +89,8 @@ def _find(folder: Path, name: str) -> Path:
 def read_idx(path: Path) -> Tensor:
     """An IDX file of unsigned bytes, gzipped or not, as a uint8 tensor.
 
-    Two zero bytes, the element type (8: unsigned byte), the number of dimensions, each size as a big-endian 32-bit number, the data.
+    Two zero bytes, the element type (8: unsigned byte), the number of dimensions, each size as a big-endian 32-bit
+    number, the data.
     """
     try:
         content = path.read_bytes()
@@ -97,7 +103,9 @@ def read_idx(path: Path) -> Tensor:
     start = 4 + 4 * content[3]
     sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     if len(content) != start + math.prod(sizes):
-        raise DataError(f"{path} is damaged: for {sizes} it should have {start + math.prod(sizes)} bytes, it has {len(content)}")
+        raise DataError(
+            f"{path} is damaged: for {sizes} it should have {start + math.prod(sizes)} bytes, it has {len(content)}"
+        )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
 
 
@@ -148,7 +156,9 @@ def _as_photo(picture: np.ndarray) -> Tensor:
 
 
 def _sklearn_pictures() -> list[np.ndarray]:
-    from sklearn.datasets import load_sample_images  # heavy to import, and not needed where the photographs come from a folder
+    from sklearn.datasets import (
+        load_sample_images,
+    )  # heavy to import, and not needed where the photographs come from a folder
 
     return load_sample_images().images
 
@@ -157,16 +167,20 @@ def _skimage_pictures() -> list[np.ndarray]:
     try:
         from skimage import data as pictures
     except ImportError as error:
-        raise DataError("--photos scikit-image takes the photographs that come with scikit-image: pip install scikit-image") from error
+        raise DataError(
+            "--photos scikit-image takes the photographs that come with scikit-image: pip install scikit-image"
+        ) from error
     names = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry")
     return [*(getattr(pictures, name)() for name in names), pictures.stereo_motorcycle()[0]]
 
 
 @dataclass(frozen=True)
 class Blended:
-    """Images in front of photographs by MNIST-M's recipe: the absolute difference of each and one crop, the same for all channels.
+    """Images in front of photographs by MNIST-M's recipe: the absolute difference of each and one crop, the same for
+    all channels.
 
-    Where the crops lie is drawn once; `blended[rows]` makes those rows, (n, 3, size, size), so that the whole set is never in memory.
+    Where the crops lie is drawn once; `blended[rows]` makes those rows, (n, 3, size, size), so that the whole set is
+    never in memory.
     """
 
     images: Tensor  # (N, 1, size, size): image i serves rows i, N + i, 2 N + i, ...
@@ -198,9 +212,11 @@ def blend(images: Tensor, photos: list[Tensor], generator: torch.Generator, crop
     heights, widths = torch.tensor([photo.shape[1:] for photo in photos]).T
     areas = heights * widths
     which = torch.randint(len(photos), (rows,), generator=generator)
-    # A double in [0, 1) times the number of places, rounded down: every place of every photo is as likely as the others.
+    # A double in [0, 1) times the number of places, rounded down: every place of every photo is as likely as the
+    # others.
     top, left = (
-        (torch.rand(rows, generator=generator, dtype=torch.float64) * (extent[which] - size + 1)).long() for extent in (heights, widths)
+        (torch.rand(rows, generator=generator, dtype=torch.float64) * (extent[which] - size + 1)).long()
+        for extent in (heights, widths)
     )
     corners = (areas.cumsum(0) - areas)[which] + top * widths[which] + left
     return Blended(images, torch.cat([photo.flatten(1) for photo in photos], 1), corners, widths[which])
@@ -239,17 +255,25 @@ def read_prices(path: Path, at_least: int = 2) -> Prices:
                 raise DataError(f"{path} has no column date; its first line is {header}")
             long = {"ticker", "close"} & column.keys()
             if len(long) == 1:
-                raise DataError(f"{path} has a column {long.pop()} but not ticker and close both; its first line is {header}")
+                raise DataError(
+                    f"{path} has a column {long.pop()} but not ticker and close both; its first line is {header}"
+                )
             for row in rows:
                 if not row:
                     continue  # an empty line, as at the end of many exports
                 if len(row) != len(header):
-                    raise DataError(f"{path}, line {rows.line_num}: {len(row)} values, but the first line has {len(header)}")
+                    raise DataError(
+                        f"{path}, line {rows.line_num}: {len(row)} values, but the first line has {len(header)}"
+                    )
                 date = row[column["date"]]
                 if long:
                     cells = [(row[column["ticker"]], row[column["close"]])]
                 else:
-                    cells = [(name, text) for name, text in zip(header, row, strict=True) if name.lower() != "date" and text.strip()]
+                    cells = [
+                        (name, text)
+                        for name, text in zip(header, row, strict=True)
+                        if name.lower() != "date" and text.strip()
+                    ]
                 for ticker, text in cells:
                     if date in prices[ticker]:
                         raise DataError(f"{path}, line {rows.line_num}: a second price of {ticker} on {date}")
@@ -257,7 +281,9 @@ def read_prices(path: Path, at_least: int = 2) -> Prices:
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     dates = sorted({date for series in prices.values() for date in series})
-    complete = {ticker: [series[date] for date in dates] for ticker, series in prices.items() if len(series) == len(dates)}
+    complete = {
+        ticker: [series[date] for date in dates] for ticker, series in prices.items() if len(series) == len(dates)
+    }
     if len(complete) < at_least or len(dates) < 2:
         raise DataError(
             f"{path} has {len(complete)} tickers with a price on all of its {len(dates)} dates; "
@@ -270,7 +296,11 @@ def _opened(path: Path) -> TextIO:
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     # utf-8-sig: spreadsheets begin their exports with a byte order mark, which is not part of the first column's name.
-    return gzip.open(path, "rt", encoding="utf-8-sig", newline="") if zipped else path.open(encoding="utf-8-sig", newline="")
+    return (
+        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        if zipped
+        else path.open(encoding="utf-8-sig", newline="")
+    )
 
 
 def _price(text: str, ticker: str, path: Path, line: int) -> float:
@@ -284,7 +314,8 @@ def _price(text: str, ticker: str, path: Path, line: int) -> float:
 
 
 def read_index(path: Path, dates: list[str]) -> Tensor:
-    """The market's own daily returns (dates - 1,), from a CSV with a date column and one series that has all of these dates."""
+    """The market's own daily returns (dates - 1,), from a CSV with a date column and one series that has all of these
+    dates."""
     prices = read_prices(path, at_least=1)
     if len(prices.tickers) > 1:
         raise DataError(
@@ -292,5 +323,9 @@ def read_index(path: Path, dates: list[str]) -> Tensor:
         )
     close = dict(zip(prices.dates, prices.closes[:, 0].tolist(), strict=True))
     if missing := [date for date in dates if date not in close]:
-        raise DataError(f"{path} has no price on {len(missing)} of the stocks' {len(dates)} dates, the first {missing[0]}")
-    return Prices(dates, prices.tickers, torch.tensor([[close[date]] for date in dates], dtype=torch.float64)).returns()[:, 0]
+        raise DataError(
+            f"{path} has no price on {len(missing)} of the stocks' {len(dates)} dates, the first {missing[0]}"
+        )
+    return Prices(
+        dates, prices.tickers, torch.tensor([[close[date]] for date in dates], dtype=torch.float64)
+    ).returns()[:, 0]

@@ -57,7 +57,9 @@ def shown(found: dict, digits: int = 3) -> str:
     return f"{found['mean']:.{digits}f}{of_seeds}"
 
 
-def curve(axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, colour: str, style: str = "-") -> None:
+def curve(
+    axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, colour: str, style: str = "-"
+) -> None:
     """The mean over the seeds (rows of `runs`) as a line, one standard deviation to each side as a band."""
     values = torch.tensor(runs)
     mean, sd = values.mean(0), values.std(0, correction=min(1, len(runs) - 1))

@@ -7,7 +7,8 @@ FEATURES = 1764  # 36 channels of 7 x 7
 
 
 class MnistNN2(nn.Module):
-    """Two convolutions; a linear predictor; a linear adversary behind `reversal`, which is the only part that varies."""
+    """Two convolutions; a linear predictor; a linear adversary behind `reversal`, which is the only part that
+    varies."""
 
     def __init__(self, reversal: nn.Module) -> None:
         super().__init__()

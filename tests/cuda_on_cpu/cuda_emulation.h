@@ -1,26 +1,34 @@
-// Runs CUDA kernels on the CPU, one fibre per CUDA thread, so that their logic can be tested under sanitizers without a GPU.
+// Runs CUDA kernels on the CPU, one fibre per CUDA thread, so that their logic can be tested under sanitizers without a
+// GPU.
 //
-// Put tests/cuda_on_cpu/include first on the include path. The headers there have the names of the toolkit's (cuda_runtime.h,
-// cuda_fp16.h, ...) and lead here, so that a .cuh of csrc/cuda compiles unchanged with g++ (C++17 or later, -pthread). It must
+// Put tests/cuda_on_cpu/include first on the include path. The headers there have the names of the toolkit's
+// (cuda_runtime.h, cuda_fp16.h, ...) and lead here, so that a .cuh of csrc/cuda compiles unchanged with g++ (C++17 or
+// later, -pthread). It must
 // - launch through launch() and reach its dynamic shared memory through dynamic_shared_memory(), both in launch.cuh;
 // - align shared arrays with __align__: __shared__ __align__(16) float tile[32];
 // - use no more of CUDA than is here, in cuda_types.h and in half_types.h: what a new kernel needs is added there.
-// A test is a program that launches the kernel on ordinary host memory and exits with 0, named in tests/test_cuda_on_cpu.py.
+// A test is a program that launches the kernel on ordinary host memory and exits with 0, named in
+// tests/test_cuda_on_cpu.py.
 //
 // What is found that a GPU may let pass:
 // - AddressSanitizer: accesses outside global buffers and outside the dynamic shared memory that was asked for.
 // - UndefinedBehaviorSanitizer: misaligned vector accesses, indices outside static shared arrays.
-// - ThreadSanitizer: races between the threads of a block (a missing __syncthreads or __syncwarp) and between blocks. Each CUDA
-//   thread is a thread of its own to it, ordered with others by barriers and __threadfence only: a shuffle orders no memory.
-//   The fibres run one at a time and in a fixed order, so what it reports does not depend on luck. 8000 threads a grid at most.
-// - Here: threads that wait for one that has returned or waits elsewhere (the message lists the places), lanes outside the mask
+// - ThreadSanitizer: races between the threads of a block (a missing __syncthreads or __syncwarp) and between blocks.
+// Each CUDA
+//   thread is a thread of its own to it, ordered with others by barriers and __threadfence only: a shuffle orders no
+//   memory. The fibres run one at a time and in a fixed order, so what it reports does not depend on luck. 8000 threads
+//   a grid at most.
+// - Here: threads that wait for one that has returned or waits elsewhere (the message lists the places), lanes outside
+// the mask
 //   they name, misaligned asynchronous copies.
-// - Launches that a device refuses (device_limits.h): threads, grid, parameters, static and dynamic shared memory together. Not
+// - Launches that a device refuses (device_limits.h): threads, grid, parameters, static and dynamic shared memory
+// together. Not
 //   registers, of which only the compiler knows: tests/test_cuda_code.py looks at those.
 // - Dynamic shared memory begins as NaN. The target of an asynchronous copy is NaN until the copy has been waited for.
 //
-// What differs from a GPU: blocks run one after another, the last one first, so that they cannot wait for each other; there is no
-// timing and there are no streams; every lane that a mask names must arrive, at the same line, or the block hangs (and says so).
+// What differs from a GPU: blocks run one after another, the last one first, so that they cannot wait for each other;
+// there is no timing and there are no streams; every lane that a mask names must arrive, at the same line, or the block
+// hangs (and says so).
 #pragma once
 
 #include <cassert>
@@ -35,7 +43,8 @@
 #include "half_types.h"
 #include "machine.h"
 
-// ---- The runtime ------------------------------------------------------------------------------------------------------------
+// ---- The runtime
+// ------------------------------------------------------------------------------------------------------------
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_emulation::device.id;
@@ -68,7 +77,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       *config, reinterpret_cast<const void*>(kernel), kParameterBytes, [&] { std::apply(kernel, parameters); });
 }
 
-// ---- Threads together -------------------------------------------------------------------------------------------------------
+// ---- Threads together
+// -------------------------------------------------------------------------------------------------------
 
 // Default arguments are evaluated where the call is written: this is how the messages know their line.
 #define CUDA_EMULATION_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -126,7 +136,8 @@ T atomicAdd(T* address, decltype(T{} + T{}) value) {
   return old;
 }
 
-// ---- Memory -----------------------------------------------------------------------------------------------------------------
+// ---- Memory
+// -----------------------------------------------------------------------------------------------------------------
 
 template <typename T>
 T __ldg(const T* address) {
@@ -146,7 +157,8 @@ void __stcg(T* address, T value) {
 inline void __pipeline_memcpy_async(void* to, const void* from, std::size_t bytes) {
   const auto misaligned = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes;
   if ((bytes != 4 && bytes != 8 && bytes != 16) || misaligned) {
-    cuda_emulation::fail("an asynchronous copy of %zu bytes from %p to %p: 4, 8 or 16, both ends aligned to it", bytes, from, to);
+    cuda_emulation::fail(
+        "an asynchronous copy of %zu bytes from %p to %p: 4, 8 or 16, both ends aligned to it", bytes, from, to);
   }
   std::memset(to, 0xff, bytes);
   cuda_emulation::this_thread->open_copies.push_back({to, from, bytes});

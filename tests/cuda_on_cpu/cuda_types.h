@@ -3,7 +3,8 @@
 
 #include <cstddef>
 
-// ---- The language -----------------------------------------------------------------------------------------------------------
+// ---- The language
+// -----------------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -51,7 +52,8 @@ inline float4 make_float4(float x, float y, float z, float w) {
   return {x, y, z, w};
 }
 
-// ---- The runtime's types ----------------------------------------------------------------------------------------------------
+// ---- The runtime's types
+// ----------------------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };

@@ -1,4 +1,5 @@
-// What a device refuses to start, for cuda_emulation.h: the limits of a launch, and how much static shared memory a kernel has.
+// What a device refuses to start, for cuda_emulation.h: the limits of a launch, and how much static shared memory a
+// kernel has.
 #pragma once
 
 #include <dlfcn.h>
@@ -28,7 +29,8 @@ constexpr unsigned kMaxBlockZ = 64;
 // The device that launches go to. A test that wants another one gives it another id as well.
 struct Device {
   int id = 0;
-  std::size_t shared_bytes = 227 << 10;  // of a block, static and dynamic, for a kernel that has asked; compute capability 9.0
+  std::size_t shared_bytes = 227
+      << 10;  // of a block, static and dynamic, for a kernel that has asked; compute capability 9.0
 };
 inline Device device;
 
@@ -36,11 +38,13 @@ inline Device device;
 inline bool only_judge = false;
 inline std::size_t launches = 0;
 
-// ---- Static shared memory -----------------------------------------------------------------------------------------------------
+// ---- Static shared memory
+// -----------------------------------------------------------------------------------------------------
 
-// A kernel's __shared__ arrays are thread_local here, so that the compiler writes them down as the kernel's own symbols of thread-
-// local storage: function f() {static thread_local int a[8];} has the symbols _Z1fv and _ZZ1fvE1a. Their sizes are read from the
-// program file. Only arrays declared in the kernel itself are found, which is where a kernel should declare them.
+// A kernel's __shared__ arrays are thread_local here, so that the compiler writes them down as the kernel's own symbols
+// of thread- local storage: function f() {static thread_local int a[8];} has the symbols _Z1fv and _ZZ1fvE1a. Their
+// sizes are read from the program file. Only arrays declared in the kernel itself are found, which is where a kernel
+// should declare them.
 class Symbols {
  public:
   Symbols() {
@@ -95,13 +99,15 @@ inline std::size_t static_shared_bytes(const void* function) {
   return symbols.shared_of(function);
 }
 
-// ---- Dynamic shared memory ----------------------------------------------------------------------------------------------------
+// ---- Dynamic shared memory
+// ----------------------------------------------------------------------------------------------------
 
 // What kernels asked for, by device and kernel.
 inline std::map<std::pair<int, const void*>, std::size_t> dynamic_bytes_asked_for;
 
 inline bool may_ask_for(const void* function, int64_t dynamic_bytes) {
-  return dynamic_bytes >= 0 && static_cast<std::size_t>(dynamic_bytes) + static_shared_bytes(function) <= device.shared_bytes;
+  return dynamic_bytes >= 0 &&
+      static_cast<std::size_t>(dynamic_bytes) + static_shared_bytes(function) <= device.shared_bytes;
 }
 
 inline bool may_have(const void* function, std::size_t dynamic_bytes) {

@@ -1,5 +1,6 @@
-// Does the emulation behave as a GPU does, and does it find what it is there to find? `emulation_test NAME` runs one case: 0 and
-// silence where the kernel is right; the planted errors end in a sanitizer's report or in the emulation's own.
+// Does the emulation behave as a GPU does, and does it find what it is there to find? `emulation_test NAME` runs one
+// case: 0 and silence where the kernel is right; the planted errors end in a sanitizer's report or in the emulation's
+// own.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -111,7 +112,9 @@ float reversed_by(std::size_t shared_bytes, bool wait) {
   for (int i = 0; i < 256; ++i) {
     in[i] = make_float4(i, i, i, i);
   }
-  expect(launch(reverse, dim3(1), dim3(128), shared_bytes, nullptr, in.data(), out.data(), wait) == cudaSuccess, "launched");
+  expect(
+      launch(reverse, dim3(1), dim3(128), shared_bytes, nullptr, in.data(), out.data(), wait) == cudaSuccess,
+      "launched");
   for (int i = 0; wait && i < 128; ++i) {
     expect(out[i].x == 127 - i && out[128 + i].w == 255 - i, "reversed");
   }
@@ -179,10 +182,18 @@ cudaError_t without_asking(std::size_t dynamic_bytes) {
 void limits() {
   expect(launch(nothing, dim3(1), dim3(1025), 0, nullptr) == cudaErrorInvalidConfiguration, "1024 threads at most");
   expect(launch(nothing, dim3(0), dim3(32), 0, nullptr) == cudaErrorInvalidConfiguration, "no empty grids");
-  expect(launch(nothing, dim3(1, 65536), dim3(32), 0, nullptr) == cudaErrorInvalidConfiguration, "65535 blocks along y at most");
-  expect(launch(nothing, dim3(1), dim3(1, 1, 65), 0, nullptr) == cudaErrorInvalidConfiguration, "64 threads along z at most");
-  expect(launch(nothing, dim3(1), dim3(32), 228 << 10, nullptr) == cudaErrorInvalidValue, "227 KB of shared memory at most");
-  expect(launch(large_parameters, dim3(1), dim3(1), 0, nullptr, Large{}, 'a') == cudaErrorInvalidValue, "4096 bytes of parameters");
+  expect(
+      launch(nothing, dim3(1, 65536), dim3(32), 0, nullptr) == cudaErrorInvalidConfiguration,
+      "65535 blocks along y at most");
+  expect(
+      launch(nothing, dim3(1), dim3(1, 1, 65), 0, nullptr) == cudaErrorInvalidConfiguration,
+      "64 threads along z at most");
+  expect(
+      launch(nothing, dim3(1), dim3(32), 228 << 10, nullptr) == cudaErrorInvalidValue,
+      "227 KB of shared memory at most");
+  expect(
+      launch(large_parameters, dim3(1), dim3(1), 0, nullptr, Large{}, 'a') == cudaErrorInvalidValue,
+      "4096 bytes of parameters");
 }
 
 // Static shared memory is a part of every limit.
@@ -198,7 +209,9 @@ void static_shared_memory() {
   expect(without_asking<double>((48 << 10) - kStatic) == cudaSuccess, "48 KB in all need no asking");
   expect(without_asking<double>((48 << 10) - kStatic + 1) == cudaErrorInvalidValue, "more need it");
   double out;
-  const auto asked = [&](std::size_t bytes) { return launch(has_static_memory<double>, dim3(1), dim3(1), bytes, nullptr, &out); };
+  const auto asked = [&](std::size_t bytes) {
+    return launch(has_static_memory<double>, dim3(1), dim3(1), bytes, nullptr, &out);
+  };
   expect(asked((48 << 10) - kStatic + 1) == cudaSuccess && asked(48 << 10) == cudaSuccess, "launch() asks");
   expect(asked((227 << 10) - kStatic) == cudaSuccess, "up to what the device has");
   expect(asked((227 << 10) - kStatic + 1) == cudaErrorInvalidValue, "and no further");
@@ -218,7 +231,8 @@ void many_host_threads() {
   std::vector<std::thread> threads;
   std::vector<cudaError_t> status(16, cudaErrorInvalidValue);
   for (int t = 0; t < 16; ++t) {
-    threads.emplace_back([&, t] { status[t] = allow_all_shared_memory(reinterpret_cast<const void*>(&has_static_memory<float>)); });
+    threads.emplace_back(
+        [&, t] { status[t] = allow_all_shared_memory(reinterpret_cast<const void*>(&has_static_memory<float>)); });
   }
   for (auto& thread : threads) {
     thread.join();
@@ -226,7 +240,8 @@ void many_host_threads() {
   expect(std::count(status.begin(), status.end(), cudaSuccess) == 16, "all may launch");
 }
 
-// Every half value survives the way through float; between two neighbours the nearer one is taken, the even one at the middle.
+// Every half value survives the way through float; between two neighbours the nearer one is taken, the even one at the
+// middle.
 void half_types() {
   for (unsigned bits = 0; bits < 0x7c00; ++bits) {
     const float low = __half2float({static_cast<uint16_t>(bits)});
@@ -249,7 +264,8 @@ void half_types() {
   }
   expect(std::isinf(__half2float(__float2half_rn(1e6f))), "half: too large is infinite");
   expect(std::isinf(__bfloat162float(__float2bfloat16_rn(INFINITY))), "bfloat16: infinity");
-  expect(std::isnan(__half2float(__float2half_rn(NAN))) && std::isnan(__bfloat162float(__float2bfloat16_rn(NAN))), "NaN");
+  expect(
+      std::isnan(__half2float(__float2half_rn(NAN))) && std::isnan(__bfloat162float(__float2bfloat16_rn(NAN))), "NaN");
 }
 
 // ---- Planted errors ----

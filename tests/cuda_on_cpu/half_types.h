@@ -18,12 +18,14 @@ struct __nv_bfloat16 {
 inline float __half2float(__half x) {
   const int exponent = x.bits >> 10 & 31;
   const int fraction = x.bits & 1023;
-  const float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                                         : std::ldexp(float(exponent ? 1024 + fraction : fraction), std::max(exponent, 1) - 25);
+  const float magnitude = exponent == 31
+      ? (fraction ? NAN : INFINITY)
+      : std::ldexp(float(exponent ? 1024 + fraction : fraction), std::max(exponent, 1) - 25);
   return std::copysign(magnitude, x.bits & 0x8000 ? -1.0f : 1.0f);
 }
 
-// A half is a count of its binade's unit; a count that rounds up to the next binade carries into the exponent by itself.
+// A half is a count of its binade's unit; a count that rounds up to the next binade carries into the exponent by
+// itself.
 inline __half __float2half_rn(float x) {
   const unsigned sign = std::signbit(x) ? 0x8000 : 0;
   if (std::isnan(x)) {

@@ -1,5 +1,5 @@
-// What the heads' kernels are compared with: plain loops in double precision, how far from them the kernels may be, and memory between
-// guards.
+// What the heads' kernels are compared with: plain loops in double precision, how far from them the kernels may be, and
+// memory between guards.
 #pragma once
 
 #include <cmath>
@@ -44,7 +44,8 @@ struct Case {
   bool needs_dx = true;
   bool mean = true;
   bool on_device = false;  // lambda and the loss weights
-  bool nan_rows = false;  // some rows of x are NaN; they have weight 0 in every head, and their targets are NaN where they can be
+  bool nan_rows =
+      false;  // some rows of x are NaN; they have weight 0 in every head, and their targets are NaN where they can be
   int offset = 0;  // elements that x begins past an aligned address
 };
 
@@ -58,9 +59,10 @@ inline std::vector<HeadCase> heads_of(const std::vector<int>& sizes) {
 
 inline std::string describe(const Case& c) {
   std::string text = "N " + std::to_string(c.rows) + ", D " + std::to_string(c.features) + ", " +
-      std::to_string(c.device.sm_count) + " multiprocessors, " + std::to_string(c.device.shared_bytes) + " bytes of shared memory" +
-      (c.mean ? "" : ", sum") + (c.needs_dx ? "" : ", no dx") + (c.on_device ? ", numbers on the device" : "") +
-      (c.offset ? ", misaligned" : "") + (c.nan_rows ? ", rows of NaN" : "");
+      std::to_string(c.device.sm_count) + " multiprocessors, " + std::to_string(c.device.shared_bytes) +
+      " bytes of shared memory" + (c.mean ? "" : ", sum") + (c.needs_dx ? "" : ", no dx") +
+      (c.on_device ? ", numbers on the device" : "") + (c.offset ? ", misaligned" : "") +
+      (c.nan_rows ? ", rows of NaN" : "");
   for (const HeadCase& h : c.heads) {
     const char* const kinds[] = {"none", "classes", "probabilities", "values"};
     text += "\n  head of " + std::to_string(h.size) + " with " + kinds[static_cast<int>(h.kind)] +
@@ -99,7 +101,8 @@ T element(double x) {
 template <typename T>
 class Guarded {
  public:
-  explicit Guarded(int64_t n, int offset = 0) : n_(n), begin_(kGuard + offset), bytes_((begin_ + n + kGuard) * sizeof(T) + 16) {
+  explicit Guarded(int64_t n, int offset = 0)
+      : n_(n), begin_(kGuard + offset), bytes_((begin_ + n + kGuard) * sizeof(T) + 16) {
     std::memset(bytes_.data(), kPattern, bytes_.size());
     base_ = reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(bytes_.data()), 16));
   }
@@ -149,7 +152,8 @@ constexpr double kRounding<__nv_bfloat16> = 0x1p-8;
 template <typename T>
 constexpr double kSmallest = std::is_same_v<T, __half> ? 0x1p-25 : 0;
 
-// The heads' losses and the gradient of the total for the logits, with what each inherits from an error of `z_error` in the logits.
+// The heads' losses and the gradient of the total for the logits, with what each inherits from an error of `z_error` in
+// the logits.
 struct Losses {
   std::vector<double> head, head_error;
   double total = 0, total_error = 0;
@@ -276,7 +280,8 @@ struct Inputs {
   }
 
   double scale_of(int h) const {
-    return c.on_device && !std::isnan(c.heads[h].lambda) ? -double{static_cast<float>(c.heads[h].lambda)} : c.heads[h].scale();
+    return c.on_device && !std::isnan(c.heads[h].lambda) ? -double{static_cast<float>(c.heads[h].lambda)}
+                                                         : c.heads[h].scale();
   }
 
   // Roundings of a sum of n terms, at the terms' size: n at worst, about its root in fact, and those of its terms.
@@ -355,7 +360,8 @@ struct Inputs {
             if (head.kind == TargetKind::kProbabilities) {
               y = !binary ? dense[h][r * head.size + k] : k == 1 ? dense[h][r] : 1 - dense[h][r];
             }
-            u[k] = (head.class_weight ? class_weight[h][k] : 1) * (head.smoothing / head.classes() + (1 - head.smoothing) * y);
+            u[k] = (head.class_weight ? class_weight[h][k] : 1) *
+                (head.smoothing / head.classes() + (1 - head.smoothing) * y);
             mass += u[k];
             top = std::max(top, logits[k]);
           }

@@ -1,7 +1,8 @@
-// The heads' kernels against plain loops in double precision (heads_oracle.h): every form, option and element type, many sizes,
-// outputs between guards, twice for the same bits. `heads_test TYPE` runs one element type; `races` few cases of each form, for
-// ThreadSanitizer, to which a thread is expensive, and `races_of_TYPE` fewer; `plan` the launch shapes alone; `launches` what a device would say to them;
-// `small` how many there are at a small size; `bad_target` must end in the kernel's assertion.
+// The heads' kernels against plain loops in double precision (heads_oracle.h): every form, option and element type,
+// many sizes, outputs between guards, twice for the same bits. `heads_test TYPE` runs one element type; `races` few
+// cases of each form, for ThreadSanitizer, to which a thread is expensive, and `races_of_TYPE` fewer; `plan` the launch
+// shapes alone; `launches` what a device would say to them; `small` how many there are at a small size; `bad_target`
+// must end in the kernel's assertion.
 #include "heads_oracle.h"
 
 namespace {
@@ -39,9 +40,11 @@ struct Run : Inputs<T> {
     for (int64_t i = 0; i < got.size(); ++i) {
       const int64_t j = i / width * all + first + i % width;
       const double tolerance = kRounding<T> * std::fabs(want.sum[j]) + want.error[j] + kSmallest<T>;
-      if (!(std::fabs(value(got[i]) - want.sum[j]) <= tolerance) && !(std::isnan(value(got[i])) && std::isnan(want.sum[j]))) {
+      if (!(std::fabs(value(got[i]) - want.sum[j]) <= tolerance) &&
+          !(std::isnan(value(got[i])) && std::isnan(want.sum[j]))) {
         if (good) {
-          std::printf("%s[%lld] = %g, not %g +- %g\n", what, static_cast<long long>(i), value(got[i]), want.sum[j], tolerance);
+          std::printf(
+              "%s[%lld] = %g, not %g +- %g\n", what, static_cast<long long>(i), value(got[i]), want.sum[j], tolerance);
         }
         good = false;
       }
@@ -53,7 +56,8 @@ struct Run : Inputs<T> {
     Guarded<T> dx;
     std::vector<Guarded<T>> logits, dw, db;
     Guarded<A> head_losses, loss;
-    explicit Results(const Run& run) : dx(run.c.needs_dx ? run.c.rows * run.c.features : 0), head_losses(run.count), loss(1) {
+    explicit Results(const Run& run)
+        : dx(run.c.needs_dx ? run.c.rows * run.c.features : 0), head_losses(run.count), loss(1) {
       for (const HeadCase& head : run.c.heads) {
         logits.emplace_back(run.c.rows * head.size);
         dw.emplace_back(head.needs_weight ? int64_t{head.size} * run.c.features : 0);
@@ -137,7 +141,10 @@ struct Run : Inputs<T> {
     }
     report(got.same_bits(again), "the repetition of gradients");
     check_gradients(
-        got, [&](int64_t r, int k) { return value(grad_logits[head_of[k]][r * c.heads[head_of[k]].size + k - begin[head_of[k]]]); },
+        got,
+        [&](int64_t r, int k) {
+          return value(grad_logits[head_of[k]][r * c.heads[head_of[k]].size + k - begin[head_of[k]]]);
+        },
         [](int64_t, int) { return 0.0; });
   }
 
@@ -182,7 +189,8 @@ struct Run : Inputs<T> {
     const int pitch = static_cast<int>(round_up(columns, kProductColumns));
     Results got(*this), split(*this);
     const auto heads = heads_into(got);
-    Guarded<T> z(c.rows * pitch), g(c.rows * pitch), scaled(c.rows * pitch), g_only(c.rows * pitch), rescaled(c.rows * pitch);
+    Guarded<T> z(c.rows * pitch), g(c.rows * pitch), scaled(c.rows * pitch), g_only(c.rows * pitch),
+        rescaled(c.rows * pitch);
     Guarded<T> matrix(int64_t{pitch} * c.features), vector(pitch);
     Sums logits(c.rows * columns);
     for (int64_t r = 0; r < c.rows; ++r) {
@@ -194,7 +202,8 @@ struct Run : Inputs<T> {
         }
       }
     }
-    Products<T> buffers{c.rows, c.features, columns, pitch, matrix.data(), vector.data(), z.data(), g.data(), scaled.data()};
+    Products<T> buffers{c.rows,        c.features, columns,  pitch,        matrix.data(),
+                        vector.data(), z.data(),   g.data(), scaled.data()};
     report(gather_weights(buffers, heads, queue()) == cudaSuccess, "the start of gather_weights");
     bool good = matrix.guards_hold() && vector.guards_hold();
     const auto same = [](const T& a, const T& b) { return std::memcmp(&a, &b, sizeof(T)) == 0; };
@@ -204,7 +213,8 @@ struct Run : Inputs<T> {
       good &= same(vector[k], has_bias ? this->bias[h][k - begin[h]] : element<T>(0));
       for (int d = 0; d < c.features; ++d) {
         good &= same(
-            matrix[int64_t{k} * c.features + d], k < columns ? weight[h][int64_t{k - begin[h]} * c.features + d] : element<T>(0));
+            matrix[int64_t{k} * c.features + d],
+            k < columns ? weight[h][int64_t{k - begin[h]} * c.features + d] : element<T>(0));
       }
     }
     report(good, "gathered weights");
@@ -237,7 +247,9 @@ struct Run : Inputs<T> {
         for (int k = 0; k < columns; ++k) {
           const double s = with_scale ? this->scale_of(head_of[k]) : 1;
           const double v = sum[r * columns + k];
-          padded.add(r * pitch + k, s == 0 ? 0 : v * s, (error[r * columns + k] + 2 * kRounding<A> * std::fabs(v)) * std::fabs(s));
+          padded.add(
+              r * pitch + k, s == 0 ? 0 : v * s,
+              (error[r * columns + k] + 2 * kRounding<A> * std::fabs(v)) * std::fabs(s));
         }
       }
       compare(what, buffer, padded, 1, 0, 1);
@@ -253,7 +265,8 @@ struct Run : Inputs<T> {
   }
 
   bool finite() const {
-    return !c.nan_rows && std::none_of(c.heads.begin(), c.heads.end(), [](const HeadCase& head) { return head.infinite_weight; });
+    return !c.nan_rows &&
+        std::none_of(c.heads.begin(), c.heads.end(), [](const HeadCase& head) { return head.infinite_weight; });
   }
 
   void check_sweeps() {
@@ -296,15 +309,17 @@ HeadCase with(int size, TargetKind kind, bool sample_weight, bool class_weight, 
 
 // Heads that between them have every kind and option, and one of each alone.
 std::vector<std::vector<HeadCase>> option_heads() {
-  constexpr auto kClasses = TargetKind::kClasses, kProbabilities = TargetKind::kProbabilities, kValues = TargetKind::kValues;
+  constexpr auto kClasses = TargetKind::kClasses, kProbabilities = TargetKind::kProbabilities,
+                 kValues = TargetKind::kValues;
   std::vector<std::vector<HeadCase>> lists = {
       heads_of({2, 2}),
       {with(4, kClasses, true, false, 0)},
       {with(4, kClasses, false, true, 0.1), with(1, kClasses, false, true, 0.2, 0.75)},
       {with(3, kProbabilities, false, false, 0), with(1, kProbabilities, true, true, 0.1, 0.5)},
       {with(3, kValues, false, false, 0), with(1, kValues, true, false, 0, -0.5)},
-      {with(5, kClasses, true, true, 0.1), with(2, kProbabilities, true, false, 0.3, 0.5), with(1, kClasses, false, false, 0, 0.25),
-       with(2, kValues, true, false, 0, 0), with(1, kProbabilities, false, true, 0), with(1, kValues, false, false, 0, 1)},
+      {with(5, kClasses, true, true, 0.1), with(2, kProbabilities, true, false, 0.3, 0.5),
+       with(1, kClasses, false, false, 0, 0.25), with(2, kValues, true, false, 0, 0),
+       with(1, kProbabilities, false, true, 0), with(1, kValues, false, false, 0, 1)},
       heads_of({31, 1}),
   };
   for (auto& heads : lists) {
@@ -388,7 +403,8 @@ void check_type() {
     c.offset = 2;
     Run<T>(c).check();
   }
-  // 512 threads: more of the weights' gradient than 256 threads hold, and more shared memory than half a multiprocessor has.
+  // 512 threads: more of the weights' gradient than 256 threads hold, and more shared memory than half a multiprocessor
+  // has.
   Run<T>({20, 500, heads_of({31, 1}), kOneSm}).check();
   Run<T>({20, 1764, lists[2], kAmpere}).check();
   Run<T>({20, 500, lists[5], {1, 64 << 10}}).check();
@@ -396,7 +412,8 @@ void check_type() {
   // More rows than the blocks count by themselves, and 32 heads at once.
   Case many{kMaxRowsCountedInPlace / 32 + 5, 1, {}, kTight};
   for (int h = 0; h < 32; ++h) {
-    many.heads.push_back(with(1, static_cast<TargetKind>(1 + h % 3), h % 2 == 1, h % 4 == 0 && h % 3 != 2, 0, h % 5 ? 0.5 : NAN));
+    many.heads.push_back(
+        with(1, static_cast<TargetKind>(1 + h % 3), h % 2 == 1, h % 4 == 0 && h % 3 != 2, 0, h % 5 ? 0.5 : NAN));
   }
   Run<T>(many).check();
   // Only between matrix products.
@@ -408,7 +425,8 @@ void check_type() {
       .check();
   many = {9, 1, heads_of(std::vector<int>(70, 1)), kOneSm};
   for (std::size_t h = 0; h < 70; ++h) {
-    many.heads[h] = with(1 + h % 2, static_cast<TargetKind>(1 + h % 3), h % 2 == 1, false, h % 3 == 2 ? 0 : 0.2, h % 7 ? 0.5 : NAN);
+    many.heads[h] = with(
+        1 + h % 2, static_cast<TargetKind>(1 + h % 3), h % 2 == 1, false, h % 3 == 2 ? 0 : 0.2, h % 7 ? 0.5 : NAN);
     many.heads[h].loss_weight = 0.5 + static_cast<double>(h);
     many.heads[h].all_ignored = h == 69;
   }
@@ -426,17 +444,24 @@ void races() {
   Run<float>({9, 516, heads_of({31, 1}), kOneSm}).check_sweeps();  // 512 threads
   Run<float>({9, 1764, lists[3], kAmpere}).check_loss();  // a single stage
   Run<float>({kMaxRowsCountedInPlace / 32 + 5, 1, heads_of(std::vector<int>(32, 1)), kTight}).check_loss();
-  Run<float>({20, 1, {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)}, kOneSm})
+  Run<float>({20,
+              1,
+              {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
+              kOneSm})
       .check_between_products();
 }
 
-// Each form once with the types whose code differs: doubles have half the threads and other shared memory, bf16 is widened by pairs.
+// Each form once with the types whose code differs: doubles have half the threads and other shared memory, bf16 is
+// widened by pairs.
 template <typename T>
 void races_of() {
   const auto lists = option_heads();
   Run<T>({20, 100, lists[5], kOneSm}).check_sweeps();
   Run<T>({20, 100, lists[5], kTight}).check_sweeps();
-  Run<T>({20, 1, {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)}, kOneSm})
+  Run<T>({20,
+          1,
+          {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
+          kOneSm})
       .check_between_products();
 }
 
@@ -471,13 +496,14 @@ void plan() {
               const Sweep s = plan_sweep(problem, device);
               expect(s.shared_bytes + kStaticBytes <= device.shared_bytes, "shared memory", problem);
               expect(
-                  s.blocks * s.rows_per_block >= rows && (s.blocks - 1) * s.rows_per_block < std::max<int64_t>(1, rows), "rows",
-                  problem);
+                  s.blocks * s.rows_per_block >= rows && (s.blocks - 1) * s.rows_per_block < std::max<int64_t>(1, rows),
+                  "rows", problem);
               expect(int64_t{s.slices} * s.slice_features >= features, "features", problem);
               expect((s.slices - 1) * int64_t{s.slice_features} < std::max(1, features), "empty slices", problem);
               expect(s.slices <= kMaxGridY, "as many slices as a grid has", problem);
               const int tiles = s.slice_features / kPiece * ((columns + kColumnGroup - 1) / kColumnGroup);
-              expect(!weight_gradient || tiles <= kTilesPerThread * s.threads, "tiles of the weight's gradient", problem);
+              expect(
+                  !weight_gradient || tiles <= kTilesPerThread * s.threads, "tiles of the weight's gradient", problem);
               expect(s.slices == 1 || s.slice_features % 32 == 0, "slices begin at sectors", problem);
             }
           }
@@ -497,8 +523,8 @@ void plan() {
   expect_form(HeadsForm::kProducts, 16384, 2048, 33, 4);
 }
 
-// Every launch of the operators over a grid of sizes is one that the device takes. Nothing is run. Each operator meets a device that
-// no kernel has asked for anything yet.
+// Every launch of the operators over a grid of sizes is one that the device takes. Nothing is run. Each operator meets
+// a device that no kernel has asked for anything yet.
 template <typename T>
 void judge(const HeadsDevice& device) {
   using A = typename Arithmetic<T>::type;
@@ -507,7 +533,8 @@ void judge(const HeadsDevice& device) {
   const auto allocate = [](int64_t) -> void* { return nullptr; };
   const HeadsQueue queue{device, nullptr};
   T some[1];
-  for (const int features : {1, 8, 64, 96, 127, 128, 192, 256, 384, 512, 768, 1000, 1024, 1764, 2048, 4096, 10000, kMaxFeatures}) {
+  for (const int features :
+       {1, 8, 64, 96, 127, 128, 192, 256, 384, 512, 768, 1000, 1024, 1764, 2048, 4096, 10000, kMaxFeatures}) {
     for (int columns = 1; columns <= kMaxSweepColumns; ++columns) {
       for (const int count : {1, 3, columns}) {
         if (count > columns) {

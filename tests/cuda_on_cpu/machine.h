@@ -1,5 +1,5 @@
-// The machine that cuda_emulation.h runs kernels on: fibres for the threads of a block, barriers, and exchanges among the lanes of a
-// warp, with the order that ThreadSanitizer may see in them.
+// The machine that cuda_emulation.h runs kernels on: fibres for the threads of a block, barriers, and exchanges among
+// the lanes of a warp, with the order that ThreadSanitizer may see in them.
 #pragma once
 
 #include <sys/mman.h>
@@ -157,7 +157,8 @@ template <typename... Args>
   std::abort();
 }
 
-// noipa: the compiler must not learn that jump never returns, or AddressSanitizer forgets all about the stack that it leaves.
+// noipa: the compiler must not learn that jump never returns, or AddressSanitizer forgets all about the stack that it
+// leaves.
 #define CUDA_EMULATION_SWITCH CUDA_EMULATION_UNSEEN __attribute__((noipa, no_sanitize("address")))
 
 // Goes on where `to` was saved.
@@ -166,8 +167,8 @@ CUDA_EMULATION_SWITCH inline void jump(Resume* to, void* tsan_to) {
   __builtin_longjmp(to->words, 1);
 }
 
-// Goes on where `to` was saved; returns when somebody goes on at `from`. swapcontext would do, but it calls the system at every
-// switch, and AddressSanitizer's own version of it forgets all it knows about a stack.
+// Goes on where `to` was saved; returns when somebody goes on at `from`. swapcontext would do, but it calls the system
+// at every switch, and AddressSanitizer's own version of it forgets all it knows about a stack.
 CUDA_EMULATION_SWITCH inline void switch_to(Resume*& from, Resume* to, void* tsan_to) {
   Resume here;
   from = &here;
@@ -195,8 +196,8 @@ CUDA_EMULATION_UNSEEN inline void suspend() {
   switch_to(this_thread->resume, this_block->scheduler, this_block->scheduler_tsan);
 }
 
-// A fibre: runs the block's next thread, and when that has returned the one after it. So a kernel without barriers needs a single
-// fibre, except under ThreadSanitizer.
+// A fibre: runs the block's next thread, and when that has returned the one after it. So a kernel without barriers
+// needs a single fibre, except under ThreadSanitizer.
 CUDA_EMULATION_UNSEEN inline void fibre_main() {
   Block& block = *this_block;
   do {
@@ -273,12 +274,13 @@ CUDA_EMULATION_UNSEEN inline void run(Block& block) {
 }
 
 inline cudaError_t run_grid(
-    const cudaLaunchConfig_t& config, const void* function, std::size_t parameter_bytes, const std::function<void()>& kernel) {
+    const cudaLaunchConfig_t& config, const void* function, std::size_t parameter_bytes,
+    const std::function<void()>& kernel) {
   const dim3 grid = config.gridDim;
   const dim3 size = config.blockDim;
   const std::size_t count = std::size_t{size.x} * size.y * size.z;
-  if (count == 0 || count > kMaxThreads || size.z > kMaxBlockZ || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX ||
-      grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
+  if (count == 0 || count > kMaxThreads || size.z > kMaxBlockZ || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
     return cudaErrorInvalidConfiguration;
   }
   if (parameter_bytes > kMaxParameterBytes || !may_have(function, config.dynamicSmemBytes)) {
@@ -292,11 +294,12 @@ inline cudaError_t run_grid(
   if (block_count * count > kMaxGridThreads) {
     fail("a grid of %zu threads, of which ThreadSanitizer can tell %zu apart", block_count * count, kMaxGridThreads);
   }
-  // All blocks live until the grid has ended: what one freed and the next got again, memory or ThreadSanitizer's name of a fibre,
-  // would be taken for the same.
+  // All blocks live until the grid has ended: what one freed and the next got again, memory or ThreadSanitizer's name
+  // of a fibre, would be taken for the same.
   std::vector<std::unique_ptr<Block>> blocks;
   for (auto b = static_cast<unsigned>(block_count); b-- > 0;) {
-    blocks.push_back(std::make_unique<Block>(config, kernel, dim3{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}));
+    blocks.push_back(
+        std::make_unique<Block>(config, kernel, dim3{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}));
     std::thread([&] { run(*blocks.back()); }).join();
   }
   tsan_acquire(&grid_clock);
@@ -350,13 +353,16 @@ CUDA_EMULATION_UNSEEN inline void sync_block(Site site) {
   order_memory(block.threads.get(), block.count, ~0u, block.clock);
 }
 
-// Gives every lane of the mask what each of them sent; all ones, which is NaN, for the lanes outside. All warp operations stand on
-// it, also those still to be emulated: the fragments of a matrix product take a few exchanges. One of them orders memory.
+// Gives every lane of the mask what each of them sent; all ones, which is NaN, for the lanes outside. All warp
+// operations stand on it, also those still to be emulated: the fragments of a matrix product take a few exchanges. One
+// of them orders memory.
 CUDA_EMULATION_UNSEEN inline Lanes exchange(unsigned mask, uint64_t value, Site site, bool orders = false) {
   Thread& self = *this_thread;
   Thread* warp = self.warp;
   if (!(mask >> self.lane & 1) || (self.lanes < kWarpSize && mask >> self.lanes)) {
-    fail("lane %u of %u calls %s with the mask %#x, %s:%d", self.lane, self.lanes, site.call, mask, site.file, site.line);
+    fail(
+        "lane %u of %u calls %s with the mask %#x, %s:%d", self.lane, self.lanes, site.call, mask, site.file,
+        site.line);
   }
   self.waits = site;
   self.mask = mask;

@@ -1,5 +1,5 @@
-// scale_negate.cuh over element types, forms of lambda, sizes and alignments, in place and not, alone and in lists, against a loop in
-// double precision.
+// scale_negate.cuh over element types, forms of lambda, sizes and alignments, in place and not, alone and in lists,
+// against a loop in double precision.
 #include "scale_negate.cuh"
 
 #include <algorithm>
@@ -29,7 +29,8 @@ T gradient(int64_t i) {
   return Arithmetic<T>::narrow(static_cast<typename Arithmetic<T>::type>(value));
 }
 
-// Half a unit in the last place for every rounding on the way: of the result, and before it of lambda and of the product to f32.
+// Half a unit in the last place for every rounding on the way: of the result, and before it of lambda and of the
+// product to f32.
 template <typename T>
 constexpr double kTolerance = 0x1p-53;
 template <>
@@ -46,7 +47,8 @@ bool is_scaled(T got_, T grad, double lambda) {
   if (lambda == 0) {
     return got == 0 && !std::signbit(got);
   }
-  return got == want || (std::isnan(got) && std::isnan(want)) || std::fabs(got - want) <= kTolerance<T> * std::fabs(want);
+  return got == want || (std::isnan(got) && std::isnan(want)) ||
+      std::fabs(got - want) <= kTolerance<T> * std::fabs(want);
 }
 
 // n elements between two guards of a known pattern, which must be there afterwards.
@@ -94,8 +96,8 @@ void check(const char* form, const Case& c, Lambda lambda, const std::function<d
   if (!good) {
     ++failures;
     std::printf(
-        "wrong: %s, %zu bytes an element, n %lld, grad at %d, out %s at %d\n", form, sizeof(T), static_cast<long long>(c.n),
-        c.grad_offset, c.in_place ? "in place" : "elsewhere", c.out_offset);
+        "wrong: %s, %zu bytes an element, n %lld, grad at %d, out %s at %d\n", form, sizeof(T),
+        static_cast<long long>(c.n), c.grad_offset, c.in_place ? "in place" : "elsewhere", c.out_offset);
   }
 }
 
@@ -106,18 +108,23 @@ void check_forms(const Case& c) {
     const auto single = static_cast<float>(lambda);
     check<T>("a value", c, LambdaValue<A>{static_cast<A>(lambda)}, [=](int64_t) { return lambda; });
     check<T>("a double on the device", c, LambdaOnDevice<A, double>{&lambda, A(1)}, [=](int64_t) { return lambda; });
-    check<T>("a float on the device", c, LambdaOnDevice<A, float>{&single, A(-2)}, [=](int64_t) { return -2 * double{single}; });
+    check<T>("a float on the device", c, LambdaOnDevice<A, float>{&single, A(-2)}, [=](int64_t) {
+      return -2 * double{single};
+    });
   }
   struct {
     const char* form;
     int64_t period, inner;
-  } layouts[] = {{"each element its own", c.n, 1}, {"per column", 3, 1}, {"per channel", 5, 7}, {"per row of complex", 9, 2}};
+  } layouts[] = {
+      {"each element its own", c.n, 1}, {"per column", 3, 1}, {"per channel", 5, 7}, {"per row of complex", 9, 2}};
   for (const auto [form, period, inner] : layouts) {
     std::vector<A> values(period);
     for (int64_t p = 0; p < period; ++p) {
       values[p] = static_cast<A>(p % 3 == 1 ? 0.0 : 0.1 * static_cast<double>(p % 999) - 0.7);
     }
-    const auto lambda_of = [&, period = period, inner = inner](int64_t i) { return double{values[i / inner % period]}; };
+    const auto lambda_of = [&, period = period, inner = inner](int64_t i) {
+      return double{values[i / inner % period]};
+    };
     if (inner == 7) {
       check<T>(form, c, LambdaBroadcast<A, uint64_t>{values.data(), uint64_t(period), uint64_t(inner)}, lambda_of);
     }
@@ -154,7 +161,8 @@ void check_list(const std::vector<int64_t>& sizes, int sm_count, Lambda form, do
     data.push_back(gradient.data());
   }
   const std::size_t before = cuda_emulation::launches;
-  bool good = scale_negate_list(data.data(), sizes.data(), static_cast<int>(sizes.size()), form, sm_count, nullptr) == cudaSuccess;
+  bool good = scale_negate_list(data.data(), sizes.data(), static_cast<int>(sizes.size()), form, sm_count, nullptr) ==
+      cudaSuccess;
   const std::size_t launched = cuda_emulation::launches - before;
   const bool any = std::any_of(sizes.begin(), sizes.end(), [](int64_t n) { return n > 0; });
   good &= launched == (any ? (sizes.size() + kGradientsPerLaunch - 1) / kGradientsPerLaunch : 0);
@@ -166,7 +174,9 @@ void check_list(const std::vector<int64_t>& sizes, int sm_count, Lambda form, do
   }
   if (!good) {
     ++failures;
-    std::printf("wrong: a list of %zu, %zu bytes an element, lambda %g, %zu launches\n", sizes.size(), sizeof(T), lambda, launched);
+    std::printf(
+        "wrong: a list of %zu, %zu bytes an element, lambda %g, %zu launches\n", sizes.size(), sizeof(T), lambda,
+        launched);
   }
 }
 

@@ -1,8 +1,8 @@
 """Random autograd programs around the reversal and `grl_linear`.
 
-A program is drawn from its seed while it runs. What it does depends on the seed, on shapes and on flags of its tensors, never on
-values, so that two implementations run the same one. It records all that a user could see: results, what hooks were given, what
-was held on to, and the errors. After an error it goes on, but for one in a derivative.
+A program is drawn from its seed while it runs. What it does depends on the seed, on shapes and on flags of its tensors,
+never on values, so that two implementations run the same one. It records all that a user could see: results, what hooks
+were given, what was held on to, and the errors. After an error it goes on, but for one in a derivative.
 """
 
 import random
@@ -21,7 +21,12 @@ DTYPES = [torch.float32] * 6 + [torch.float64, torch.float64, torch.complex64, t
 def kind_of(error: Exception) -> str:
     """Errors of one kind have different texts in C++ and Python."""
     text = str(error)
-    for word in ("inplace|in-place", "second time|already been freed", "does not require grad", "unused|not have been used"):
+    for word in (
+        "inplace|in-place",
+        "second time|already been freed",
+        "does not require grad",
+        "unused|not have been used",
+    ):
         if re.search(word, text):
             return f"{type(error).__name__}: {word}"
     return f"{type(error).__name__}: {text[:60]}"
@@ -72,7 +77,10 @@ class Program:
         if form == 3:
             return torch.tensor(value, dtype=self.random.choice([torch.float32, torch.float64, torch.float16]))
         if form == 4:
-            return torch.tensor(int(value), dtype=self.random.choice([torch.int64, torch.bool, torch.uint8 if value >= 0 else torch.int8]))
+            return torch.tensor(
+                int(value),
+                dtype=self.random.choice([torch.int64, torch.bool, torch.uint8 if value >= 0 else torch.int8]),
+            )
         if form == 5:
             return torch.tensor(value, requires_grad=True)
         shape = list(x.shape)
@@ -119,7 +127,17 @@ class Program:
 
     def unary(self, x: Tensor) -> Tensor:
         return self.random.choice(
-            [torch.sin, torch.tanh, torch.neg, torch.clone, torch.square, lambda t: t * 0.5, lambda t: t + 1, torch.abs, Tensor.contiguous]
+            [
+                torch.sin,
+                torch.tanh,
+                torch.neg,
+                torch.clone,
+                torch.square,
+                lambda t: t * 0.5,
+                lambda t: t + 1,
+                torch.abs,
+                Tensor.contiguous,
+            ]
         )(x)
 
     def binary(self, x: Tensor) -> Tensor:
@@ -194,7 +212,9 @@ class Program:
             if self.random.random() < 0.5:
                 x = self.unary(x)
             else:
-                x = self.operations.gradient_reversal(x, self.random.choice([0.0, 0.5, -2, torch.tensor(0.3), torch.full(x.shape, 0.25)]))
+                x = self.operations.gradient_reversal(
+                    x, self.random.choice([0.0, 0.5, -2, torch.tensor(0.3), torch.full(x.shape, 0.25)])
+                )
         return x
 
     def hook(self, x: Tensor) -> None:
@@ -212,8 +232,8 @@ class Program:
                 if grad is not None:
                     keep(grad)
 
-        # PyTorch makes the grad_fn of a view whose base was modified when it is asked for. In register_hook() it does so at a moment that
-        # makes plain PyTorch crash: y = x.view(-1); x.mul_(2); y.register_hook(...).
+        # PyTorch makes the grad_fn of a view whose base was modified when it is asked for. In register_hook() it does
+        # so at a moment that makes plain PyTorch crash: y = x.view(-1); x.mul_(2); y.register_hook(...).
         _ = x.grad_fn
         if any(x is y for y in self.linear_outputs):
             self.hooked_outputs.append(x)
@@ -228,7 +248,9 @@ class Program:
             pass  # the node of a fused operation is its own affair
         elif form == 4:
             x.grad_fn.register_prehook(keep_all)
-        elif x.grad_fn.next_functions[0][0] is not None:  # else PyTorch's own nodes compute nothing, a Python Function all the same
+        elif (
+            x.grad_fn.next_functions[0][0] is not None
+        ):  # else PyTorch's own nodes compute nothing, a Python Function all the same
             x.grad_fn.register_hook(lambda ins, outs: keep_all(ins))
 
     def modify(self, x: Tensor) -> None:
@@ -247,7 +269,20 @@ class Program:
     def step(self) -> None:
         x = self.pick()
         action = self.random.choices(
-            ["unary", "binary", "view", "reverse", "linear", "checkpointed", "cast", "hook", "modify", "lambda", "no_grad", "detach"],
+            [
+                "unary",
+                "binary",
+                "view",
+                "reverse",
+                "linear",
+                "checkpointed",
+                "cast",
+                "hook",
+                "modify",
+                "lambda",
+                "no_grad",
+                "detach",
+            ],
             [5, 4, 4, 8, 4, 1, 1, 3, 2, 1, 1, 1],
         )[0]
         if action == "hook":
@@ -350,7 +385,9 @@ class Program:
             for given, before in zip(self.hooks, calls, strict=True):
                 del given[before:]
             for i, result in enumerate(results):
-                self.records.append((f"{index} thread {i}", result)) if isinstance(result, str) else record(f"thread {i}", result)
+                self.records.append((f"{index} thread {i}", result)) if isinstance(result, str) else record(
+                    f"thread {i}", result
+                )
 
     def run(self) -> list[tuple[str, object]]:
         for index in range(self.random.randint(3, 14)):

@@ -2,8 +2,8 @@
 
 python tests/fuzz/fuzz.py --count 100000 [--seed 0] [--path compiled|fallback]
 
-Each kind of program is a module with `run(seed, operations)`, which returns what it recorded: pairs of a name and a tensor, a
-string or None. A new kind is added to KINDS.
+Each kind of program is a module with `run(seed, operations)`, which returns what it recorded: pairs of a name and a
+tensor, a string or None. A new kind is added to KINDS.
 """
 
 import argparse
@@ -32,18 +32,26 @@ OURS = SimpleNamespace(
 
 def coarsest_eps(records: list[tuple[str, object]]) -> float:
     """Of the dtypes in a program: the result of one is the argument of another."""
-    dtypes = {value.dtype for _, value in records if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())}
+    dtypes = {
+        value.dtype
+        for _, value in records
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    }
     return max([torch.finfo(torch.float32).eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
 
 
 def difference(ours: list[tuple[str, object]], theirs: list[tuple[str, object]]) -> str | None:
     """The first record that differs."""
     fused = ("fused", True) in ours
-    # The order of sums and the place of the factor differ in a matrix product: some roundings, relative to the largest element.
+    # The order of sums and the place of the factor differ in a matrix product: some roundings, relative to the largest
+    # element.
     eps = coarsest_eps(theirs)
     roundings = 256 if eps < 1e-6 else 8
     for (name, our), (expected_name, their) in zip(ours, theirs, strict=False):
-        if fused and "RuntimeError: inplace|in-place" in (our if isinstance(our, str) else None, their if isinstance(their, str) else None):
+        if fused and "RuntimeError: inplace|in-place" in (
+            our if isinstance(our, str) else None,
+            their if isinstance(their, str) else None,
+        ):
             return None  # a fused operation saves less than its parts: what may not change any more differs
         if name != expected_name:
             return f"'{name}' instead of '{expected_name}'"

@@ -1,6 +1,7 @@
 """Random heads over the same features: their shapes, options, and what is asked of their losses and logits.
 
-As in `autograd_programs`, a program is drawn from its seed while it runs, and never looks at values. In float32 heads are linear
+As in `autograd_programs`, a program is drawn from its seed while it runs, and never looks at values. In float32 heads
+are linear
 only: a hidden unit at ReLU's kink may be on in one implementation and off in the other.
 """
 
@@ -65,7 +66,8 @@ class Program:
             return nn.Sequential(self.linear(self.features, hidden), nn.Tanh(), self.linear(hidden, size)), size
         return nn.Sequential(nn.Tanh(), self.linear(self.features, size)), size
 
-    # --- a call's arguments --------------------------------------------------------------------------------------------
+    # --- a call's arguments
+    # --------------------------------------------------------------------------------------------
 
     def target(self, name: str) -> Tensor:
         size = self.sizes[name]
@@ -85,10 +87,14 @@ class Program:
     def options(self, names: list[str]) -> dict[str, object]:
         options: dict[str, object] = {"ignore_index": -7}
         if self.flip(0.4):
-            options["sample_weight"] = self.rows() if self.flip(0.5) else {name: self.rows() for name in names if self.flip(0.5)}
+            options["sample_weight"] = (
+                self.rows() if self.flip(0.5) else {name: self.rows() for name in names if self.flip(0.5)}
+            )
         if self.flip(0.3):
             classes = [name for name in names if name not in self.losses]
-            options["class_weight"] = {name: self.tensor(max(2, self.sizes[name])).abs() for name in classes if self.flip(0.6)}
+            options["class_weight"] = {
+                name: self.tensor(max(2, self.sizes[name])).abs() for name in classes if self.flip(0.6)
+            }
         if self.flip(0.4):
             options["loss_weight"] = {name: self.random.choice([0.0, 0.5, 3.0]) for name in names if self.flip(0.6)}
         if self.flip(0.3):
@@ -97,7 +103,8 @@ class Program:
             options["reduction"] = "sum"
         return options
 
-    # --- steps ---------------------------------------------------------------------------------------------------------
+    # --- steps
+    # ---------------------------------------------------------------------------------------------------------
 
     def total(self) -> Tensor:
         """One number of what the heads give for features that somebody else may use too."""
@@ -128,7 +135,9 @@ class Program:
         return sum(parts)
 
     def differentiate(self, total: Tensor) -> None:
-        forms = ["backward", "backward", "twice", "grad"] + ["second order"] * (self.dtype == torch.float64)  # whose terms are large
+        forms = ["backward", "backward", "twice", "grad"] + ["second order"] * (
+            self.dtype == torch.float64
+        )  # whose terms are large
         form = self.random.choice(forms)
         inputs = [t for t in self.leaves if t.requires_grad]
         if not inputs:
@@ -149,9 +158,12 @@ class Program:
             penalty = sum([g.square().sum() for g in first if g is not None], torch.zeros(()))
             none = [None] * len(inputs)
             second = torch.autograd.grad(penalty, inputs, allow_unused=True) if penalty.requires_grad else none
-            # A fused node cannot tell a gradient of gradients that is 0 from none at all: zeros for None, and hooks may see them.
+            # A fused node cannot tell a gradient of gradients that is 0 from none at all: zeros for None, and hooks may
+            # see them.
             self.hooked = []
-            self.record("second", [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, second, strict=True)])
+            self.record(
+                "second", [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, second, strict=True)]
+            )
 
     def record(self, name: str, gradients) -> None:
         self.records += [(f"{name} {i}", None if g is None else g.detach().clone()) for i, g in enumerate(gradients)]

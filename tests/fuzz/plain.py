@@ -73,7 +73,9 @@ class AdversarialHeads(nn.Module):
         logits = {}
         for name, module in [*self.predictors.items(), *self.adversaries.items()]:
             if targets is None or name in targets:
-                logits[name] = module(gradient_reversal(features, self.numbers[name]) if name in self.numbers else features)
+                logits[name] = module(
+                    gradient_reversal(features, self.numbers[name]) if name in self.numbers else features
+                )
         if targets is None:
             return logits
         by_name = {"sample_weight": None, "class_weight": None, "loss_weight": 1.0}
@@ -86,4 +88,6 @@ class AdversarialHeads(nn.Module):
         return SimpleNamespace(loss=loss, head_losses=dict(zip(logits, head_losses, strict=True)), logits=logits)
 
 
-OPERATIONS = SimpleNamespace(gradient_reversal=gradient_reversal, grl_linear=grl_linear, GRL=GRL, AdversarialHeads=AdversarialHeads)
+OPERATIONS = SimpleNamespace(
+    gradient_reversal=gradient_reversal, grl_linear=grl_linear, GRL=GRL, AdversarialHeads=AdversarialHeads
+)

@@ -1,8 +1,10 @@
-"""Trains for many steps and looks whether memory stays flat: resident bytes, live tensors, and what only the garbage collector frees.
+"""Trains for many steps and looks whether memory stays flat: resident bytes, live tensors, and what only the garbage
+collector frees.
 
 python tests/fuzz/steps.py --count 100000 [--path compiled|fallback]
 
-A step has all operations of grl_ext over small tensors: layers, heads with a loss and weights, a lambda that changes, and now and then
+A step has all operations of grl_ext over small tensors: layers, heads with a loss and weights, a lambda that changes,
+and now and then
 what programs also do: gradients of gradients, `retain_graph`, no gradient at all, an error.
 """
 
@@ -35,7 +37,9 @@ class Network(nn.Module):
             {"domain": 2, "speaker": [4, 3], "room": nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))},
             losses={"age": "mse"},
         )
-        self.schedule = grl_ext.LambdaScheduler([self.reversal, self.linear, self.heads], grl_ext.schedules.dann(), 1000)
+        self.schedule = grl_ext.LambdaScheduler(
+            [self.reversal, self.linear, self.heads], grl_ext.schedules.dann(), 1000
+        )
 
     def forward(self, rows: int, seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -124,7 +128,8 @@ def complaint(samples: list[Sample]) -> str | None:
         return f"{last.tensors - first.tensors} more tensors are alive"
     if garbage := sum(own.garbage for own in samples[1:]):
         return f"{garbage} objects were freed by the garbage collector only"
-    # An allocator's own ups and downs are some pages. The smallest object that a step could leave behind takes 16 bytes.
+    # An allocator's own ups and downs are some pages. The smallest object that a step could leave behind takes 16
+    # bytes.
     grown, allowed = last.resident - first.resident, max(128 * 1024, 8 * (last.step - first.step))
     return f"{grown} more bytes are resident, where {allowed} are allowed" if grown > allowed else None
 

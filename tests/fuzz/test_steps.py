@@ -10,7 +10,9 @@ import torch
 
 KEPT = []
 
-needs_statm = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc/self/statm to read resident memory from")
+needs_statm = pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="there is no /proc/self/statm to read resident memory from"
+)
 
 
 @needs_statm
@@ -37,7 +39,11 @@ def leak_cycles(i: int) -> None:
 @needs_statm
 @pytest.mark.parametrize(
     "step, found",
-    [(leak_tensors, "more tensors are alive"), (leak_bytes, "more bytes are resident"), (leak_cycles, "by the garbage collector only")],
+    [
+        (leak_tensors, "more tensors are alive"),
+        (leak_bytes, "more bytes are resident"),
+        (leak_cycles, "by the garbage collector only"),
+    ],
 )
 def test_what_every_step_leaves_behind_is_found(step, found):
     assert found in steps.complaint(steps.run(1000, step))

@@ -1,5 +1,5 @@
-"""Hogwild: a child process trains parameters in shared memory. In a process of its own, because after a first backward PyTorch refuses
-to fork. Writes the parameters of every column to a file: `python hogwild.py fork|spawn FILE`."""
+"""Hogwild: a child process trains parameters in shared memory. In a process of its own, because after a first backward
+PyTorch refuses to fork. Writes the parameters of every column to a file: `python hogwild.py fork|spawn FILE`."""
 
 import sys
 from pathlib import Path
@@ -24,5 +24,7 @@ if __name__ == "__main__":
     child.start()
     child.join()
     assert child.exitcode == 0
-    result = {column: [p.detach().clone() for p in made.parameters()] for column, made in zip(COLUMNS, networks, strict=True)}
+    result = {
+        column: [p.detach().clone() for p in made.parameters()] for column, made in zip(COLUMNS, networks, strict=True)
+    }
     torch.save(result, file)

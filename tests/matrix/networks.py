@@ -1,4 +1,5 @@
-"""The matrix's columns: one small network for each operation, with an encoder, a predictor and an adversary, and the same in plain PyTorch.
+"""The matrix's columns: one small network for each operation, with an encoder, a predictor and an adversary, and the
+same in plain PyTorch.
 
 All have the same parameters in the same order, and return the sum of two cross entropies.
 """
@@ -67,7 +68,8 @@ def with_hidden(between: nn.Module, size: int) -> nn.Sequential:
 
 
 class PlainReversal(nn.Module):
-    """The value of x and the derivative of -lambda x, by PyTorch's own operations only: what all other columns are compared with."""
+    """The value of x and the derivative of -lambda x, by PyTorch's own operations only: what all other columns are
+    compared with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +145,9 @@ class Hidden(Loss):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = AdversarialHeads(FEATURES, {"digit": with_hidden(nn.Tanh(), DIGITS)}, {"domain": [HIDDEN, DOMAINS]}, lambda_=LAMBDA)
+        self.heads = AdversarialHeads(
+            FEATURES, {"digit": with_hidden(nn.Tanh(), DIGITS)}, {"domain": [HIDDEN, DOMAINS]}, lambda_=LAMBDA
+        )
 
 
 USUAL = "the usual ten lines"
@@ -186,7 +190,9 @@ def batch(rows: int = ROWS, seed: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, INPUTS, generator=generator), torch.randint(DIGITS, (rows,), generator=generator)
 
 
-def step(call: Callable[[Tensor, Tensor], Tensor], parameters, x: Tensor | None = None, labels: Tensor | None = None) -> list[Tensor]:
+def step(
+    call: Callable[[Tensor, Tensor], Tensor], parameters, x: Tensor | None = None, labels: Tensor | None = None
+) -> list[Tensor]:
     """The loss of `call`, and its gradients for the inputs and the parameters, by a plain `backward()`."""
     given, own_labels = batch()
     x, labels = (given if x is None else x).detach().requires_grad_(), own_labels if labels is None else labels

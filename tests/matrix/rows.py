@@ -17,7 +17,8 @@ HERE, IN_TWO_PROCESSES = "here", "in two processes"
 
 
 class Refusal(NamedTuple):
-    """An error that is documented: which columns raise it, what its text matches, and the sentence that the table shows."""
+    """An error that is documented: which columns raise it, what its text matches, and the sentence that the table
+    shows."""
 
     columns: Sequence[str]
     error: str
@@ -35,7 +36,9 @@ class Row(NamedTuple):
     rtol: float | None
     atol: float | None
     where: str
-    heavy: Sequence[str]  # on which paths only `make matrix` runs it: for packages that the tests' environment lacks, or for its time
+    heavy: Sequence[
+        str
+    ]  # on which paths only `make matrix` runs it: for packages that the tests' environment lacks, or for its time
 
 
 ROWS: dict[str, Row] = {}
@@ -68,7 +71,9 @@ def _differs(found: Sequence[Tensor], expected: Sequence[Tensor], row: Row) -> s
         assert (a is None) == (b is None), f"result {i} is {a}, plain PyTorch has {b}"
         if a is not None:
             try:
-                torch.testing.assert_close(a.detach(), b.detach(), rtol=row.rtol, atol=row.atol, check_dtype=row.rtol is None)
+                torch.testing.assert_close(
+                    a.detach(), b.detach(), rtol=row.rtol, atol=row.atol, check_dtype=row.rtol is None
+                )
             except AssertionError as error:
                 return f"result {i}: {error}"
     return None

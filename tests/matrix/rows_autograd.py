@@ -13,7 +13,12 @@ from torch.masked import masked_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-EAGER, CHECKPOINT, FUNC, SUBCLASSES = "Eager autograd", "Checkpointing", "`torch.func` and forward mode", "Tensor subclasses"
+EAGER, CHECKPOINT, FUNC, SUBCLASSES = (
+    "Eager autograd",
+    "Checkpointing",
+    "`torch.func` and forward mode",
+    "Tensor subclasses",
+)
 
 
 @row(EAGER, "forward and backward")
@@ -75,7 +80,10 @@ def _(network: Network) -> list[Tensor]:
 
 @row(EAGER, "saved-tensor hooks (`save_on_cpu`, pack and unpack)")
 def _(network: Network) -> list[Tensor]:
-    with torch.autograd.graph.save_on_cpu(), torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+    with (
+        torch.autograd.graph.save_on_cpu(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()),
+    ):
         return eager(network)
 
 
@@ -85,11 +93,15 @@ def with_hooks(network: Network) -> list[Tensor]:
 
     seen = {}  # by name: the order of the parameters' own is not defined
     features = network.encoder.register_forward_hook(watch)
-    digit = network.linears[0].register_full_backward_hook(lambda module, before, after: seen.update(digit=after[0].clone()))
+    digit = network.linears[0].register_full_backward_hook(
+        lambda module, before, after: seen.update(digit=after[0].clone())
+    )
     handles = [features, digit]
     for i, parameter in enumerate(network.parameters()):
         handles.append(parameter.register_hook(lambda g: 2 * g))
-        handles.append(parameter.register_post_accumulate_grad_hook(lambda p, i=i: seen.update({str(i): p.grad.clone()})))
+        handles.append(
+            parameter.register_post_accumulate_grad_hook(lambda p, i=i: seen.update({str(i): p.grad.clone()}))
+        )
     result = eager(network)
     for handle in handles:
         handle.remove()
@@ -119,7 +131,12 @@ def embedded(network: Network) -> list[Tensor]:
 
 
 # A linear layer of PyTorch takes no sparse gradient from above, nor do those here.
-@row(EAGER, "a sparse gradient that arrives at the layer", expected=lambda plain: looked_up(plain), columns=(OURS[0], USUAL))
+@row(
+    EAGER,
+    "a sparse gradient that arrives at the layer",
+    expected=lambda plain: looked_up(plain),
+    columns=(OURS[0], USUAL),
+)
 def looked_up(network: Network) -> list[Tensor]:
     features = batch()[0].requires_grad_()
     rows = F.embedding(torch.tensor([3, 1, 3]), network.reversal(features), sparse=True)
@@ -149,7 +166,8 @@ def count(network: Network) -> list[Tensor]:
     return [*result, torch.tensor(counter.get_total_flops())]
 
 
-# --- checkpointing ---------------------------------------------------------------------------------------------------------
+# --- checkpointing
+# ---------------------------------------------------------------------------------------------------------
 
 
 @row(CHECKPOINT, "reentrant")
@@ -165,15 +183,22 @@ def _(network: Network) -> list[Tensor]:
 @row(CHECKPOINT, "selective")
 def _(network: Network) -> list[Tensor]:
     def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator == torch.ops.aten.addmm.default else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE
+            if operator == torch.ops.aten.addmm.default
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     def call(x: Tensor, labels: Tensor) -> Tensor:
-        return checkpoint(network, x, labels, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+        return checkpoint(
+            network, x, labels, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+        )
 
     return step(call, network.parameters())
 
 
-# --- torch.func ------------------------------------------------------------------------------------------------------------
+# --- torch.func
+# ------------------------------------------------------------------------------------------------------------
 
 
 def of_x(network: Network):
@@ -256,14 +281,17 @@ def _(network: Network) -> list[Tensor]:
     return list(torch.func.vmap(one, (None, 0, 0))(parameters, x, labels).values())
 
 
-@row(FUNC, "`vmap` over an ensemble of networks", expected=lambda plain: [torch.stack([g, g]) for g in eager(plain)[2:]])
+@row(
+    FUNC, "`vmap` over an ensemble of networks", expected=lambda plain: [torch.stack([g, g]) for g in eager(plain)[2:]]
+)
 def _(network: Network) -> list[Tensor]:
     loss, parameters = of_parameters(network)
     stacked = {name: torch.stack([p, p]) for name, p in parameters.items()}
     return list(torch.func.vmap(torch.func.grad(loss), (0, None, None))(stacked, *batch()).values())
 
 
-# --- tensor subclasses -----------------------------------------------------------------------------------------------------
+# --- tensor subclasses
+# -----------------------------------------------------------------------------------------------------
 
 
 class Tagged(torch.Tensor):
@@ -272,7 +300,10 @@ class Tagged(torch.Tensor):
 
 @row(SUBCLASSES, "features of a subclass with `__torch_function__`")
 def _(network: Network) -> list[Tensor]:
-    return [t.as_subclass(Tensor) for t in step(lambda x, labels: network(x.as_subclass(Tagged), labels), network.parameters())]
+    return [
+        t.as_subclass(Tensor)
+        for t in step(lambda x, labels: network(x.as_subclass(Tagged), labels), network.parameters())
+    ]
 
 
 @row(SUBCLASSES, "parameters of a subclass with `__torch_function__`")
@@ -323,8 +354,14 @@ def zeros_for_holes(values: Tensor, seen: Tensor) -> Tensor:
 @row(
     SUBCLASSES,
     "`MaskedTensor` features",
-    Refusal(OURS[1:], "^x must not be a MaskedTensor", "refused: linear layers of PyTorch take none; pass `features.to_tensor(0)`"),
+    Refusal(
+        OURS[1:],
+        "^x must not be a MaskedTensor",
+        "refused: linear layers of PyTorch take none; pass `features.to_tensor(0)`",
+    ),
     expected=lambda plain: with_holes(plain, zeros_for_holes),
 )
 def _(network: Network) -> list[Tensor]:
-    return with_holes(network, lambda values, seen: masked_tensor(values, seen, requires_grad=True), lambda t: t.to_tensor(0))
+    return with_holes(
+        network, lambda values, seen: masked_tensor(values, seen, requires_grad=True), lambda t: t.to_tensor(0)
+    )

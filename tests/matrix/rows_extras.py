@@ -1,4 +1,5 @@
-"""Rows that need other packages (`requirements.txt`) or much time: `make matrix` runs them. Each imports its package when it runs."""
+"""Rows that need other packages (`requirements.txt`) or much time: `make matrix` runs them. Each imports its package
+when it runs."""
 
 import tempfile
 from pathlib import Path
@@ -16,7 +17,8 @@ def extra(group: str, name: str, **options):
     return row(group, name, heavy=PATHS, **options)
 
 
-# --- ONNX ------------------------------------------------------------------------------------------------------------------
+# --- ONNX
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def by_onnx(network: Network, **options) -> list[Tensor]:
@@ -45,7 +47,8 @@ def _(network: Network) -> list[Tensor]:
     return by_onnx(network, dynamo=False)
 
 
-# --- training loops ----------------------------------------------------------------------------------------------------------
+# --- training loops
+# ----------------------------------------------------------------------------------------------------------
 
 
 def trained(plain: Network) -> list[Tensor]:
@@ -77,7 +80,12 @@ def _(network: Network) -> list[Tensor]:
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=RATE)
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     lightning.Trainer(max_epochs=STEPS, accelerator="cpu", devices=1, **quiet).fit(Module(), loader())
     return [p.detach() for p in network.parameters()]
 
@@ -141,7 +149,14 @@ def _(network: Network) -> list[Tensor]:
             return self.network.encoder(x).tanh()
 
     x, labels = batch()
-    options = {"max_epochs": STEPS, "batch_size": -1, "train_split": None, "verbose": 0, "optimizer": torch.optim.SGD, "lr": RATE}
+    options = {
+        "max_epochs": STEPS,
+        "batch_size": -1,
+        "train_split": None,
+        "verbose": 0,
+        "optimizer": torch.optim.SGD,
+        "lr": RATE,
+    }
     Net(Module(), criterion=nn.Module, **options).fit(x.numpy(), labels)
     return [p.detach() for p in network.parameters()]
 
@@ -161,14 +176,20 @@ def _(network: Network) -> list[Tensor]:
     return eager(other)
 
 
-# --- swaps -----------------------------------------------------------------------------------------------------------------
+# --- swaps
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def swapped(swap):
     """The libraries leave `GRLLinear` as it is, so that the plain network keeps that layer too."""
 
     def run(network: Network) -> list[Tensor]:
-        swap(network, lambda module, name: isinstance(module, nn.Linear) and not (network.column == "`GRLLinear`" and name == "domain"))
+        swap(
+            network,
+            lambda module, name: (
+                isinstance(module, nn.Linear) and not (network.column == "`GRLLinear`" and name == "domain")
+            ),
+        )
         return eager(network)
 
     return run
@@ -204,7 +225,9 @@ def lora(network: Network, which, **options) -> None:
 
     names = [name for name, module in network.named_modules() if which(module, name)]
     torch.manual_seed(0)
-    get_peft_model(network, LoraConfig(r=2, target_modules=names, init_lora_weights=False, **options))  # random factors, not zeros
+    get_peft_model(
+        network, LoraConfig(r=2, target_modules=names, init_lora_weights=False, **options)
+    )  # random factors, not zeros
 
 
 def lora_below(network: Network, which) -> None:

@@ -120,7 +120,8 @@ def _(network: Network) -> list[Tensor]:
         return eager(network)
 
 
-# --- torch.export ----------------------------------------------------------------------------------------------------------
+# --- torch.export
+# ----------------------------------------------------------------------------------------------------------
 
 
 def exported(network: Network, **options) -> torch.export.ExportedProgram:
@@ -129,7 +130,9 @@ def exported(network: Network, **options) -> torch.export.ExportedProgram:
 
 def of_program(network: Network, program: torch.export.ExportedProgram) -> list[Tensor]:
     module = program.module()
-    return step(module, [module.get_parameter(name) for name, _ in network.named_parameters()])  # a strict graph has an order of its own
+    return step(
+        module, [module.get_parameter(name) for name, _ in network.named_parameters()]
+    )  # a strict graph has an order of its own
 
 
 @row(EXPORT, "not strict")
@@ -192,7 +195,8 @@ def _(network: Network) -> list[Tensor]:
     return [by_aot_inductor()[network.column]]
 
 
-# --- TorchScript and fx ----------------------------------------------------------------------------------------------------
+# --- TorchScript and fx
+# ----------------------------------------------------------------------------------------------------
 
 
 @row(OTHER, "`jit.trace`")
@@ -206,7 +210,11 @@ def _(network: Network) -> list[Tensor]:
 @row(
     OTHER,
     "`jit.script`",
-    Refusal(HEADS, "keyword-only arguments", "refused: TorchScript has no keyword-only arguments; use `jit.trace` or `torch.export`"),
+    Refusal(
+        HEADS,
+        "keyword-only arguments",
+        "refused: TorchScript has no keyword-only arguments; use `jit.trace` or `torch.export`",
+    ),
 )
 def _(network: Network) -> list[Tensor]:
     script = torch.jit.script(network)
@@ -223,7 +231,9 @@ def _(network: Network) -> list[Tensor]:
 
 def forward_graph(network: Network, **options) -> list[Tensor]:
     parameters = dict(network.named_parameters())
-    graph = make_fx(lambda p, x, labels: torch.func.functional_call(network, p, (x, labels)), **options)(parameters, *batch())
+    graph = make_fx(lambda p, x, labels: torch.func.functional_call(network, p, (x, labels)), **options)(
+        parameters, *batch()
+    )
     return step(lambda x, labels: graph(parameters, x, labels), network.parameters())
 
 

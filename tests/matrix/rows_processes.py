@@ -1,4 +1,5 @@
-"""Rows: several processes. `run` is called in both of two gloo processes (`two_processes.py`), each of which takes half of the rows."""
+"""Rows: several processes. `run` is called in both of two gloo processes (`two_processes.py`), each of which takes half
+of the rows."""
 
 import copy
 
@@ -19,7 +20,13 @@ PROCESSES = "Several processes (two, with gloo)"
 
 
 def two(name: str, **options):
-    return row(PROCESSES, name, expected=options.pop("expected", lambda plain: eager(plain)[2:]), where=IN_TWO_PROCESSES, **options)
+    return row(
+        PROCESSES,
+        name,
+        expected=options.pop("expected", lambda plain: eager(plain)[2:]),
+        where=IN_TWO_PROCESSES,
+        **options,
+    )
 
 
 def half() -> list[Tensor]:
@@ -27,7 +34,8 @@ def half() -> list[Tensor]:
 
 
 def averaged(network: nn.Module, parameters) -> list[Tensor]:
-    """The gradients of the parameters after a backward in both processes; those that nobody has averaged are averaged here."""
+    """The gradients of the parameters after a backward in both processes; those that nobody has averaged are averaged
+    here."""
     network(*half()).backward()
     return [whole(p.grad) for p in parameters]
 

@@ -18,10 +18,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-PRECISION, TRAINING, MODULES, COPIES = "Precision", "Optimizers", "What changes a module's weight or call", "Copies and checkpoints"
+PRECISION, TRAINING, MODULES, COPIES = (
+    "Precision",
+    "Optimizers",
+    "What changes a module's weight or call",
+    "Copies and checkpoints",
+)
 
 
-# --- precision -------------------------------------------------------------------------------------------------------------
+# --- precision
+# -------------------------------------------------------------------------------------------------------------
 
 
 @row(PRECISION, "autocast to bfloat16", rtol=0.03, atol=0.02)
@@ -100,7 +106,8 @@ def _(network: Network) -> list[Tensor]:
     return list(torch.autograd.grad(domain, features, torch.full_like(domain, torch.inf)))
 
 
-# --- optimizers ------------------------------------------------------------------------------------------------------------
+# --- optimizers
+# ------------------------------------------------------------------------------------------------------------
 
 
 def trained(network: Network, make) -> list[Tensor]:
@@ -121,7 +128,9 @@ def trained(network: Network, make) -> list[Tensor]:
 
 
 def optimizer_row(name: str, make) -> None:
-    row(TRAINING, name, expected=lambda plain: trained(plain, make), rtol=1e-4, atol=1e-4)(lambda network: trained(network, make))
+    row(TRAINING, name, expected=lambda plain: trained(plain, make), rtol=1e-4, atol=1e-4)(
+        lambda network: trained(network, make)
+    )
 
 
 optimizer_row("foreach", lambda parameters: torch.optim.AdamW(parameters, lr=0.01, foreach=True))
@@ -140,7 +149,8 @@ def averaged(network: Network) -> list[Tensor]:
     return step(average, average.module.parameters())
 
 
-# --- modules ---------------------------------------------------------------------------------------------------------------
+# --- modules
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def changed(make):
@@ -169,12 +179,15 @@ for name, make in {
     "the old `weight_norm` (a hook)": old_weight_norm,
     "the old `spectral_norm` (a hook)": torch.nn.utils.spectral_norm,
     "`prune`": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
-    "a forward hook that changes a head's logits": lambda linear: linear.register_forward_hook(lambda module, args, y: 2 * y),
+    "a forward hook that changes a head's logits": lambda linear: linear.register_forward_hook(
+        lambda module, args, y: 2 * y
+    ),
 }.items():
     row(MODULES, name, expected=changed(make))(changed(make))
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------------
+# --- copies
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @row(COPIES, "`deepcopy`")
@@ -227,10 +240,13 @@ def twice(network: Network) -> list[Tensor]:
     with torch.no_grad():
         for p in other.parameters():
             p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape))
-    return step(lambda x, labels: network(x, labels) + network(other(x), labels), [*network.parameters(), *other.parameters()])
+    return step(
+        lambda x, labels: network(x, labels) + network(other(x), labels), [*network.parameters(), *other.parameters()]
+    )
 
 
-# --- Hogwild ---------------------------------------------------------------------------------------------------------------
+# --- Hogwild
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def sgd_step(network: Network) -> list[Tensor]:
@@ -246,7 +262,10 @@ def hogwild(method: str) -> dict[str, list[Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "parameters"
         command = [sys.executable, str(script), method, str(file)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the package of this process
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }  # the package of this process
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         return torch.load(file)

@@ -58,7 +58,9 @@ class Notes:
         short = {path: self.short(outcome) for path, outcome in of_paths.items()}
         if len(set(short.values())) == 1:
             return next(iter(short.values()))
-        return "; ".join(f"{'pure Python' if path == 'fallback' else path}: {outcome}" for path, outcome in short.items())
+        return "; ".join(
+            f"{'pure Python' if path == 'fallback' else path}: {outcome}" for path, outcome in short.items()
+        )
 
 
 def groups() -> dict[str, list[str]]:
@@ -75,7 +77,9 @@ def page(outcomes: Outcomes, torch_version: str) -> str:
         lines += [f"\n## {group}\n", "| | " + " | ".join((*OURS, USUAL)) + " |", "|---" * (len(OURS) + 2) + "|"]
         for name in names:
             cells = [notes.cell(outcomes.get(name, {}).get(column)) for column in (*OURS, USUAL)]
-            lines.append(f"| {name}{' ' + '*' * len(ROWS[name].heavy) if ROWS[name].heavy else ''} | " + " | ".join(cells) + " |")
+            lines.append(
+                f"| {name}{' ' + '*' * len(ROWS[name].heavy) if ROWS[name].heavy else ''} | " + " | ".join(cells) + " |"
+            )
     if notes.sentences:
         lines.append("\n## Notes\n")
         lines += [f"{i}. {sentence[0].upper()}{sentence[1:]}." for i, sentence in enumerate(notes.sentences, 1)]
@@ -93,7 +97,9 @@ def short_form(outcomes: Outcomes) -> str:
 def _ours(names: list[str], outcomes: Outcomes) -> str:
     refused: dict[str, list[str]] = {}
     for name in names:
-        columns = [column for column in OURS if any(outcome != YES for outcome in outcomes[name].get(column, {}).values())]
+        columns = [
+            column for column in OURS if any(outcome != YES for outcome in outcomes[name].get(column, {}).values())
+        ]
         if columns:
             others = ", ".join(column for column in OURS if column not in columns)
             refused.setdefault("the heads" if columns == list(HEADS) else f"all but {others}", []).append(name)
@@ -108,7 +114,9 @@ def _usual(names: list[str], outcomes: Outcomes) -> str:
             failures.setdefault(outcome, []).append(re.sub(r" \(.*?\)", "", name))
     if not failures:
         return "yes"
-    parts = [f"**{outcome}**: " + ("all" if len(names) == len(own) else ", ".join(own)) for outcome, own in failures.items()]
+    parts = [
+        f"**{outcome}**: " + ("all" if len(names) == len(own) else ", ".join(own)) for outcome, own in failures.items()
+    ]
     return "; ".join(parts)
 
 

@@ -1,6 +1,8 @@
-"""Runs the matrix and writes what it gives to `outcomes.json`, `docs/works-with.md` and the README: `python tests/matrix/write.py`.
+"""Runs the matrix and writes what it gives to `outcomes.json`, `docs/works-with.md` and the README: `python
+tests/matrix/write.py`.
 
-GRL_EXT_MATRIX=all also runs the rows that need other packages (`make matrix`); without it their outcomes stay as they are.
+GRL_EXT_MATRIX=all also runs the rows that need other packages (`make matrix`); without it their outcomes stay as they
+are.
 """
 
 import json
@@ -30,7 +32,11 @@ if __name__ == "__main__":
         for column in row.columns:
             cell = {path: found[path][name][column] for path in found if column in found[path].get(name, {})}
             result[name][column] = written.get(name, {}).get(column, {}) | cell
-            failed += [f"{name} | {column} | {path}: {outcome}" for path, outcome in cell.items() if outcome.startswith("FAILED")]
+            failed += [
+                f"{name} | {column} | {path}: {outcome}"
+                for path, outcome in cell.items()
+                if outcome.startswith("FAILED")
+            ]
     if failed:
         sys.exit("\n".join(failed))
     version = torch.__version__.partition("+")[0]

@@ -1,5 +1,5 @@
-// Half types as bit patterns, converted by integer arithmetic without branches, so that loops over them vectorise for every
-// instruction set. Round to nearest even; NaN stays NaN; right also where the processor flushes denormals.
+// Half types as bit patterns, converted by integer arithmetic without branches, so that loops over them vectorise for
+// every instruction set. Round to nearest even; NaN stays NaN; right also where the processor flushes denormals.
 
 struct Half {
   unsigned short bits;
@@ -49,7 +49,8 @@ inline float widen(Half x) {
   const unsigned sign = (x.bits & 0x8000u) << 16;
   const unsigned normal = (magnitude << 13) + (112u << 23);  // exponent bias 15 -> 127
   const unsigned special = (magnitude << 13) | 0x7f800000u;  // infinity, NaN
-  const unsigned tiny = bits_of(static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f);  // denormal: a count of 2^-24
+  const unsigned tiny = bits_of(
+      static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f);  // denormal: a count of 2^-24
   return float_of(sign | select(magnitude >= 0x7c00u, special, select(magnitude >= 0x0400u, normal, tiny)));
 }
 

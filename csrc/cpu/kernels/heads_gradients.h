@@ -1,11 +1,11 @@
 // The gradients of all heads for one block of rows: dx = scaled^T w and dw += g x, strip by strip over the features.
 
-// Up to this many columns the memory is slower than the arithmetic of the gradients: dw is computed first, and prefetches dx's
-// memory. With more columns dx is computed first, and is written to memory while dw is computed.
+// Up to this many columns the memory is slower than the arithmetic of the gradients: dw is computed first, and
+// prefetches dx's memory. With more columns dx is computed first, and is written to memory while dw is computed.
 constexpr long kFewColumns = 6;
 
-// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step has S + R loads for S * R products. Columns
-// that do not go into dx are left out, not multiplied by 0: their weight may be infinite.
+// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step has S + R loads for S * R products.
+// Columns that do not go into dx are left out, not multiplied by 0: their weight may be infinite.
 template <class T, int R, int S, Edge kEdge>
 void features_gradient_tile(
     T* dx, const T* scaled, const T* w, long features, const Columns* dx_columns, long runs, Lanes<T, kEdge> lanes) {
@@ -43,7 +43,8 @@ void features_gradient_tile(
 // dw[c] += sum_r g[c][r] x[r] for C columns and S vectors of features: a step has S + C loads for S * C products. With
 // kPrefetch it prefetches `next`, which has x's layout and will be written.
 template <bool kPrefetch, class T, int C, int S, Edge kEdge>
-void weight_gradient_tile(T* dw, const T* g, const T* x, const T* next, long rows, long features, Lanes<T, kEdge> lanes) {
+void weight_gradient_tile(
+    T* dw, const T* g, const T* x, const T* next, long rows, long features, Lanes<T, kEdge> lanes) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   Vector<T> sum[C][S] = {};
   for (long r = 0; r < rows; ++r) {
@@ -80,7 +81,8 @@ void gradients_strip(const GradientsBlock<T>& b, long at, Lanes<T, kEdge> lanes)
   const auto of_features = [&] {
     for (long r = 0; b.dx && r < b.rows;) {
       const int height = b.rows - r >= kTileRows ? kTileRows : 1;
-      const auto tile = height == 1 ? features_gradient_tile<T, 1, S, kEdge> : features_gradient_tile<T, kTileRows, S, kEdge>;
+      const auto tile = height == 1 ? features_gradient_tile<T, 1, S, kEdge>
+                                    : features_gradient_tile<T, kTileRows, S, kEdge>;
       tile(b.dx + r * b.features + at, b.scaled + r, b.weight + at, b.features, b.dx_columns, b.dx_runs, lanes);
       r += height;
     }
@@ -93,8 +95,8 @@ void gradients_strip(const GradientsBlock<T>& b, long at, Lanes<T, kEdge> lanes)
         with_constant<kWeightColumns>(end - c < kWeightColumns ? end - c : kWeightColumns, [&](auto constant) {
           constexpr int C = decltype(constant)::kValue;
           weight_gradient_tile<kPrefetch, T, C, S>(
-              b.dw + c * b.features + at, b.grad_logits + c * kMaxBlockRows, b.x + at, kPrefetch ? b.dx + at : nullptr, b.rows,
-              b.features, lanes);
+              b.dw + c * b.features + at, b.grad_logits + c * kMaxBlockRows, b.x + at, kPrefetch ? b.dx + at : nullptr,
+              b.rows, b.features, lanes);
         });
       }
     }
@@ -113,7 +115,9 @@ template <class T>
 void gradients(const GradientsBlock<T>& b) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   const long features = b.features;
-  const auto strip = [&](auto vectors, long at, auto lanes) { gradients_strip<T, decltype(vectors)::kValue>(b, at, lanes); };
+  const auto strip = [&](auto vectors, long at, auto lanes) {
+    gradients_strip<T, decltype(vectors)::kValue>(b, at, lanes);
+  };
   long d = 0;
   for (; d + kStripVectors * kLanes <= features; d += kStripVectors * kLanes) {
     strip(Constant<kStripVectors>{}, d, Lanes<T, Edge::kNone>(0));

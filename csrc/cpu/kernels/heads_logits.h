@@ -1,8 +1,8 @@
-// The logits of all heads for one block of rows: z = x W^T + bias. Meanwhile the features of the next block are prefetched, row by
-// row, which keeps the memory busy.
+// The logits of all heads for one block of rows: z = x W^T + bias. Meanwhile the features of the next block are
+// prefetched, row by row, which keeps the memory busy.
 
-// z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: a step has R + C loads for R * C products. Prefetches
-// `next`, which has x's layout.
+// z[c][r] = bias[c] + sum_d x[r][d] w[c][d] for R rows and C columns: a step has R + C loads for R * C products.
+// Prefetches `next`, which has x's layout.
 template <class T, int R, int C>
 void logits_tile(T* z, const T* x, const T* next, const T* w, const T* bias, long features) {
   constexpr int kLanes = VectorOf<T>::kLanes;
@@ -22,7 +22,8 @@ void logits_tile(T* z, const T* x, const T* next, const T* w, const T* bias, lon
       }
     }
   };
-  // The rest comes before the loop. If more multiplications came after it, the compiler would not keep all sums in registers in it.
+  // The rest comes before the loop. If more multiplications came after it, the compiler would not keep all sums in
+  // registers in it.
   const long rest = features % kLanes;
   if (rest > 0 && features > kLanes) {
     multiply(Lanes<T, Edge::kOverlap>(rest), features - kLanes);
@@ -51,7 +52,8 @@ void logits_tile(T* z, const T* x, const T* next, const T* w, const T* bias, lon
   }
 }
 
-// Columns outside, rows inside: the weight of some columns stays in the L1 cache while the block's rows pass by from L2.
+// Columns outside, rows inside: the weight of some columns stays in the L1 cache while the block's rows pass by from
+// L2.
 template <class T>
 void logits(T* z, const T* x, const T* next, const T* w, const T* bias, long rows, long features, long columns) {
   for (long c = 0; c < columns; c += kForwardColumns) {

@@ -1,5 +1,5 @@
-// The losses of one head over a block of rows, with the gradient of its logits. A row of weight 0 has no loss and no gradient, even
-// where its logits or targets are NaN.
+// The losses of one head over a block of rows, with the gradient of its logits. A row of weight 0 has no loss and no
+// gradient, even where its logits or targets are NaN.
 
 // y * z, and 0 where y is 0, even if z is infinite.
 template <class T>
@@ -16,8 +16,8 @@ inline void store_gradient(const HeadBlock<T>& head, long c, long r, Vector<T> w
   store(head.scaled + c * kMaxBlockRows + r, head.scale == 0 ? zero : dz * static_cast<T>(head.scale));
 }
 
-// Softmax cross entropy (columns == 1: binary, the softmax over the logits 0 and z). For each row, with y the one-hot class or the
-// given probabilities:
+// Softmax cross entropy (columns == 1: binary, the softmax over the logits 0 and z). For each row, with y the one-hot
+// class or the given probabilities:
 //   u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes),   mass = sum_c u[c]
 //   loss = mass log sum_c exp(z[c] - top) - sum_c u[c] (z[c] - top),        dz[c] = mass softmax(z)[c] - u[c]
 // with top the row's largest logit. A class with u = 0 adds nothing to the loss, even if its logit is -infinity.

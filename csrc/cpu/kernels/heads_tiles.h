@@ -1,12 +1,13 @@
 // What the heads' matrix products share: the shapes of their register tiles, and unrolled loops.
 //
-// The products take one block of rows at a time: the logits (heads_logits.h), then the losses (heads_loss.h), then the gradients
-// (heads_gradients.h). With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K and the least traffic
-// 2 N D elements. A block of rows stays in the L2 cache from the logits to the gradients, so that features are read from memory
-// once. z, g: K x kMaxBlockRows, one column after the other, so that the losses' vectors run over rows.
+// The products take one block of rows at a time: the logits (heads_logits.h), then the losses (heads_loss.h), then the
+// gradients (heads_gradients.h). With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K
+// and the least traffic 2 N D elements. A block of rows stays in the L2 cache from the logits to the gradients, so that
+// features are read from memory once. z, g: K x kMaxBlockRows, one column after the other, so that the losses' vectors
+// run over rows.
 
-// A tile's sums stay in registers, of which AVX-512 has 32 and the others 16: kTileRows x kForwardColumns for the logits,
-// kTileRows x kStripVectors for the features' gradient, kWeightColumns x kStripVectors for the weight's.
+// A tile's sums stay in registers, of which AVX-512 has 32 and the others 16: kTileRows x kForwardColumns for the
+// logits, kTileRows x kStripVectors for the features' gradient, kWeightColumns x kStripVectors for the weight's.
 #if GRL_EXT_VECTOR_BYTES == 64
 constexpr int kForwardColumns = 6;
 constexpr int kStripVectors = 4;
@@ -29,8 +30,8 @@ struct Constant {
   static constexpr int kValue = N;
 };
 
-// Calls f with the compile-time constant equal to n, 1 <= n <= Max. f is passed by reference: copying a large closure that was just
-// written would wait for its stores.
+// Calls f with the compile-time constant equal to n, 1 <= n <= Max. f is passed by reference: copying a large closure
+// that was just written would wait for its stores.
 template <int Max, class F>
 inline void with_constant(int n, const F& f) {
   if constexpr (Max > 1) {

@@ -130,8 +130,8 @@ inline Vector<double> exp_nonpositive(Vector<double> x) {
   return x;
 }
 
-// log(x) for finite x >= 1, or NaN: x = 2^n m with m around 1, and log m = 2 artanh(s), s = (m - 1) / (m + 1), |s| < 0.172. The
-// series to s^9 leaves less than 3e-9 of the result; log(1) is exactly 0.
+// log(x) for finite x >= 1, or NaN: x = 2^n m with m around 1, and log m = 2 artanh(s), s = (m - 1) / (m + 1), |s| <
+// 0.172. The series to s^9 leaves less than 3e-9 of the result; log(1) is exactly 0.
 inline Vector<float> log_at_least_one(Vector<float> x) {
   typedef int Ints __attribute__((vector_size(GRL_EXT_VECTOR_BYTES)));
   Ints bits;
