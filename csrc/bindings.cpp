@@ -17,87 +17,39 @@ namespace py = pybind11;
 namespace grl_ext {
 namespace {
 
-// A Python function that checks a value and raises the error. Called from here, so that each error has one text.
-py::object reference(const char* name) {
-  return py::module_::import("grl_ext._reference").attr(name);
+// All functions return None where they do not take their arguments. Python then takes its other path, whose checks
+// raise the errors.
+
+// A plain tensor. Subclasses other than Parameter may know PyTorch's operators only, and not the ones here.
+bool is_exact(py::handle value) {
+  return THPVariable_Check(value.ptr()) && THPVariable_CheckTypeExact(Py_TYPE(value.ptr()));
 }
 
-const at::Tensor& to_tensor(const char* name, py::handle value) {
-  if (!THPVariable_Check(value.ptr())) {
-    reference("check_tensor")(name, value);
-  }
+const at::Tensor& unpack(py::handle value) {
   return THPVariable_Unpack(value.ptr());
 }
 
+bool is_exact_or_none(py::handle value) {
+  return value.is_none() || is_exact(value);
+}
+
+std::optional<at::Tensor> unpack_optional(py::handle value) {
+  return value.is_none() ? std::nullopt : std::optional(unpack(value));
+}
+
+// Python's float from any real number; raises Python's errors.
 double to_number(const char* name, py::handle value) {
   if (PyFloat_CheckExact(value.ptr()) && std::isfinite(PyFloat_AS_DOUBLE(value.ptr()))) {
     return PyFloat_AS_DOUBLE(value.ptr());
   }
-  return reference("check_number")(name, value).cast<double>();
+  return py::module_::import("grl_ext._checks").attr("check_number")(name, value).cast<double>();
 }
 
-at::Tensor gradient_reversal_eager(py::handle x, py::handle lambda) {
-  const auto& features = to_tensor("x", x);
-  if (THPVariable_Check(lambda.ptr())) {
-    return gradient_reversal(features, THPVariable_Unpack(lambda.ptr()));
-  }
-  return gradient_reversal_by_value(features, to_number("lambda_", lambda));
+py::object wrap(const std::optional<at::Tensor>& tensor) {
+  return tensor ? py::reinterpret_steal<py::object>(THPVariable_Wrap(*tensor)) : py::none();
 }
 
-std::optional<at::Tensor> to_optional_tensor(const char* name, py::handle value) {
-  return value.is_none() ? std::nullopt : std::optional(to_tensor(name, value));
-}
-
-at::Tensor grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py::handle lambda) {
-  const auto& features = to_tensor("x", x);
-  const auto& matrix = to_tensor("weight", weight);
-  const auto vector = to_optional_tensor("bias", bias);
-  if (THPVariable_Check(lambda.ptr())) {
-    const auto& tensor = THPVariable_Unpack(lambda.ptr());
-    const py::gil_scoped_release no_gil;
-    return grl_linear(features, matrix, vector, tensor);
-  }
-  const auto number = to_number("lambda_", lambda);
-  const py::gil_scoped_release no_gil;
-  return grl_linear_by_value(features, matrix, vector, number);
-}
-
-// The heads' arguments come as sequences with an entry for each head. None instead of a sequence means the option's
-// default.
-std::vector<at::Tensor> to_tensors(const char* name, py::handle sequence) {
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(py::len_hint(sequence));
-  for (const auto item : sequence) {
-    if (!THPVariable_Check(item.ptr())) {
-      reference("check_tensor")(std::string(name) + "[" + std::to_string(tensors.size()) + "]", item);
-    }
-    tensors.push_back(THPVariable_Unpack(item.ptr()));
-  }
-  return tensors;
-}
-
-OptionalTensors to_optional_tensors(const char* name, py::handle sequence, size_t heads) {
-  OptionalTensors tensors;
-  if (sequence.is_none()) {
-    tensors.resize(heads, std::nullopt);
-    return tensors;
-  }
-  tensors.reserve(heads);
-  for (const auto item : sequence) {
-    if (!item.is_none() && !THPVariable_Check(item.ptr())) {
-      reference("check_tensor")(std::string(name) + "[" + std::to_string(tensors.size()) + "]", item);
-    }
-    tensors.push_back(item.is_none() ? std::nullopt : std::optional(THPVariable_Unpack(item.ptr())));
-  }
-  return tensors;
-}
-
-template <class T>
-std::vector<T> to_numbers(py::handle sequence, size_t heads, T otherwise) {
-  return sequence.is_none() ? std::vector<T>(heads, otherwise) : sequence.cast<std::vector<T>>();
-}
-
-py::list to_list(const std::vector<at::Tensor>& tensors) {
+py::list wrap(const std::vector<at::Tensor>& tensors) {
   py::list list(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     list[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensors[i]));
@@ -105,78 +57,185 @@ py::list to_list(const std::vector<at::Tensor>& tensors) {
   return list;
 }
 
-// False for tensor subclasses other than Parameter: they may know PyTorch's operators only, and not the ones here.
-bool is_exact(py::handle value) {
-  return !THPVariable_Check(value.ptr()) || THPVariable_CheckTypeExact(Py_TYPE(value.ptr()));
-}
-
-bool are_exact(py::handle sequence) {
-  if (sequence.is_none()) {
-    return true;
-  }
-  for (const auto item : sequence) {
-    if (!is_exact(item)) {
-      return false;
-    }
-  }
-  return true;
-}
-
-// Returns None where the kernels do not take these tensors; Python then takes its other path.
-py::object linear_heads_eager(
-    py::handle x, py::handle weight, py::handle bias, const at::Tensor& lambda,
-    const std::vector<int64_t>& lambda_index) {
-  if (!is_exact(x) || !are_exact(weight) || !are_exact(bias)) {
+py::object gradient_reversal_eager(py::handle x, py::handle lambda) {
+  if (!is_exact(x)) {
     return py::none();
   }
-  const auto& features = to_tensor("x", x);
-  if (!on_kernels_device(features)) {
+  if (THPVariable_Check(lambda.ptr())) {
+    return wrap(gradient_reversal(unpack(x), unpack(lambda)));
+  }
+  return wrap(gradient_reversal_by_value(unpack(x), to_number("lambda_", lambda)));
+}
+
+py::object grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py::handle lambda) {
+  if (!is_exact(x) || !is_exact(weight) || !is_exact_or_none(bias) || !on_kernels_device(unpack(x))) {
     return py::none();
   }
-  const auto matrices = to_tensors("weight", weight);
-  const auto vectors = to_optional_tensors("bias", bias, matrices.size());
-  std::vector<at::Tensor> logits;
+  const auto lambda_tensor = THPVariable_Check(lambda.ptr()) ? unpack(lambda)
+                                                             : at::scalar_tensor(to_number("lambda_", lambda), at::kDouble);
+  std::optional<at::Tensor> y;
   {
     const py::gil_scoped_release no_gil;
-    logits = linear_heads(features, matrices, vectors, lambda, lambda_index);
+    y = grl_linear(unpack(x), unpack(weight), unpack_optional(bias), lambda_tensor);
   }
-  return to_list(logits);
+  return wrap(y);
+}
+
+// The heads' arguments come as sequences with an entry for each head.
+
+std::optional<std::vector<at::Tensor>> to_tensors(py::handle sequence) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(py::len_hint(sequence));
+  for (const auto item : sequence) {
+    if (!is_exact(item)) {
+      return std::nullopt;
+    }
+    tensors.push_back(unpack(item));
+  }
+  return tensors;
+}
+
+// `sequence` may be None: none at all.
+std::optional<OptionalTensors> to_optional_tensors(py::handle sequence, size_t heads) {
+  OptionalTensors tensors;
+  tensors.reserve(heads);
+  if (sequence.is_none()) {
+    tensors.resize(heads, std::nullopt);
+    return tensors;
+  }
+  for (const auto item : sequence) {
+    if (!is_exact_or_none(item)) {
+      return std::nullopt;
+    }
+    tensors.push_back(unpack_optional(item));
+  }
+  return tensors;
+}
+
+// From the heads' lambdas: None for a predictor, a float or a 0-d tensor for an adversary.
+std::optional<HeadFactors> to_factors(const at::Tensor& x, py::handle sequence) {
+  HeadFactors factors;
+  for (const auto item : sequence) {
+    if (item.is_none() || PyFloat_CheckExact(item.ptr())) {
+      factors.value.push_back(item.is_none() ? 1.0 : -PyFloat_AS_DOUBLE(item.ptr()));
+      factors.tensor.push_back(std::nullopt);
+    } else if (is_exact(item)) {
+      const auto one = factors_of(x, OptionalTensors({unpack(item)}));
+      if (!one) {
+        return std::nullopt;
+      }
+      factors.value.push_back(one->value[0]);
+      factors.tensor.push_back(one->tensor.get(0));
+    } else {
+      return std::nullopt;
+    }
+    if (!std::isfinite(factors.value.back())) {
+      return std::nullopt;
+    }
+  }
+  return factors;
+}
+
+template <class T>
+std::vector<T> to_numbers(py::handle sequence, size_t heads, T otherwise) {
+  return sequence.is_none() ? std::vector<T>(heads, otherwise) : sequence.cast<std::vector<T>>();
+}
+
+// A tensor, or a sequence of floats.
+std::optional<at::Tensor> to_tensor(py::handle values) {
+  if (THPVariable_Check(values.ptr())) {
+    return is_exact(values) ? std::optional(unpack(values)) : std::nullopt;
+  }
+  std::vector<double> numbers;
+  for (const auto item : values) {
+    if (!PyFloat_Check(item.ptr()) && !PyLong_Check(item.ptr())) {
+      return std::nullopt;
+    }
+    numbers.push_back(PyFloat_AsDouble(item.ptr()));
+  }
+  return at::tensor(numbers, at::kDouble);
+}
+
+// HeadsOptions from Python's, or the defaults from None.
+std::optional<HeadsOptions> to_options(py::handle given, py::handle targets, size_t heads) {
+  const auto option = [&](const char* name) -> py::object { return given.is_none() ? py::none() : given.attr(name); };
+  auto tensors = to_tensors(targets);
+  auto sample_weight = to_optional_tensors(option("sample_weight"), heads);
+  auto class_weight = to_optional_tensors(option("class_weight"), heads);
+  const auto weights = option("loss_weight");
+  const auto loss_weight = weights.is_none() ? std::nullopt : to_tensor(weights);
+  if (!tensors || !sample_weight || !class_weight || (!weights.is_none() && !loss_weight)) {
+    return std::nullopt;
+  }
+  return HeadsOptions{
+      .targets = std::move(*tensors),
+      .sample_weight = std::move(*sample_weight),
+      .class_weight = std::move(*class_weight),
+      .loss_weight = loss_weight,
+      .kind = to_numbers<int64_t>(option("kind"), heads, kCrossEntropy),
+      .label_smoothing = to_numbers(option("label_smoothing"), heads, 0.0),
+      .ignore_index = to_numbers<int64_t>(option("ignore_index"), heads, -100),
+      .mean = given.is_none() || given.attr("mean").cast<bool>()};
+}
+
+py::object linear_heads_eager(py::handle x, py::handle weight, py::handle bias, py::handle lambda) {
+  if (!is_exact(x) || !on_kernels_device(unpack(x))) {
+    return py::none();
+  }
+  const auto matrices = to_tensors(weight);
+  const auto vectors = matrices ? to_optional_tensors(bias, matrices->size()) : std::nullopt;
+  auto factors = to_factors(unpack(x), lambda);
+  if (!vectors || !factors) {
+    return py::none();
+  }
+  std::optional<std::vector<at::Tensor>> logits;
+  {
+    const py::gil_scoped_release no_gil;
+    logits = linear_heads(unpack(x), *matrices, *vectors, std::move(*factors));
+  }
+  return logits ? py::object(wrap(*logits)) : py::none();
+}
+
+py::object hidden_layers_eager(py::handle z, py::handle weight, py::handle bias) {
+  const auto matrices = is_exact(z) ? to_tensors(weight) : std::nullopt;
+  const auto vectors = matrices ? to_optional_tensors(bias, matrices->size()) : std::nullopt;
+  if (!vectors) {
+    return py::none();
+  }
+  std::optional<at::Tensor> hidden;
+  {
+    const py::gil_scoped_release no_gil;
+    hidden = hidden_layers(unpack(z), *matrices, *vectors);
+  }
+  return wrap(hidden);
 }
 
 py::object heads_loss_eager(
-    py::handle x, py::handle weight, py::handle bias, py::handle depth, py::handle targets, const at::Tensor& lambda,
-    const std::vector<int64_t>& lambda_index, py::handle sample_weight, py::handle class_weight, py::handle loss_weight,
-    py::handle kind, py::handle label_smoothing, py::handle ignore_index, bool mean) {
-  if (!is_exact(x) || !are_exact(weight) || !are_exact(bias) || !are_exact(targets) || !are_exact(sample_weight) ||
-      !are_exact(class_weight)) {
+    py::handle x, py::handle weight, py::handle bias, py::handle targets, py::handle lambda, py::handle given) {
+  if (!is_exact(x) || !on_kernels_device(unpack(x))) {
     return py::none();
   }
-  const auto& features = to_tensor("x", x);
-  if (!on_kernels_device(features)) {
+  const auto matrices = to_tensors(weight);
+  const auto vectors = matrices ? to_optional_tensors(bias, matrices->size()) : std::nullopt;
+  auto factors = to_factors(unpack(x), lambda);
+  auto options = matrices ? to_options(given, targets, matrices->size()) : std::nullopt;
+  if (!vectors || !factors || !options) {
     return py::none();
   }
-  const auto matrices = to_tensors("weight", weight);
-  const auto vectors = to_optional_tensors("bias", bias, matrices.size());
-  const auto heads = py::len(targets);
-  const auto layers = to_numbers<int64_t>(depth, heads, 1);
-  HeadsOptions options{
-      .targets = to_tensors("targets", targets),
-      .sample_weight = to_optional_tensors("sample_weight", sample_weight, heads),
-      .class_weight = to_optional_tensors("class_weight", class_weight, heads),
-      .lambda = lambda,
-      .lambda_index = lambda_index,
-      .loss_weight = to_optional_tensor("loss_weight", loss_weight),
-      .kind = to_numbers<int64_t>(kind, heads, kCrossEntropy),
-      .label_smoothing = to_numbers(label_smoothing, heads, 0.0),
-      .ignore_index = to_numbers<int64_t>(ignore_index, heads, -100),
-      .mean = mean};
-  LossAndLogits result;
-  {
+  std::optional<LossAndLogits> result;
+  try {
     const py::gil_scoped_release no_gil;
-    result = heads_loss(features, matrices, vectors, layers, std::move(options));
+    result = heads_loss(unpack(x), *matrices, *vectors, std::move(*factors), std::move(*options));
+  } catch (const c10::IndexError&) {  // by the kernel: a class that is out of range
+    return py::none();
+  } catch (const c10::ValueError&) {  // a sample weight that is negative or not finite
+    return py::none();
   }
-  const auto& [loss, head_losses, logits] = result;
-  return py::make_tuple(loss, to_list(head_losses), to_list(logits));
+  if (!result) {
+    return py::none();
+  }
+  const auto& [loss, head_losses, logits] = *result;
+  return py::make_tuple(loss, wrap(head_losses), wrap(logits));
 }
 
 py::dict build_info() {
@@ -196,6 +255,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gradient_reversal", torch::wrap_pybind_function(gradient_reversal_eager));
   m.def("grl_linear", torch::wrap_pybind_function(grl_linear_eager));
   m.def("linear_heads", torch::wrap_pybind_function(linear_heads_eager));
+  m.def("hidden_layers", torch::wrap_pybind_function(hidden_layers_eager));
   m.def("heads_loss", torch::wrap_pybind_function(heads_loss_eager));
   m.def("build_info", build_info);
 }

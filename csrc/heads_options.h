@@ -1,10 +1,11 @@
-// The options of heads_loss, as schema and kernels take them. Element h of each list belongs to head h.
+// What describes heads, as schema and kernels take it. Element h of each list belongs to head h.
 #pragma once
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -14,18 +15,30 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 enum LossKind : int64_t { kCrossEntropy = 0, kSquaredError = 1 };
 
+// What each head's part of the features' gradient is multiplied by: value, times the tensor if there is one, which is
+// 0-d and read when the kernel runs. 1 for a predictor, -lambda for an adversary.
+struct HeadFactors {
+  std::vector<double> value;
+  OptionalTensors tensor;
+};
+
 struct HeadsOptions {
-  std::vector<at::Tensor> targets; // (N): classes; (N, size): probabilities, or a squared error's values
-  OptionalTensors sample_weight;   // (N), or none: 1
-  OptionalTensors class_weight;    // (classes), or none: 1; a head of size 1 has two classes
-  at::Tensor lambda;               // (adversaries): one number each
-  std::vector<int64_t> lambda_index;  // which of them is the head's; -1 for a predictor, which has none
+  std::vector<at::Tensor> targets;  // (N): classes; (N, size): probabilities, or a squared error's values
+  OptionalTensors sample_weight;    // (N), or none: 1
+  OptionalTensors class_weight;     // (classes), or none: 1; a head of size 1 has two classes
   std::optional<at::Tensor> loss_weight;  // (heads), or none: 1
   std::vector<int64_t> kind;              // LossKind
   std::vector<double> label_smoothing;
   std::vector<int64_t> ignore_index;
   bool mean = true;  // over the rows; false: their sum
 };
+
+// grad_x, grad_weight, grad_bias
+using HeadsGradients = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
+
+// loss, head_losses, logits, grad_x, grad_weight, grad_bias
+using HeadsLossResult = std::tuple<
+    at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
 inline int64_t classes_of(int64_t head_size) {
   return head_size > 1 ? head_size : 2;

@@ -4,8 +4,8 @@
 // so that tracing (torch.compile, make_fx, export) sees through them. The kernels, whose names begin with an
 // underscore, know no autograd; csrc/cpu and csrc/cuda implement them, and csrc/shapes.cpp says what they return.
 //
-// Element h of a list that describes heads belongs to head h. lambda_index[h] says which element of lambda_ is its own;
-// a predictor, which has none, has -1 there.
+// Element h of a list that describes heads belongs to head h. lambda_[h] is an adversary's 0-d lambda; a predictor has
+// none.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -16,13 +16,10 @@ namespace grl_ext {
 TORCH_LIBRARY(grl_ext, m) {
   m.def("gradient_reversal(Tensor(a) x, Tensor lambda_) -> Tensor(a)");
   m.def("grl_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lambda_) -> Tensor");
-  m.def("linear_heads(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor lambda_, int[] lambda_index) -> Tensor[]");
-  // A head has `depth` linear layers with ReLU between them; weight and bias list the layers of one head after the
-  // other.
+  m.def("linear_heads(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor?[] lambda_) -> Tensor[]");
   m.def(
-      "heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, int[] depth, Tensor[] targets, Tensor?[] sample_weight, "
-      "Tensor?[] class_weight, Tensor lambda_, int[] lambda_index, Tensor? loss_weight, int[] kind, float[] "
-      "label_smoothing, "
+      "heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] lambda_, "
+      "Tensor?[] sample_weight, Tensor?[] class_weight, Tensor? loss_weight, int[] kind, float[] label_smoothing, "
       "int[] ignore_index, bool mean) -> (Tensor loss, Tensor[] head_losses, Tensor[] logits)");
 
   // -lambda * grad; lambda is `value`, times `lambda_` if that has one element, or `lambda_` alone if it has more.
@@ -48,11 +45,48 @@ TORCH_LIBRARY(grl_ext, m) {
       "-> (Tensor loss, Tensor head_losses, Tensor[] logits, Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
 }
 
+namespace {
+
+// A registered operator has no plain PyTorch to turn to.
+template <class T>
+T or_refuse(const char* name, std::optional<T> result) {
+  TORCH_CHECK_VALUE(result, "torch.ops.grl_ext.", name, " does not take these; grl_ext.", name, " says why");
+  return std::move(*result);
+}
+
+at::Tensor gradient_reversal_operator(const at::Tensor& x, const at::Tensor& lambda) {
+  return or_refuse("gradient_reversal", gradient_reversal(x, lambda));
+}
+
+at::Tensor grl_linear_operator(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& lambda) {
+  return or_refuse("grl_linear", grl_linear(x, weight, bias, lambda));
+}
+
+std::vector<at::Tensor> linear_heads_operator(
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, const OptionalTensors& lambda) {
+  return or_refuse("linear_heads", linear_heads(x, weight, bias, or_refuse("linear_heads", factors_of(x, lambda))));
+}
+
+LossAndLogits heads_loss_operator(
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::TensorList targets,
+    const OptionalTensors& lambda, const OptionalTensors& sample_weight, const OptionalTensors& class_weight,
+    const std::optional<at::Tensor>& loss_weight, at::IntArrayRef kind, at::ArrayRef<double> label_smoothing,
+    at::IntArrayRef ignore_index, bool mean) {
+  HeadsOptions options{
+      targets.vec(), sample_weight.copy(),  class_weight.copy(), loss_weight,
+      kind.vec(),    label_smoothing.vec(), ignore_index.vec(),  mean};
+  auto factors = or_refuse("heads_loss", factors_of(x, lambda));
+  return or_refuse("heads_loss", heads_loss(x, weight, bias, std::move(factors), std::move(options)));
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(grl_ext, CompositeImplicitAutograd, m) {
-  m.impl("gradient_reversal", TORCH_FN(gradient_reversal));
-  m.impl("grl_linear", TORCH_FN(grl_linear));
-  m.impl("linear_heads", TORCH_FN(linear_heads));
-  m.impl("heads_loss", TORCH_FN(heads_loss_of_lists));
+  m.impl("gradient_reversal", TORCH_FN(gradient_reversal_operator));
+  m.impl("grl_linear", TORCH_FN(grl_linear_operator));
+  m.impl("linear_heads", TORCH_FN(linear_heads_operator));
+  m.impl("heads_loss", TORCH_FN(heads_loss_operator));
 }
 
 TORCH_LIBRARY_IMPL(grl_ext, Autograd, m) {

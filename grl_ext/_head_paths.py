@@ -1,39 +1,48 @@
-"""How a head is run: which of its layers are computed together with those of the others, and why; and errors by the
-heads' names."""
+"""How a head is run: which of its layers are computed by the heads' operations, and why the others are not."""
 
-import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from grl_ext.modules import GRL, GRLLinear
+
+# As they were when this was imported. Libraries replace them to watch or to change what all layers do.
+_FORWARD = {nn.Linear: nn.Linear.forward, nn.ReLU: nn.ReLU.forward, nn.Sequential: nn.Sequential.forward}
+_CALL = nn.Module.__call__
 
 
-def own_call(module: nn.Module) -> str | None:
-    """What of a module only its own call would honour; None if its forward may be computed elsewhere."""
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a module may not be computed as PyTorch's own module of that kind; None if it may."""
+    own = type(module)
+    if not isinstance(module, kind) or own.forward is not _FORWARD[kind]:
+        # Parametrised layers (weight norm, spectral norm, pruning, LoRA of torch.nn.utils.parametrize) keep the forward.
+        if own is kind:
+            return f"nn.{kind.__name__}.forward was replaced"
+        name = own.__name__
+        return f"{own.__module__ + '.' if name == kind.__name__ else ''}{name} is not nn.{kind.__name__}"
+    if own.__call__ is not nn.Module.__call__ or nn.Module.__call__ is not _CALL:
+        return "its __call__ was replaced"
+    fields = module.__dict__
+    if (
+        fields["_forward_hooks"]
+        or fields["_forward_pre_hooks"]
+        or fields["_backward_hooks"]
+        or fields["_backward_pre_hooks"]
+    ):
         return "it has hooks"
-    return "its forward was replaced" if "forward" in own else None
-
-
-def why_not_linear(module: nn.Module) -> str | None:
-    """Why a module is not run as a plain linear layer; None if it is."""
-    # Parametrised layers (weight norm, spectral norm, pruning, LoRA of torch.nn.utils.parametrize) keep this forward.
-    if type(module) is not nn.Linear and getattr(type(module), "forward", None) is not nn.Linear.forward:
-        name = type(module).__name__
-        return f"{type(module).__module__ + '.' if name == 'Linear' else ''}{name} is not nn.Linear"
-    return own_call(module)
+    return "its forward was replaced" if "forward" in fields else None
 
 
 def weights_and_biases(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor | None]]:
     """Of linear layers, without the time of nn.Module's attribute access where there is nothing between."""
     weights, biases = [], []
     for layer in layers:
-        own = layer._parameters
-        if type(layer) is nn.Linear and "weight" in own and "bias" in own:
-            weights.append(own["weight"])
-            biases.append(own["bias"])
+        parameters = layer._parameters
+        if type(layer) is nn.Linear and "weight" in parameters and "bias" in parameters:
+            weights.append(parameters["weight"])
+            biases.append(parameters["bias"])
         else:
             weights.append(layer.weight)
             biases.append(layer.bias)
@@ -55,57 +64,97 @@ def begins_linear(module: nn.Module) -> bool:
             return isinstance(module, nn.Linear)
 
 
+def reversal_in(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, (GRL, GRLLinear)):
+        return module
+    for part in module._modules.values():
+        found = None if part is None else reversal_in(part)
+        if found is not None:
+            return found
+    return None
+
+
+def check_reversal(name: str, module: nn.Module) -> None:
+    """An adversary's gradient would be reversed twice, which is not at all."""
+    if (reversal := reversal_in(module)) is not None:
+        raise ValueError(
+            f"adversaries[{name!r}] contains a {type(reversal).__name__}, but AdversarialHeads reverses the "
+            "adversaries' gradients itself: leave the GRL out, or use a plain nn.Linear"
+        )
+
+
 class HeadPath(NamedTuple):
+    """A head in its parts: first, hidden, between, last. Where first is None, between begins with the reversal."""
+
     name: str
-    module: nn.Module
-    index: int  # its number in lambda_, -1 for a predictor
-    # How it is run: the path's name in the repr, the reason, the linear layers that are computed together, and what
-    # follows them.
-    path: str
+    reversal: GRL | None  # of an adversary
+    path: str  # as the repr calls it
     why: str
-    layers: tuple[nn.Module, ...]
-    rest: tuple[nn.Module, ...]
+    first: nn.Module | None = None  # a linear layer
+    hidden: tuple[nn.Module, ...] = ()  # ReLU, then linear layers, each with its ReLU
+    between: tuple[nn.Module, ...] = ()
+    last: nn.Module | None = None  # a linear layer, computed with its loss
+
+    @property
+    def is_linear(self) -> bool:
+        return self.path == "fused" and self.last is None
+
+    @property
+    def lambda_(self) -> Tensor | None:
+        return None if self.reversal is None else self.reversal._buffers["lambda_"]
 
 
-def path_of(module: nn.Module) -> tuple[str, str, tuple[nn.Module, ...], tuple[nn.Module, ...]]:
-    """path, why, layers and rest of a head, where no hooks are set for all modules."""
-    if (why := why_not_linear(module)) is None:
-        return "fused", "linear", (module,), ()
-    if type(module) is not nn.Sequential:
-        return "as given", why, (), ()
-    if why := own_call(module):
-        return "as given", why, (), ()
-    parts = tuple(module)
-    if not parts or (why := why_not_linear(parts[0])):
-        return "as given", f"its first layer: {why}" if parts else "empty", (), ()
-    if len(parts) % 2 == 1 and all(why_not_linear(part) is None for part in parts[::2]):
-        if all(type(part) is nn.ReLU and own_call(part) is None for part in parts[1::2]):
-            return "fused", "linear layers with ReLU", parts[::2], parts[1:]
-    return "first layer fused", "begins with a linear layer", parts[:1], parts[1:]
+def path_of(name: str, module: nn.Module, reversal: GRL | None) -> HeadPath:
+    if _has_any_global_hook():
+        return HeadPath(name, reversal, "as given", "there are hooks for all modules", between=(module,))
+    if reversal is not None and (why := _why_not_inlined(reversal)):
+        return HeadPath(name, reversal, "as given", f"its reversal: {why}", between=(module,))
+    if (why := why_not_plain(module, nn.Linear)) is None:
+        return HeadPath(name, reversal, "fused", "linear", first=module)
+    if not isinstance(module, nn.Sequential):
+        return HeadPath(name, reversal, "as given", why, between=(module,))
+    if why := why_not_plain(module, nn.Sequential):
+        return HeadPath(name, reversal, "as given", why, between=(module,))
+    return _path_of_layers(name, list(module._modules.values()), reversal)
 
 
-_PLACE = re.compile(
-    r"\b(lambda_|weight|bias|targets|sample_weight|class_weight|loss_weight|label_smoothing|ignore_index)\[(\d+)\]"
-)
-ERRORS = (TypeError, ValueError, IndexError)
+def _why_not_inlined(reversal: GRL) -> str | None:
+    """Why a reversal's own call must be made."""
+    if type(reversal) is not GRL:
+        return f"{type(reversal).__name__} is not GRL"
+    fields = reversal.__dict__
+    hooked = fields["_forward_hooks"] or fields["_forward_pre_hooks"] or fields["_backward_hooks"]
+    return "it has hooks" if hooked or fields["_backward_pre_hooks"] else None
 
 
-def named(error: Exception, heads: Sequence[HeadPath]) -> Exception:
-    """The error with the heads' names in place of their numbers."""
-    return with_names(error, [head.name for head in heads], [head.name for head in heads for _ in head.layers])
+def _path_of_layers(name: str, parts: list[nn.Module], reversal: GRL | None) -> HeadPath:
+    if not parts:
+        return HeadPath(name, reversal, "as given", "empty")
+    ends_linear = len(parts) > 1 and why_not_plain(parts[-1], nn.Linear) is None
+    last = parts.pop() if ends_linear else None
+    if why := why_not_plain(parts[0], nn.Linear):
+        path = "last layer fused" if ends_linear else "as given"
+        return HeadPath(name, reversal, path, f"its first layer: {why}", between=tuple(parts), last=last)
+    if last is None and len(parts) == 1:
+        return HeadPath(name, reversal, "fused", "linear", first=parts[0])
+    first, end = parts[0], 1 + sum(1 for _ in _hidden(parts[1:]))
+    hidden, between = tuple(parts[1:end]), tuple(parts[end:])
+    if last is None:
+        return HeadPath(name, reversal, "first layer fused", "begins with a linear layer", first, hidden, between)
+    if between:
+        why = "begins and ends with a linear layer"
+        return HeadPath(name, reversal, "first and last layer fused", why, first, hidden, between, last)
+    why = "linear layers with ReLU" if hidden else "linear layers"
+    return HeadPath(name, reversal, "fused", why, first, hidden, between, last)
 
 
-def with_names(error: Exception, names: Sequence[str], layers: Sequence[str]) -> Exception:
-    def name(match: re.Match[str]) -> str:
-        known = layers if match[1] in ("weight", "bias") else names
-        return f"{match[1]}[{known[int(match[2])]!r}]"
-
-    return type(error)(_PLACE.sub(name, str(error)))
-
-
-@contextlib.contextmanager
-def renamed(names: Sequence[str]) -> Iterator[None]:
-    try:
-        yield
-    except ERRORS as error:
-        raise with_names(error, names, ()) from None
+def _hidden(parts: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The longest beginning that is a ReLU, and linear layers of which each has its ReLU behind it."""
+    if not parts or why_not_plain(parts[0], nn.ReLU):
+        return
+    yield parts[0]
+    for layer, relu in zip(parts[1::2], parts[2::2], strict=False):
+        if why_not_plain(layer, nn.Linear) or why_not_plain(relu, nn.ReLU):
+            return
+        yield layer
+        yield relu

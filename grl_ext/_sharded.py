@@ -5,24 +5,18 @@ exchanged before the operator, the loss after it, and the result is that of one 
 layouts, such as weights sharded by classes, are left to PyTorch's strategies for its own operators, layer by layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from grl_ext import functional
-from grl_ext._reference_heads import (
-    HeadsOptions,
-    as_given,
-    as_rows,
-    check_lambda_of_heads,
-    check_layers,
-    check_options,
-    weights_of_rows,
-)
+from grl_ext._checks import Names, check_lambdas, check_loss
+from grl_ext._options import HeadsOptions, as_tensor
+from grl_ext._plain import LossAndLogits, as_rows, checked_heads, weights_of_rows
 
 Placements = tuple[Placement, ...]
+Lambdas = Sequence[Tensor | float | None]
 
 
 def _added_up(placements: Placements) -> Placements:
@@ -71,7 +65,9 @@ def _is_replicated(tensor: DTensor) -> bool:
     return all(placement.is_replicate() for placement in tensor.placements)
 
 
-def _by_rows(x: DTensor, parameters: Sequence[Tensor | None], others: Sequence[Tensor | None], lambda_: Tensor) -> bool:
+def _by_rows(
+    x: DTensor, parameters: Sequence[Tensor | None], others: Sequence[Tensor | None], lambda_: Lambdas
+) -> bool:
     """Whether each process has whole rows of x and all parameters."""
     tensors = [tensor for tensor in (*parameters, *others) if tensor is not None]
     if not all(isinstance(tensor, DTensor) and tensor.device_mesh == x.device_mesh for tensor in tensors):
@@ -81,11 +77,11 @@ def _by_rows(x: DTensor, parameters: Sequence[Tensor | None], others: Sequence[T
         for placement in x.placements
     ):
         return False
-    replicated = [*parameters, *([lambda_] if isinstance(lambda_, DTensor) else [])]
+    replicated = [*parameters, *(own for own in lambda_ if isinstance(own, DTensor))]
     return all(tensor is None or _is_replicated(tensor) for tensor in replicated)
 
 
-def _here(tensor: Tensor | None, placements: Placements) -> Tensor | None:
+def _here(tensor: Tensor | float | None, placements: Placements) -> Tensor | float | None:
     """Of a tensor that gets no gradient."""
     return tensor.redistribute(placements=placements).to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -97,7 +93,7 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 class _Rows:
     """The layout of x, and its tensors in this process."""
 
-    def __init__(self, x: DTensor, weight: Sequence[DTensor], bias: Sequence[DTensor | None], lambda_: Tensor) -> None:
+    def __init__(self, x: DTensor, weight: Sequence[DTensor], bias: Sequence[DTensor | None], lambda_: Lambdas) -> None:
         self.mesh, self.leading = x.device_mesh, x.shape[:-1]
         self.placements = x.placements
         self.sums = tuple(Partial() if placement.is_shard() else placement for placement in x.placements)
@@ -105,7 +101,7 @@ class _Rows:
         self.x = _ToLocal.apply(x, self.placements)
         self.weight = [_ToLocal.apply(tensor, self.sums) for tensor in weight]
         self.bias = [None if tensor is None else _ToLocal.apply(tensor, self.sums) for tensor in bias]
-        self.lambda_ = _here(lambda_, self.everywhere)
+        self.lambda_ = [_here(own, self.everywhere) for own in lambda_]
 
     def logits(self, local: Sequence[Tensor]) -> list[DTensor]:
         shapes = [torch.Size((*self.leading, z.shape[-1])) for z in local]
@@ -120,75 +116,78 @@ class _Rows:
 
 
 def linear_heads(
-    x: DTensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lambda_: Tensor, lambda_index: Sequence[int]
-) -> list[Tensor] | None:
-    """None for a layout that is not this module's."""
-    if not _by_rows(x, (*weight, *bias), (), lambda_):
-        return None
-    x, weight, bias = as_given(x, weight, bias)
-    check_layers(x, weight, bias, [1] * len(weight))
-    check_lambda_of_heads(x, lambda_, lambda_index, len(weight))
-    rows = _Rows(x, weight, bias, lambda_)
-    return rows.logits(functional.run_linear_heads(rows.x, rows.weight, rows.bias, rows.lambda_, lambda_index))
-
-
-def heads_loss(
+    run: Callable[..., list[Tensor]],
     x: DTensor,
     weight: Sequence[Tensor],
     bias: Sequence[Tensor | None],
-    depth: Sequence[int],
+    lambda_: Lambdas,
+    names: Names,
+) -> list[Tensor] | None:
+    """`run` over this process's rows. None for a layout that is not this module's."""
+    if not _by_rows(x, (*weight, *bias), (), lambda_):
+        return None
+    x, weight, bias = checked_heads(x, weight, bias, names)
+    check_lambdas(x, lambda_, names)
+    rows = _Rows(x, weight, bias, lambda_)
+    return rows.logits(run(rows.x, rows.weight, rows.bias, rows.lambda_, names))
+
+
+def heads_loss(
+    run: Callable[..., LossAndLogits],
+    x: DTensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
     targets: Sequence[Tensor],
-    lambda_: Tensor,
-    lambda_index: Sequence[int],
+    lambda_: Lambdas,
     options: HeadsOptions,
-) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
-    """None for a layout that is not this module's."""
-    heads = len(depth)
-    options = options.filled(heads)
+    names: Names,
+) -> LossAndLogits | None:
+    """`run` over this process's rows. None for a layout that is not this module's."""
+    options = options.filled(len(weight))
     if not _by_rows(x, (*weight, *bias), (*targets, *options.sample_weight, *options.class_weight), lambda_):
         return None
-    x, weight, bias = as_given(x, weight, bias)
-    check_layers(x, weight, bias, depth)
-    check_lambda_of_heads(x, lambda_, lambda_index, heads)
-    last = [sum(depth[: h + 1]) - 1 for h in range(heads)]
-    sizes = [weight[layer].shape[0] for layer in last]
-    check_options(x, sizes, targets, options)
+    x, weight, bias = checked_heads(x, weight, bias, names)
+    check_lambdas(x, lambda_, names)
+    sizes = [matrix.shape[0] for matrix in weight]
+    check_loss(x, sizes, targets, options, names)
     rows = _Rows(x, weight, bias, lambda_)
-    own = options._replace(
+    loss_weight = options.loss_weight
+    if loss_weight is not None and not isinstance(loss_weight, Tensor):
+        loss_weight = as_tensor(loss_weight)
+    local = options._replace(
         sample_weight=[_here(weights, rows.placements) for weights in options.sample_weight],
         class_weight=[_here(weights, rows.everywhere) for weights in options.class_weight],
-        loss_weight=_here(options.loss_weight, rows.everywhere),
+        loss_weight=_here(loss_weight, rows.everywhere),
         mean=False,
     )
     targets = [_here(target, rows.placements) for target in targets]
     factors = None
     if options.mean:
-        factors = _factors(rows, sizes, targets, own)
-        loss_weight = factors if own.loss_weight is None else factors * own.loss_weight.to(factors)
-        own = own._replace(loss_weight=loss_weight)
-    given = (rows.x, rows.weight, rows.bias, depth, targets, rows.lambda_, lambda_index, own)
-    loss, head_losses, logits = functional.run_heads_loss(*given)
+        factors = _factors(rows, sizes, targets, local)
+        of_all = factors if local.loss_weight is None else factors * local.loss_weight.to(factors)
+        local = local._replace(loss_weight=of_all)
+    loss, head_losses, logits = run(rows.x, rows.weight, rows.bias, targets, rows.lambda_, local, names)
     if factors is not None:
-        head_losses = [own_loss * factors[h].to(own_loss) for h, own_loss in enumerate(head_losses)]
-    return rows.total(loss, True), [rows.total(own_loss, False) for own_loss in head_losses], rows.logits(logits)
+        head_losses = [own * factors[h].to(own) for h, own in enumerate(head_losses)]
+    return rows.total(loss, True), [rows.total(own, False) for own in head_losses], rows.logits(logits)
 
 
 @torch.no_grad()
-def _factors(rows: _Rows, sizes: Sequence[int], targets: Sequence[Tensor], own: HeadsOptions) -> Tensor:
+def _factors(rows: _Rows, sizes: Sequence[int], targets: Sequence[Tensor], local: HeadsOptions) -> Tensor:
     """For each head 1 / (the weights of all rows in all processes), 0 where they have none."""
     like = as_rows(rows.x)
     norms = []
     for h, size in enumerate(sizes):
-        target, sample_weight = targets[h], own.sample_weight[h]
+        target, sample_weight = targets[h], local.sample_weight[h]
         labels = target.dtype == torch.int64
         _, norm = weights_of_rows(
             like,
             target.reshape(like.shape[:1] if labels else (len(like), size)),
             size=size,
-            kind=own.kind[h],
+            kind=local.kind[h],
             sample_weight=None if sample_weight is None else sample_weight.reshape(like.shape[:1]),
-            class_weight=own.class_weight[h],
-            ignore_index=own.ignore_index[h],
+            class_weight=local.class_weight[h],
+            ignore_index=local.ignore_index[h],
         )
         norms.append(norm.double())
     norms = DTensor.from_local(torch.stack(norms), rows.mesh, rows.sums, run_check=False).full_tensor()

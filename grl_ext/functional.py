@@ -1,65 +1,40 @@
-"""The operations. Each picks its path and leaves the work to it: C++ in eager mode, the registered operator in graphs
-(`torch.compile`, `torch.export`, `torch.jit`), plain PyTorch (`_reference`) under `torch.func` and where nothing is
-compiled."""
+"""The public operations. Each asks `_paths` who computes it and leaves the work to them: C++ in eager mode, the
+registered operator in graphs (`torch.compile`, `torch.export`, `torch.jit`), plain PyTorch (`_plain`) elsewhere."""
 
-import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from grl_ext import _backend, _operators, _reference, _reference_heads
-from grl_ext._reference import check_number, check_tensor, check_tensors, fx_records
-from grl_ext._reference_heads import CROSS_ENTROPY, SQUARED_ERROR, HeadsOptions
+from grl_ext import _backend, _operators, _paths, _plain, _script
+from grl_ext._checks import (
+    NUMBERED,
+    Names,
+    check_count,
+    check_lambda,
+    check_lambda_of_heads,
+    check_lambdas,
+    check_linear,
+    check_loss,
+    check_matrix,
+    check_numbers,
+    check_operand,
+    check_reduction,
+    check_tensor,
+    kind_of,
+)
+from grl_ext._options import DEFAULTS, SQUARED_ERROR, HeadsOptions, as_tensor
+from grl_ext._paths import EXACT, Path
+from grl_ext._plain import LossAndLogits
+from grl_ext._reversal import for_operator
+from grl_ext._reversal import gradient_reversal as plain_reversal
 
 __all__ = ["HeadsLoss", "gradient_reversal", "grl_linear", "heads_loss", "linear_heads"]
 
-
-if not hasattr(torch.ops.grl_ext, "gradient_reversal"):
-    _reference.register_operators()
-else:
-    _operators.register()
-
-
-# Subclasses (jagged, masked, distributed, quantised) know the operators of plain PyTorch, which the reference keeps to.
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _path() -> str:
-    if torch._C._are_functorch_transforms_active():
-        return "reference"
-    if torch.compiler.is_compiling():
-        return "traced"
-    if torch._C._is_tracing():  # but ONNX knows no operator of ours, and no backward
-        return "reference" if torch.onnx.is_in_onnx_export() else "traced"
-    if fx_records():  # make_fx records PyTorch's own operators, below autograd
-        return "reference"
-    return "reference" if _backend.C is None else "eager"
-
-
-def _linear_path() -> str:
-    """The linear operations' nodes have no forward-mode derivative."""
-    return "reference" if forward_ad._current_level >= 0 else _path()
-
-
-def _as_tensor(lambda_: Tensor | float) -> Tensor:
-    """In a script, which knows no isfinite() of a number."""
-    if isinstance(lambda_, Tensor):
-        return lambda_
-    assert abs(lambda_) <= 1.7976931348623157e308, "lambda_ must be finite"
-    return torch.tensor(lambda_, dtype=torch.float64)
-
-
-def _traced_lambda(lambda_: Tensor | float) -> Tensor:
-    """For an operator in a graph. A number that changes between calls is symbolic in the second graph; it becomes a
-    tensor by a product, because a constant would fix each value in a new graph."""
-    if isinstance(lambda_, Tensor):
-        return lambda_
-    return torch.ones((), dtype=torch.float64) * check_number("lambda_", lambda_)
+_operators.register()
 
 
 def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
@@ -96,17 +71,24 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
         tensor([-0.5000, -0.5000, -0.5000])
     """
     if torch.jit.is_scripting():
-        return torch.ops.grl_ext.gradient_reversal(x, _as_tensor(lambda_))
+        return _script.gradient_reversal(x, lambda_)
     else:  # which a script leaves out
-        if has_torch_function_unary(x):
-            return handle_torch_function(gradient_reversal, (x,), x, lambda_)
-        path = _path()
-        if path == "eager" and type(x) in _PLAIN:
-            return _backend.C.gradient_reversal(x, lambda_)
-        if path == "traced":
-            check_tensor("x", x)
-            return torch.ops.grl_ext.gradient_reversal(x, _traced_lambda(lambda_))
-        return _reference.gradient_reversal(x, lambda_)
+        return _gradient_reversal(x, lambda_)
+
+
+@torch.jit.unused
+def _gradient_reversal(x, lambda_):
+    if has_torch_function_unary(x):
+        return handle_torch_function(gradient_reversal, (x,), x, lambda_)
+    path = _paths.of_layer()
+    if path is Path.EAGER and type(x) in EXACT:
+        y = _backend.C.gradient_reversal(x, lambda_)
+        if y is not None:
+            return y
+    if path is Path.OPERATOR:
+        check_tensor("x", x)
+        return torch.ops.grl_ext.gradient_reversal(x, for_operator(check_lambda(x, lambda_)))
+    return plain_reversal(x, lambda_)
 
 
 def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: Tensor | float = 1.0) -> Tensor:
@@ -114,8 +96,8 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
 
     .. math:: y = x W^T + b, \qquad dx = -\lambda\, dy\, W, \quad dW = dy^T x, \quad db = \textstyle\sum dy
 
-    A lambda that the host knows (a number, a 0-d CPU tensor) rides in the matrix product for :math:`dx`; any other
-    scales its result in place. The layer's own gradients are not reversed.
+    A lambda that the host knows (a number, a 0-d CPU tensor) is the factor of the matrix product for :math:`dx`; any
+    other scales its result in place. The layer's own gradients are not reversed.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64.
@@ -137,61 +119,31 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
                 [-0.5000, -0.5000, -0.5000]])
     """
     if torch.jit.is_scripting():
-        return torch.ops.grl_ext.grl_linear(x, weight, bias, _as_tensor(lambda_))
+        return _script.grl_linear(x, weight, bias, lambda_)
     else:
-        if has_torch_function((x, weight, bias)):
-            return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
-        path = _linear_path()
-        if path == "eager" and type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
-            return _backend.C.grl_linear(x, weight, bias, lambda_)
-        if path == "traced":
-            check_tensors(x, weight, bias)
-            return torch.ops.grl_ext.grl_linear(x, weight, bias, _traced_lambda(lambda_))
-        return _reference.grl_linear(x, weight, bias, lambda_)
+        return _grl_linear(x, weight, bias, lambda_)
+
+
+@torch.jit.unused
+def _grl_linear(x, weight, bias, lambda_):
+    if has_torch_function((x, weight, bias)):
+        return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
+    path = _paths.of_linear()
+    if path is Path.EAGER:
+        y = _backend.C.grl_linear(x, weight, bias, lambda_)
+        if y is not None:
+            return y
+    if path is Path.OPERATOR:
+        check_linear(x, weight, bias)
+        return torch.ops.grl_ext.grl_linear(x, weight, bias, for_operator(check_lambda(x, lambda_)))
+    return _plain.grl_linear(x, weight, bias, lambda_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several heads over the same features
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def _in_graph(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a graph takes the heads' operators for these tensors."""
-    if not isinstance(x, Tensor) or x.device.type not in _backend.kernel_devices:
-        return False
-    if not torch.compiler.is_compiling():
-        return False  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.
-    # A subclass in a graph, such as DTensor, has a strategy for each of PyTorch's own operators.
-    return not any(tensor is not None and hasattr(type(tensor), "__tensor_flatten__") for tensor in (x, *others))
-
-
-def _is_distributed(x: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # which is slow to import, and is where there is a DTensor
-    if module is None or not isinstance(x, module.DTensor):
-        return False
-    return not (torch._C._are_functorch_transforms_active() or fx_records() or forward_ad._current_level >= 0)
-
-
-def _lambda_of_heads(lambda_: Sequence[Tensor | float | None], heads: int) -> tuple[Tensor, list[int]]:
-    """The adversaries' numbers as one tensor, and each head's place in it; -1 for a predictor."""
-    if isinstance(lambda_, (Tensor, str)) or not isinstance(lambda_, Sequence):
-        raise TypeError(
-            f"lambda_ must be a sequence with a number, a 0-d tensor or None for each head, got {type(lambda_).__name__}"
-        )
-    if len(lambda_) != heads:
-        raise ValueError(f"lambda_ must have an entry for each of the {heads} heads, got {len(lambda_)}")
-    adversaries = [h for h, value in enumerate(lambda_) if value is not None]
-    lambda_index = [-1] * heads
-    for i, h in enumerate(adversaries):
-        lambda_index[h] = i
-    return _reference_heads.numbers("lambda_", [lambda_[h] for h in adversaries], adversaries), lambda_index
-
-
-def _layers_of_head(name: str, h: int, given: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
-    if isinstance(given, Tensor) or not hasattr(given, "__iter__"):
-        check_tensor(f"{name}[{h}]", given)
-        return [given]
-    return list(given)
+Lambdas = Sequence[Tensor | float | None]  # each head's; None for a predictor
 
 
 def linear_heads(
@@ -203,12 +155,12 @@ def linear_heads(
 ) -> list[Tensor]:
     r"""The logits of several linear heads over the same features, with the adversaries' gradients reversed.
 
-    .. math:: z_h = x W_h^T + b_h, \qquad dx = \sum_h s_h\, dz_h W_h, \quad dW_h = dz_h^T x, \quad db_h = \textstyle\sum
-    dz_h
+    .. math:: z_h = x W_h^T + b_h, \qquad dx = \sum_h s_h\, dz_h W_h, \quad dW_h = dz_h^T x,
+        \quad db_h = \textstyle\sum dz_h
 
     with :math:`s_h = -\lambda_h` for an adversary and 1 for a predictor; the heads' own gradients are not scaled. Any
     loss may follow. Narrow heads are one pass over the features, forward and backward. A head whose logits get no
-    gradient takes no part: its ``.grad`` stays None.
+    gradient is left out of the backward: its ``.grad`` stays None.
 
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
@@ -231,27 +183,47 @@ def linear_heads(
     tensors = (x, *weight, *bias)
     if has_torch_function(tensors):
         return handle_torch_function(linear_heads, tensors, x, weight, bias, lambda_=lambda_)
-    return run_linear_heads(x, weight, bias, *_lambda_of_heads(lambda_, len(weight)))
+    check_lambda_of_heads(lambda_, len(weight))
+    return run_linear_heads(x, weight, bias, lambda_)
 
 
 def run_linear_heads(
-    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lambda_: Tensor, lambda_index: Sequence[int]
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    lambda_: Lambdas,
+    names: Names = NUMBERED,
 ) -> list[Tensor]:
-    """:func:`linear_heads` with the adversaries' numbers in one tensor, and each head's place in it."""
-    path = _linear_path()
-    if path == "eager":
-        logits = _backend.C.linear_heads(x, weight, bias, lambda_, lambda_index)
+    """:func:`linear_heads`, whose errors use the names."""
+    path = _paths.of_heads(x, (*weight, *bias))
+    if path is Path.EAGER:
+        logits = _backend.C.linear_heads(x, weight, bias, lambda_)
         if logits is not None:
             return logits
-    elif path == "traced" and _in_graph(x, *weight, *bias):
-        return torch.ops.grl_ext.linear_heads(x, weight, bias, lambda_.to(x.device), lambda_index)
-    if path != "traced" and _is_distributed(x):
+    elif path is Path.OPERATOR:
+        x, weight, bias = _plain.checked_heads(x, weight, bias, names)
+        return torch.ops.grl_ext.linear_heads(x, weight, bias, _for_operators(x, lambda_, names))
+    elif path is Path.BY_ROWS:
         from grl_ext import _sharded
 
-        logits = _sharded.linear_heads(x, weight, bias, lambda_, lambda_index)
+        logits = _sharded.linear_heads(run_linear_heads, x, weight, bias, lambda_, names)
         if logits is not None:
             return logits
-    return _reference_heads.linear_heads(x, weight, bias, lambda_, lambda_index)
+    return _plain.linear_heads(x, weight, bias, lambda_, names)
+
+
+def _for_operators(x: Tensor, lambda_: Lambdas, names: Names) -> list[Tensor | None]:
+    check_lambdas(x, lambda_, names)
+    return [None if value is None else for_operator(value).to(x.device) for value in lambda_]
+
+
+def hidden_layers(z: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]) -> Tensor:
+    """ReLU of z, then for each weight a linear layer and its ReLU. Takes z over: nobody else may read it."""
+    if _paths.of_heads(z, ()) is Path.EAGER:
+        hidden = _backend.C.hidden_layers(z, weight, bias)
+        if hidden is not None:
+            return hidden
+    return _plain.hidden_layers(z, weight, bias)
 
 
 class HeadsLoss(NamedTuple):
@@ -264,22 +236,6 @@ class HeadsLoss(NamedTuple):
     loss: Tensor
     head_losses: list[Tensor]
     logits: list[Tensor]
-
-
-_KINDS = {"cross_entropy": CROSS_ENTROPY, "mse": SQUARED_ERROR}
-
-
-def kind_of(name: str, loss: str) -> int:
-    if loss not in _KINDS:
-        raise ValueError(f"{name} must be one of {list(_KINDS)}, got {loss!r}")
-    return _KINDS[loss]
-
-
-def check_reduction(reduction: str) -> bool:
-    """Whether it is the mean."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    return reduction == "mean"
 
 
 def heads_loss(
@@ -297,11 +253,10 @@ def heads_loss(
     ignore_index: int | Sequence[int] = -100,
     reduction: str = "mean",
 ) -> HeadsLoss:
-    r"""The losses of several heads over the same features: for linear heads logits, losses and all gradients in one
-    pass over ``x``.
+    r"""The losses of several heads over the same features; those of linear heads in one pass over ``x``.
 
-    With float16 features in two: their gradients wait for the backward, where the loss scale that saves the small ones
-        is known.
+    That pass makes logits, losses and all gradients. With float16 features there are two passes: the gradients wait
+    for the backward, where the loss scale that saves the small ones is known.
 
     .. math:: L = \sum_h \omega_h L_h, \qquad
         L_h = \frac{\sum_i w_{ih}\, l_h(z_{ih}, t_{ih})}{\sum_i w_{ih}}, \qquad z_h = x W_h^T + b_h
@@ -315,7 +270,7 @@ def heads_loss(
     Args:
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
         weight: for each head ``(size, D)``, of x's dtype; or a sequence of matrices: linear layers with ReLU between
-            them.
+            them. Of these the first layers are computed as by :func:`linear_heads`, the last ones with their loss.
         bias: for each head (layer) ``(size,)`` or None; None for none at all.
         targets: for each head int64 classes ``(...)``; or floating-point probabilities ``(..., size)``; or, for a
             squared error, values ``(..., size)``. A head of size 1 is binary: classes 0 and 1, or the probability of 1,
@@ -323,7 +278,8 @@ def heads_loss(
         lambda_: for each head None (a predictor), or a finite number or 0-d tensor (an adversary).
         losses: for each head ``"cross_entropy"`` (the default; binary for a head of size 1) or ``"mse"``, the mean over
             the outputs of the squared error.
-        sample_weight: ``(...)``, finite and not negative, for all heads or for each. A row of weight 0 takes no part.
+        sample_weight: ``(...)``, finite and not negative, for all heads or for each. A row of weight 0 is
+            ignored.
         class_weight: for each head ``(classes,)`` or None. A head of size 1 has two classes.
         loss_weight: a number, for all heads or for each; or a tensor of them.
         label_smoothing: in [0, 1], for all heads or for each, as in ``F.cross_entropy``.
@@ -348,19 +304,11 @@ def heads_loss(
         >>> out.loss.backward()
     """
     heads = len(weight)
-    layers = [_layers_of_head("weight", h, given) for h, given in enumerate(weight)]
-    depth = [len(own) for own in layers]
-    matrices = [layer for own in layers for layer in own]
+    weights = [_layers_of("weight", h, own) for h, own in enumerate(weight)]
     bias = [None] * heads if bias is None else bias
-    if len(bias) != heads:
-        raise ValueError(f"bias must have an entry for each of the {heads} heads, got {len(bias)}")
-    vectors = []
-    for h, given in enumerate(bias):
-        own = [None] * depth[h] if given is None else _layers_of_head("bias", h, given)
-        if len(own) != depth[h]:
-            raise ValueError(f"bias[{h}] must have an entry for each of the head's {depth[h]} layers, got {len(own)}")
-        vectors += own
-    tensors = (x, *matrices, *vectors, *targets)
+    check_count("bias", bias, heads)
+    biases = [[None] * len(weights[h]) if own is None else _layers_of("bias", h, own) for h, own in enumerate(bias)]
+    tensors = (x, *(w for own in weights for w in own), *(b for own in biases for b in own), *targets)
     if has_torch_function(tensors):
         return handle_torch_function(
             heads_loss,
@@ -378,70 +326,124 @@ def heads_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
+    check_lambda_of_heads(lambda_, heads)
     kind = None if losses is None else [kind_of(f"losses[{h}]", loss) for h, loss in enumerate(losses)]
-    if kind is not None and len(kind) != heads:
-        raise ValueError(f"losses must have an entry for each of the {heads} heads, got {len(kind)}")
-    smoothing = None
+    if kind is not None:
+        check_count("losses", kind, heads)
     if isinstance(label_smoothing, Sequence):
-        smoothing = _reference_heads.check_smoothing(label_smoothing)
-    elif label_smoothing != 0:  # for all heads that have one
-        smoothing = [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)]
-        smoothing = _reference_heads.check_smoothing(smoothing)
-    if isinstance(loss_weight, Real):
-        loss_weight = [loss_weight] * heads
+        smoothing = label_smoothing
+    else:  # for all heads that have one
+        of_all = label_smoothing != 0
+        smoothing = (
+            [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)] if of_all else None
+        )
     if not isinstance(ignore_index, Sequence):
         ignore_index = None if ignore_index == -100 else [ignore_index] * heads
     options = HeadsOptions(
         [sample_weight] * heads if isinstance(sample_weight, Tensor) else sample_weight,
         class_weight,
-        None if loss_weight is None else _reference_heads.numbers("loss_weight", loss_weight),
+        [loss_weight] * heads if isinstance(loss_weight, Real) else loss_weight,
         kind,
         smoothing,
-        None if ignore_index is None else _reference_heads.check_ignored(ignore_index),
+        ignore_index,
         check_reduction(reduction),
     )
-    return HeadsLoss(*run_heads_loss(x, matrices, vectors, depth, targets, *_lambda_of_heads(lambda_, heads), options))
+    check_numbers(options)
+    if all(len(own) == 1 for own in weights):
+        return HeadsLoss(
+            *run_heads_loss(x, [w for (w,) in weights], [b for (b,) in biases], targets, lambda_, options)
+        )
+    return HeadsLoss(*_layered_heads_loss(x, weights, biases, targets, lambda_, options))
+
+
+def _layers_of(name: str, h: int, given: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
+    if isinstance(given, Tensor) or not hasattr(given, "__iter__"):
+        check_tensor(f"{name}[{h}]", given)
+        return [given]
+    return list(given)
+
+
+def _layered_heads_loss(
+    x: Tensor,
+    weight: Sequence[Sequence[Tensor]],
+    bias: Sequence[Sequence[Tensor | None]],
+    targets: Sequence[Tensor],
+    lambda_: Lambdas,
+    options: HeadsOptions,
+) -> LossAndLogits:
+    """Heads of which some have hidden layers: their first layers together, each one's last with its loss."""
+    _check_layers(x, weight, bias)
+    check_count("targets", targets, len(weight))
+    parts = []
+    if linear := [h for h, own in enumerate(weight) if len(own) == 1]:
+        parts.append((x, linear, [lambda_[h] for h in linear]))
+    if deep := [h for h, own in enumerate(weight) if len(own) > 1]:
+        of_first = [weight[h][0] for h in deep], [bias[h][0] for h in deep], [lambda_[h] for h in deep]
+        outputs = run_linear_heads(x, *of_first, NUMBERED.some(deep))
+        outputs.reverse()
+        for h in deep:
+            hidden = hidden_layers(outputs.pop(), weight[h][1:-1], bias[h][1:-1])
+            parts.append((hidden, [h], [None]))
+    total, losses, logits = None, {}, {}
+    while parts:
+        features, heads, lambdas = parts.pop(0)
+        loss, *by_head = run_heads_loss(
+            features,
+            [weight[h][-1] for h in heads],
+            [bias[h][-1] for h in heads],
+            [targets[h] for h in heads],
+            lambdas,
+            options.some(heads),
+            NUMBERED.some(heads),
+        )
+        total = loss if total is None else total + loss
+        losses.update(zip(heads, by_head[0], strict=True))
+        logits.update(zip(heads, by_head[1], strict=True))
+    return total, [losses[h] for h in range(len(weight))], [logits[h] for h in range(len(weight))]
+
+
+def _check_layers(x: Tensor, weight: Sequence[Sequence[Tensor]], bias: Sequence[Sequence[Tensor | None]]) -> None:
+    """That the layers of each head fit together."""
+    check_operand("x", x)
+    for h, layers in enumerate(weight):
+        check_count(f"bias[{h}]", bias[h], len(layers))
+        for i, matrix in enumerate(layers):
+            name = f"weight[{h}]" if len(layers) == 1 else f"weight[{h}][{i}]"
+            check_operand(name, matrix)
+            if i > 0:
+                check_matrix(name, matrix, layers[i - 1].shape[0])
 
 
 def run_heads_loss(
     x: Tensor,
     weight: Sequence[Tensor],
     bias: Sequence[Tensor | None],
-    depth: Sequence[int] | None,
     targets: Sequence[Tensor],
-    lambda_: Tensor,
-    lambda_index: Sequence[int],
-    options: HeadsOptions,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """:func:`heads_loss` with one flat list of layers, of which a head has `depth` (None: one), and one entry per head
-    in all else."""
-    path = _linear_path()
-    if path == "eager":
-        # None where the kernels do not take these tensors.
-        result = _backend.C.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, *options)
+    lambda_: Lambdas,
+    options: HeadsOptions = DEFAULTS,
+    names: Names = NUMBERED,
+) -> LossAndLogits:
+    """:func:`heads_loss` of linear heads, with their options packed; its errors use the names."""
+    path = _paths.of_heads(x, (*weight, *bias, *targets))
+    if path is Path.EAGER:
+        result = _backend.C.heads_loss(x, weight, bias, targets, lambda_, None if options is DEFAULTS else options)
         if result is not None:
             return result
-    depth = [1] * len(weight) if depth is None else depth
-    if path != "traced" and _is_distributed(x):
+    elif path is Path.OPERATOR:
+        x, weight, bias = _plain.checked_heads(x, weight, bias, names)
+        check_loss(x, [matrix.shape[0] for matrix in weight], targets, options, names)
+        sample_weight, class_weight, loss_weight, *others = options.filled(len(weight))
+        if loss_weight is not None:
+            loss_weight = loss_weight if isinstance(loss_weight, Tensor) else as_tensor(loss_weight)
+            loss_weight = loss_weight.to(x.device)
+        lambdas = _for_operators(x, lambda_, names)
+        return torch.ops.grl_ext.heads_loss(
+            x, weight, bias, targets, lambdas, sample_weight, class_weight, loss_weight, *others
+        )
+    elif path is Path.BY_ROWS:
         from grl_ext import _sharded
 
-        result = _sharded.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, options)
+        result = _sharded.heads_loss(run_heads_loss, x, weight, bias, targets, lambda_, options, names)
         if result is not None:
             return result
-    weights = (*(options.sample_weight or ()), *(options.class_weight or ()))
-    if path == "traced" and _in_graph(x, *weight, *bias, *targets, *weights):
-        sample_weight, class_weight, loss_weight, *others = options.filled(len(depth))
-        return torch.ops.grl_ext.heads_loss(
-            x,
-            weight,
-            bias,
-            depth,
-            targets,
-            sample_weight,
-            class_weight,
-            lambda_.to(x.device),
-            lambda_index,
-            None if loss_weight is None else loss_weight.to(x.device),
-            *others,
-        )
-    return _reference_heads.heads_loss(x, weight, bias, depth, targets, lambda_, lambda_index, options)
+    return _plain.heads_loss(x, weight, bias, targets, lambda_, options, names)

@@ -5,36 +5,26 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from grl_ext import functional
-from grl_ext._head_paths import (
-    ERRORS,
-    HeadPath,
-    begins_linear,
-    named,
-    path_of,
-    renamed,
-    weights_and_biases,
-    why_not_linear,
-    with_names,
+from grl_ext._checks import (
+    Names,
+    check_loss,
+    check_mapping,
+    check_numbers,
+    check_reduction,
+    check_scalar,
+    check_tensor,
+    kind_of,
 )
-from grl_ext._reference import check_operand, check_tensor
-from grl_ext._reference_heads import (
-    HeadsOptions,
-    check_ignored,
-    check_options,
-    check_smoothing,
-    loss_of_head,
-    numbers,
-    total_loss,
-)
-from grl_ext.modules import GRL, GRLLinear, _LambdaModule, _number
+from grl_ext._head_paths import HeadPath, begins_linear, check_reversal, path_of, weights_and_biases, why_not_plain
+from grl_ext._options import DEFAULTS, SQUARED_ERROR, HeadsOptions
+from grl_ext._plain import LossAndLogits, loss_of_logits
+from grl_ext.modules import GRL
 
 __all__ = ["AdversarialHeads", "HeadsOutput"]
 
 Head = int | Sequence[int] | nn.Module
-Losses = tuple[Tensor, list[Tensor], list[Tensor]]  # loss, head_losses, logits
 
 
 class HeadsOutput(NamedTuple):
@@ -49,28 +39,56 @@ class HeadsOutput(NamedTuple):
     logits: dict[str, Tensor]
 
 
-_DEFAULTS = HeadsOptions()  # made once, not in every step
+class _Adversaries(nn.ModuleDict):
+    """An adversary has its reversal under the same name: it is not added without one, nor taken out alone."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], reversals: nn.ModuleDict) -> None:
+        super().__init__()
+        self.__dict__["_reversals"] = reversals  # not a child: the heads hold it under a name of its own
+        self.update(modules)
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        if name not in self._reversals:
+            raise ValueError(_no_reversal(name))
+        check_reversal(name, module)
+        super().__setitem__(name, module)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._reversals.pop(name)
+
+    def clear(self) -> None:
+        super().clear()
+        self._reversals.clear()
 
 
-class AdversarialHeads(_LambdaModule):
+def _no_reversal(name: str) -> str:
+    return (
+        f"adversaries[{name!r}] has no lambda_: add an adversary with heads.add_adversary({name!r}, module, lambda_=...)"
+    )
+
+
+class AdversarialHeads(nn.Module):
     r"""Predictors and adversaries over the same features: modules by name. An adversary's gradient is reversed.
 
     A head is given as a size (an ``nn.Linear``), as a sequence of sizes (linear layers with ReLU between them), or as
     any module, which is used as it is. How it is run shows in the repr:
 
-    =================  ==========================================  ===================================================
-    how                which                                       what happens
-    =================  ==========================================  ===================================================
-    fused              an ``nn.Linear``; an ``nn.Sequential`` of   linear heads: one pass over the features for logits,
-                       them with ReLU between                      losses and gradients. Several layers: one node, in
-                                                                   matrix products; the last one with its loss
-    first layer fused  any other ``nn.Sequential`` that begins     the first layers of these heads together, the rest
-                       with an ``nn.Linear``                       as it is
-    as given           any other module, and one with hooks        behind the reversal, layer by layer
-    =================  ==========================================  ===================================================
+    ==========================  ========================================  ============================================
+    how                         which                                     what happens
+    ==========================  ========================================  ============================================
+    fused                       an ``nn.Linear``; an ``nn.Sequential``    linear heads: one pass over the features for
+                                of them with ReLU between                 logits, losses and gradients. Several layers:
+                                                                          matrix products, the hidden ones in one
+                                                                          node, the last one with its loss
+    first and last layer fused  any other ``nn.Sequential`` that begins   the first layers of these heads together, each
+    (or one of the two)         or ends with an ``nn.Linear``             last one with its loss, the rest as it is
+    as given                    any other module, and one with hooks      behind the reversal, layer by layer
+    ==========================  ========================================  ============================================
 
-    The result is the same. Parametrised layers (weight norm, spectral norm) are fused; what works by hooks (pruning,
-    the old weight norm, accelerate) or by another class (LoRA wrappers, quantisation) runs as given.
+    The result is the same. A subclass of ``nn.Sequential`` that keeps its forward counts as one. Parametrised layers
+    (weight norm, spectral norm) are fused; what works by hooks (pruning, the old weight norm, accelerate) or by another
+    class (LoRA wrappers, quantisation) runs as given.
 
     Args:
         in_features: D, the features' size.
@@ -78,9 +96,10 @@ class AdversarialHeads(_LambdaModule):
             module}``. Size 1 is a binary head with one logit, or a value for a squared error. A given adversary must
             not reverse the gradient itself.
         bias: whether the linear layers made here have one.
-        lambda_: one finite number for all adversaries, or one by name. Kept in a float64 buffer ``(number of
-            adversaries,)`` with the rules of :class:`GRL`'s; assign a number, or numbers by name, to change it:
-            ``heads.lambda_ = 0.3``, ``heads.lambda_ = {"domain": 0.3}``.
+        lambda_: one finite number for all adversaries, or one by name. Each adversary has its own in a :class:`GRL`
+            under its name, ``heads.reversals["domain"]``, with that layer's rules. ``heads.lambda_`` reads them by
+            name; assign a number, or numbers by name, to change them: ``heads.lambda_ = 0.3``,
+            ``heads.lambda_ = {"domain": 0.3}``.
         losses: ``"cross_entropy"`` (the default; binary for size 1) or ``"mse"`` by name.
         dim: which dimension of the features holds them; 1 for maps ``(N, C, H, W)``. Logits have theirs in the same
             place. Maps in ``channels_last`` memory are read as they are; others are copied. A module that does not
@@ -88,15 +107,18 @@ class AdversarialHeads(_LambdaModule):
         device, dtype: of the linear layers made here.
 
     Attributes:
-        predictors, adversaries: ``nn.ModuleDict`` of the heads.
+        predictors, adversaries: ``nn.ModuleDict`` of the heads. Heads may be replaced and taken out, and predictors
+            added: ``heads.predictors["age"] = module``, ``del heads.adversaries["domain"]``. An adversary is added with
+            its lambda by :meth:`add_adversary`.
+        reversals: ``nn.ModuleDict`` of the adversaries' :class:`GRL`.
+        losses: each head's loss by name; may be changed.
 
     ``heads(features)`` gives the logits by name, ``(..., size)`` each; any loss may follow.
 
     ``heads(features, targets, ...)`` gives a :class:`HeadsOutput`. The options are those of :func:`grl_ext.heads_loss`,
     one for all heads or by name:
 
-        targets: by head name. A head left out takes no part: no loss, and the ``.grad`` of its parameters stays as it
-            is.
+        targets: by head name. A head left out has no loss, and the ``.grad`` of its parameters stays as it is.
         sample_weight: ``(...)``, for all heads or by name.
         class_weight: ``(classes,)`` by name.
         loss_weight: a number for all heads, or numbers by name; 1 for those not named.
@@ -133,44 +155,32 @@ class AdversarialHeads(_LambdaModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        predictors, adversaries = dict(predictors or {}), dict(adversaries or {})
+        predictors, adversaries = _by_name("predictors", predictors), _by_name("adversaries", adversaries)
         if not predictors and not adversaries:
             raise ValueError("predictors and adversaries are both empty: at least one head is needed")
         if shared := predictors.keys() & adversaries.keys():
             raise ValueError(f"head names must differ, got {sorted(shared)} among both predictors and adversaries")
+        if not isinstance(dim, int):
+            raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
         self.in_features = in_features
         self.dim = dim
-
-        def modules(kind: str, given: Mapping[str, Head]) -> nn.ModuleDict:
-            empty = nn.ModuleDict()
-            for name in given:
-                if not isinstance(name, str) or not name or "." in name or hasattr(empty, name):
-                    raise ValueError(
-                        f"{kind} cannot have a head named {name!r}: nn.ModuleDict takes no such name for a module"
-                    )
-            made = {
-                name: _module_of(f"{kind}[{name!r}]", head, in_features, bias, device, dtype)
-                for name, head in given.items()
-            }
-            return nn.ModuleDict(made)
-
-        self.predictors = modules("predictors", predictors)
-        self.adversaries = modules("adversaries", adversaries)
-        for name, module in self.adversaries.items():
-            if reversal := next((part for part in module.modules() if isinstance(part, (GRL, GRLLinear))), None):
-                raise ValueError(
-                    f"adversaries[{name!r}] contains a {type(reversal).__name__}, but AdversarialHeads reverses the adversaries' "
-                    "gradients itself: leave the GRL out, or use a plain nn.Linear"
-                )
-        self._check_names("losses", losses or {})
-        self.losses = {name: (losses or {}).get(name, "cross_entropy") for name in self.head_names}
-        self._kinds = {name: functional.kind_of(f"losses[{name!r}]", loss) for name, loss in self.losses.items()}
-        self._squared = any(loss == "mse" for loss in self.losses.values())
-        initial = dict.fromkeys(adversaries, 1.0)
-        initial.update(lambda_ if isinstance(lambda_, Mapping) else dict.fromkeys(adversaries, lambda_))
-        self._check_lambda_names(initial)
-        text = "lambda_[{!r}]" if isinstance(lambda_, Mapping) else "lambda_"
-        self._register_lambda(tuple(_number(number, text.format(name)) for name, number in initial.items()), device)
+        made = {"in_features": in_features, "bias": bias, "device": device, "dtype": dtype}
+        self.predictors = nn.ModuleDict(
+            {name: _module_of("predictors", name, head, **made) for name, head in predictors.items()}
+        )
+        modules = {name: _module_of("adversaries", name, head, **made) for name, head in adversaries.items()}
+        if isinstance(lambda_, Mapping):
+            _check_known("lambda_", lambda_, adversaries, "adversaries")
+            lambdas = {name: check_scalar(f"lambda_[{name!r}]", lambda_.get(name, 1.0)) for name in adversaries}
+        else:
+            lambdas = dict.fromkeys(adversaries, check_scalar("lambda_", lambda_))
+        self.reversals = nn.ModuleDict({name: _reversal(value, device) for name, value in lambdas.items()})
+        self.adversaries = _Adversaries(modules, self.reversals)
+        self.losses = dict.fromkeys((*predictors, *adversaries), "cross_entropy")
+        _check_known("losses", losses or {}, self.losses, "heads")
+        self.losses.update(losses or {})
+        for name, loss in self.losses.items():
+            kind_of(f"losses[{name!r}]", loss)
 
     if TYPE_CHECKING:
 
@@ -198,33 +208,74 @@ class AdversarialHeads(_LambdaModule):
         """Predictors first."""
         return (*self.predictors, *self.adversaries)
 
+    def add_adversary(
+        self,
+        name: str,
+        head: Head,
+        lambda_: float = 1.0,
+        *,
+        loss: str = "cross_entropy",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Adds an adversary, or replaces one with its lambda. All arguments are those of the constructor, for one head.
+
+        Its parameters are new: give them to the optimizer.
+
+        Raises:
+            ValueError, TypeError: as the constructor.
+
+        Example:
+            >>> heads = grl_ext.AdversarialHeads(8, {"digit": 10}, {"site": 2})
+            >>> heads.add_adversary("new_site", [16, 3], lambda_=0.1)
+            >>> heads.lambda_["new_site"].item()
+            0.1
+        """
+        module = _module_of("adversaries", name, head, self.in_features, bias, device, dtype)
+        if name in self.predictors:
+            raise ValueError(f"head names must differ, got ['{name}'] among both predictors and adversaries")
+        check_reversal(name, module)
+        kind_of(f"losses[{name!r}]", loss)
+        self.reversals[name] = _reversal(check_scalar("lambda_", lambda_), device)
+        self.adversaries[name] = module
+        self.losses[name] = loss
+
+    @property
+    def lambda_(self) -> dict[str, Tensor]:
+        """Each adversary's lambda, the 0-d buffer of its reversal."""
+        return {name: self._reversal_of(name).lambda_ for name in self.adversaries}
+
+    @lambda_.setter
+    def lambda_(self, value: Tensor | float | Mapping[str, Tensor | float]) -> None:
+        if isinstance(value, Mapping):
+            _check_known("lambda_", value, self.adversaries, "adversaries")
+            numbers = {name: check_scalar(f"lambda_[{name!r}]", number) for name, number in value.items()}
+        else:
+            numbers = dict.fromkeys(self.adversaries, check_scalar("lambda_", value))
+        for name, number in numbers.items():
+            self._reversal_of(name).lambda_ = number
+
+    def _reversal_of(self, name: str) -> GRL:
+        reversal = self._modules["reversals"]._modules.get(name)
+        if reversal is None:
+            raise ValueError(_no_reversal(name))
+        if not isinstance(reversal, GRL):
+            raise TypeError(f"reversals[{name!r}] must be a GRL, got {type(reversal).__name__}")
+        return reversal
+
     def _heads(self, names: Mapping[str, object] | None = None) -> list[HeadPath]:
         """Those with one of the names, or all; predictors first."""
-        hooked = ("as given", "there are hooks for all modules", (), ()) if _has_any_global_hook() else None
         heads = []
         for name, module in self._modules["predictors"]._modules.items():
             if names is None or name in names:
-                heads.append(HeadPath(name, module, -1, *(hooked or path_of(module))))
-        for index, (name, module) in enumerate(self._modules["adversaries"]._modules.items()):
+                heads.append(path_of(name, module, None))
+        for name, module in self._modules["adversaries"]._modules.items():
             if names is None or name in names:
-                heads.append(HeadPath(name, module, index, *(hooked or path_of(module))))
+                heads.append(path_of(name, module, self._reversal_of(name)))
+                for part in heads[-1].between:
+                    check_reversal(name, part)
         return heads
-
-    def _set_lambda(self, value) -> None:
-        if not isinstance(value, Mapping):
-            super()._set_lambda(value)
-            return
-        self._check_lambda_names(value)
-        with renamed(list(value)):
-            given = dict(zip(value, numbers("lambda_", list(value.values())).unbind(), strict=True)) if value else {}
-        with torch.no_grad():
-            for i, name in enumerate(self.adversaries):
-                if name in given:
-                    self.lambda_[i].copy_(given[name])
-
-    def _check_lambda_names(self, value: Mapping[str, float]) -> None:
-        if unknown := value.keys() - self.adversaries.keys():
-            raise ValueError(f"lambda_ names {sorted(unknown)}, but the adversaries are {list(self.adversaries)}")
 
     def forward(
         self,
@@ -243,16 +294,19 @@ class AdversarialHeads(_LambdaModule):
             given |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
             return self._symbolic(features, targets, given)
         check_tensor("features", features)
+        if self.dim != -1 and not -features.dim() <= self.dim < features.dim():
+            raise ValueError(f"dim is {self.dim}, but features have shape {list(features.shape)}")
         if targets is None:
             return self._logits(features, self._heads())
-        if type(targets) is not dict and not isinstance(targets, Mapping):
-            raise TypeError(f"targets must be a mapping from head names to tensors, got {type(targets).__name__}")
+        if type(targets) is not dict:
+            check_mapping("targets", targets, "tensors")
         heads = self._heads(targets)
-        if len(heads) < len(targets):
-            self._check_names("targets", targets)
+        names = [head.name for head in heads]
+        if len(heads) != len(targets):
+            _check_known("targets", targets, self.head_names, "heads")
+            raise ValueError(f"head names must differ, got {sorted(names)}")
         if not heads:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
-        names = [head.name for head in heads]
         given = [targets[name] for name in names]
         if self.dim != -1 and self._is_moved(features):
             given = [
@@ -261,57 +315,78 @@ class AdversarialHeads(_LambdaModule):
                 else target
                 for target in given
             ]
-        kind = [self._kinds[name] for name in names] if self._squared else None
-        plain = (
-            sample_weight is class_weight is loss_weight is kind is None
-            and not label_smoothing
-            and ignore_index == -100
-        )
-        if plain and reduction == "mean":
-            options = _DEFAULTS
+        kind = self._kinds(names)
+        plain = sample_weight is class_weight is loss_weight is kind is None and reduction == "mean"
+        if plain and not label_smoothing and ignore_index == -100:
+            options = DEFAULTS
         else:
             options = HeadsOptions(
                 self._per_head("sample_weight", sample_weight, names, None),
                 self._per_head("class_weight", class_weight, names, None),
-                self._loss_weight(loss_weight, names) if loss_weight is not None else None,
+                self._per_head("loss_weight", loss_weight, names, 1.0),
                 kind,
-                self._smoothing(label_smoothing, names) if label_smoothing else None,
-                None if ignore_index == -100 else self._ignored(ignore_index, names),
-                functional.check_reduction(reduction),
+                self._smoothing(label_smoothing, names, kind) if label_smoothing else None,
+                self._per_head("ignore_index", ignore_index, names, -100),
+                check_reduction(reduction),
             )
-        run = self._mixed_loss if [head for head in heads if head.path != "fused"] else self._fused_loss
-        loss, head_losses, logits = run(features, heads, given, options)
+            check_numbers(options, Names("features", names))
+        loss, head_losses, logits = self._losses(features, heads, given, options, Names("features", names))
         # As many as there are names. zip's `strict` would take twice the time of the rest, in steps of 50 us.
         return HeadsOutput(loss, dict(zip(names, head_losses)), dict(zip(names, logits)))  # noqa: B905
 
-    # -- logits ---------------------------------------------------------------------------------------------------
+    # -- logits -------------------------------------------------------------------------------------------------------
 
     def _logits(self, features: Tensor, heads: Sequence[HeadPath]) -> dict[str, Tensor]:
-        """The first linear layers together, and what follows them; other modules behind the reversal."""
-        lambda_ = self._buffers["lambda_"]
-        joined = [head for head in heads if head.layers]
-        logits: dict[str, Tensor] = {}
-        if joined:
-            weights, biases = weights_and_biases([head.layers[0] for head in joined])
-            try:
-                outputs = functional.run_linear_heads(
-                    self._last(features), weights, biases, lambda_, [head.index for head in joined]
-                )
-            except ERRORS as error:
-                names = [head.name for head in joined]  # one layer of each
-                raise with_names(error, names, names) from None
-            for head, output in zip(joined, outputs, strict=True):
-                for part in head.rest:
-                    output = part(output)
-                logits[head.name] = self._back(output, features)
-        for head in heads:
-            if head.layers:
-                continue
-            seen = features if head.index < 0 else functional.gradient_reversal(features, lambda_[head.index])
-            # A linear layer takes its features from the last dimension, however it is run.
-            linear = begins_linear(head.module)
-            logits[head.name] = self._back(head.module(self._last(seen)), features) if linear else head.module(seen)
-        return {head.name: logits[head.name] for head in heads}
+        logits = {}
+        for head, before_last in zip(heads, self._before_last(features, heads), strict=True):
+            z = before_last.pop() if head.last is None else head.last(before_last.pop())
+            logits[head.name] = self._checked(head, self._back(z, features) if self._is_by_last(head) else z)
+        return logits
+
+    def _before_last(self, features: Tensor, heads: Sequence[HeadPath]) -> list[list[Tensor]]:
+        """What each head's last layer takes, or its logits where that is none of the head's parts.
+
+        Each in a list of its own, from which it is taken, so that nothing is kept longer than autograd needs it.
+        """
+        outputs: list[list[Tensor]] = [[] for _ in heads]
+        if joined := [h for h, head in enumerate(heads) if head.first is not None]:
+            self._check_features(features)
+            weights, biases = weights_and_biases([heads[h].first for h in joined])
+            lambdas = [heads[h].lambda_ for h in joined]
+            names = Names("features", [heads[h].name for h in joined])
+            firsts = functional.run_linear_heads(self._last(features), weights, biases, lambdas, names)
+            firsts.reverse()
+            for h in joined:
+                outputs[h].append(firsts.pop())
+                if hidden := heads[h].hidden:
+                    layers = weights_and_biases(hidden[1::2])
+                    outputs[h].append(functional.hidden_layers(outputs[h].pop(), *layers))
+        for output, head in zip(outputs, heads, strict=True):
+            if head.first is None:
+                seen = features if head.reversal is None else head.reversal(features)
+                # A linear layer takes its features from the last dimension, however it is run.
+                output.append(self._last(seen) if self._is_by_last(head) else seen)
+            for part in head.between:
+                output.append(part(output.pop()))
+        return outputs
+
+    def _check_features(self, features: Tensor) -> None:
+        if features.dim() > 0 and features.shape[self.dim] != self.in_features:
+            raise ValueError(
+                f"features must have in_features = {self.in_features} elements in dimension {self.dim}, "
+                f"got shape {list(features.shape)}"
+            )
+
+    @staticmethod
+    def _is_by_last(head: HeadPath) -> bool:
+        """Whether the head takes its features from the last dimension."""
+        return head.first is not None or (len(head.between) > 0 and begins_linear(head.between[0]))
+
+    @staticmethod
+    def _checked(head: HeadPath, logits: object) -> Tensor:
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"a head must return one tensor, its logits; {head.name!r} returned {type(logits).__name__}")
+        return logits
 
     def _is_moved(self, features: Tensor) -> bool:
         return self.dim != -1 and self.dim != features.dim() - 1
@@ -321,145 +396,161 @@ class AdversarialHeads(_LambdaModule):
 
     def _back(self, logits: Tensor, features: Tensor) -> Tensor:
         """Logits of a head that took `_last(features)`, with their dimension in the features' place."""
-        return logits.movedim(-1, self.dim) if self._is_moved(features) and logits.dim() == features.dim() else logits
+        moved = self._is_moved(features) and logits.dim() == features.dim()
+        return logits.movedim(-1, self.dim) if moved else logits
 
     def _symbolic(self, features: torch.fx.Proxy, targets, options: dict[str, object]) -> torch.fx.Proxy:
         """For `torch.fx.symbolic_trace`: one call of this module in the graph, as of PyTorch's own modules."""
         try:
             name = features.tracer.path_of_module(self)
         except NameError:
+            name = ""
+        if not name:  # the heads are the root of the trace, or are not in it
             raise TypeError(
                 "features must be a tensor: trace a module that holds the heads, which are one call in its graph"
-            ) from None
-        return features.tracer.create_proxy(
-            "call_module", name, (features, targets), {} if targets is None else options
-        )
-
-    # -- loss -----------------------------------------------------------------------------------------------------
-
-    def _fused_loss(
-        self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
-    ) -> Losses:
-        layers = [layer for head in heads for layer in head.layers]
-        weights, biases = weights_and_biases(layers)
-        try:
-            loss, head_losses, logits = functional.run_heads_loss(
-                features if self.dim == -1 else self._last(features),
-                weights,
-                biases,
-                None if len(layers) == len(heads) else [len(head.layers) for head in heads],
-                targets,
-                self._buffers["lambda_"],
-                [head.index for head in heads],
-                options,
             )
-        except ERRORS as error:
-            raise named(error, heads) from None
-        if self.dim != -1:
-            logits = [self._back(own, features) for own in logits]
-        return loss, head_losses, logits
+        arguments = {} if targets is None else options
+        return features.tracer.create_proxy("call_module", name, (features, targets), arguments)
 
-    def _mixed_loss(
-        self, features: Tensor, heads: Sequence[HeadPath], targets: Sequence[Tensor], options: HeadsOptions
-    ) -> Losses:
-        """The fused heads by their operator, the others' losses from their logits."""
-        options = options.filled(len(heads))
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
+    def _losses(
+        self,
+        features: Tensor,
+        heads: Sequence[HeadPath],
+        targets: Sequence[Tensor],
+        options: HeadsOptions,
+        names: Names,
+    ) -> LossAndLogits:
+        """Linear heads together, then the others one by one."""
+        linear = [h for h, head in enumerate(heads) if head.is_linear]
+        if len(linear) == len(heads):
+            return self._linear_losses(features, heads, targets, options, names)
+        total: Tensor | None = None
         losses: dict[int, Tensor] = {}
         logits: dict[int, Tensor] = {}
-        totals: list[Tensor] = []
-        fused = [h for h, head in enumerate(heads) if head.path == "fused"]
-        others = [h for h in range(len(heads)) if h not in fused]
-        if fused:
-            total, *by_head = self._fused_loss(
-                features, [heads[h] for h in fused], [targets[h] for h in fused], _some(options, fused)
-            )
-            totals.append(total)
-            for h, loss, own in zip(fused, *by_head, strict=True):
-                losses[h], logits[h] = loss, own
-        logits.update(zip(others, self._logits(features, [heads[h] for h in others]).values(), strict=True))
-        for h in others:
-            # Logits of the features' rank have theirs in the same place.
-            rows = self._last(logits[h]) if logits[h].dim() == features.dim() else logits[h]
-            try:
-                check_operand(f"targets[{h}]", targets[h])
-                check_options(rows, [rows.shape[-1]], [targets[h]], _some(options, [h]), first=h)
-            except ERRORS as error:
-                raise named(error, heads) from None
-            losses[h] = loss_of_head(rows, targets, options, h)
-        totals.append(total_loss([losses[h] for h in others], _some(options, others).loss_weight))
+        if linear:
+            some = [heads[h] for h in linear], [targets[h] for h in linear], options.some(linear), names.some(linear)
+            total, *by_head = self._linear_losses(features, *some)
+            losses, logits = (dict(zip(linear, own, strict=True)) for own in by_head)
+        others = [h for h in range(len(heads)) if h not in losses]
+        for h, before_last in zip(others, self._before_last(features, [heads[h] for h in others]), strict=True):
+            head, alone = heads[h], ([targets[h]], options.some([h]), names.some([h]))
+            if head.last is None or (self.dim != -1 and not self._is_by_last(head)):
+                z = before_last.pop() if head.last is None else head.last(before_last.pop())
+                z = self._checked(head, z)
+                loss, (losses[h],), (logits[h],) = self._loss_of_logits(features, head, z, *alone)
+            else:
+                weights, biases = weights_and_biases([head.last])
+                loss, (losses[h],), (z,) = functional.run_heads_loss(
+                    before_last.pop(), weights, biases, alone[0], [None], *alone[1:]
+                )
+                logits[h] = self._back(z, features)
+            total = loss if total is None else total + loss
         every = range(len(heads))
-        return sum(totals), [losses[h] for h in every], [logits[h] for h in every]
+        return total, [losses[h] for h in every], [logits[h] for h in every]
 
-    # -- options --------------------------------------------------------------------------------------------------
+    def _linear_losses(
+        self,
+        features: Tensor,
+        heads: Sequence[HeadPath],
+        targets: Sequence[Tensor],
+        options: HeadsOptions,
+        names: Names,
+    ) -> LossAndLogits:
+        self._check_features(features)
+        weights, biases = weights_and_biases([head.first for head in heads])
+        lambdas = [head.lambda_ for head in heads]
+        if self.dim == -1:
+            return functional.run_heads_loss(features, weights, biases, targets, lambdas, options, names)
+        loss, losses, logits = functional.run_heads_loss(
+            self._last(features), weights, biases, targets, lambdas, options, names
+        )
+        return loss, losses, [self._back(z, features) for z in logits]
+
+    def _loss_of_logits(
+        self,
+        features: Tensor,
+        head: HeadPath,
+        logits: Tensor,
+        targets: Sequence[Tensor],
+        options: HeadsOptions,
+        names: Names,
+    ) -> LossAndLogits:
+        """Of a head whose last layer is not computed with its loss."""
+        by_last = self._is_by_last(head)
+        # Logits of the features' rank have theirs in the same place.
+        rows = self._last(logits) if not by_last and logits.dim() == features.dim() else logits
+        check_loss(rows, [rows.shape[-1]], targets, options, names)
+        loss, losses, _ = loss_of_logits([rows], targets, options)
+        return loss, losses, [self._back(logits, features) if by_last else logits]
+
+    # -- options ------------------------------------------------------------------------------------------------------
+
+    def _kinds(self, names: Sequence[str]) -> list[int] | None:
+        losses = [self.losses.get(name, "cross_entropy") for name in names]
+        if losses.count("cross_entropy") == len(losses):
+            return None
+        return [kind_of(f"losses[{name!r}]", loss) for name, loss in zip(names, losses, strict=True)]
 
     def _per_head(self, option: str, given, names: Sequence[str], otherwise) -> list | None:
         """One for all or by name, as a list for the heads `names`."""
-        if given is None:
+        if given is None and option != "ignore_index":
             return None
         if not isinstance(given, Mapping):
             return [given] * len(names)
-        self._check_names(option, given)
+        _check_known(option, given, self.head_names, "heads")
         return [given.get(name, otherwise) for name in names]
 
-    def _loss_weight(self, given, names: Sequence[str]) -> Tensor | None:
-        values = self._per_head("loss_weight", given, names, 1.0)
-        if values is None:
-            return None
-        with renamed(names):
-            return numbers("loss_weight", values)
-
-    def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str]) -> list[float] | None:
+    def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str], kind) -> list[float] | None:
         if isinstance(given, Mapping):
-            values = self._per_head("label_smoothing", given, names, 0.0)
-        else:
-            values = [0.0 if self.losses[name] == "mse" else given for name in names]  # for all that have one
-        with renamed(names):
-            return check_smoothing(values)
-
-    def _ignored(self, given: int | Mapping[str, int], names: Sequence[str]) -> list[int] | None:
-        with renamed(names):
-            return check_ignored(self._per_head("ignore_index", given, names, -100))
-
-    def _check_names(self, what: str, given: Mapping[str, object]) -> None:
-        if unknown := [name for name in given if name not in self.predictors and name not in self.adversaries]:
-            raise ValueError(f"{what} names {unknown}, but the heads are {list(self.head_names)}")
+            return self._per_head("label_smoothing", given, names, 0.0)
+        # One number is for all that have one.
+        return [0.0 if kind is not None and kind[h] == SQUARED_ERROR else given for h in range(len(names))]
 
     def extra_repr(self) -> str:
-        lambdas = "meta" if self.lambda_.is_meta else dict(zip(self.adversaries, self.lambda_.tolist(), strict=True))
-        lines = [f"in_features={self.in_features}, lambda_={lambdas}" + (f", dim={self.dim}" if self.dim != -1 else "")]
-        if squared := [name for name, loss in self.losses.items() if loss == "mse"]:
+        lines = [f"in_features={self.in_features}" + (f", dim={self.dim}" if self.dim != -1 else "")]
+        if squared := [name for name in self.head_names if self.losses.get(name) == "mse"]:
             lines[0] += f", mse={squared}"
         return "\n".join(lines + [f"({head.name}) {head.path}: {head.why}" for head in self._heads()])
 
 
-def _some(options: HeadsOptions, heads: Sequence[int]) -> HeadsOptions:
-    """The options of some heads; all lists filled."""
-
-    def some(values):
-        return [values[h] for h in heads]
-
-    sample_weight, class_weight, loss_weight, kind, label_smoothing, ignore_index, mean = options
-    return HeadsOptions(
-        some(sample_weight),
-        some(class_weight),
-        None if loss_weight is None else loss_weight[list(heads)],
-        some(kind),
-        some(label_smoothing),
-        some(ignore_index),
-        mean,
-    )
+def _by_name(kind: str, heads: Mapping[str, Head] | None) -> dict[str, Head]:
+    heads = {} if heads is None else heads
+    if not isinstance(heads, nn.ModuleDict):
+        check_mapping(kind, heads, "heads")
+    return dict(heads)
 
 
-def _module_of(name: str, head: Head, in_features: int, bias: bool, device, dtype) -> nn.Module:
+def _check_known(what: str, given: Mapping[str, object], known, of: str) -> None:
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{what} names {unknown}, but the {of} are {list(known)}")
+
+
+def _reversal(value: Tensor | float, device) -> GRL:
+    reversal = GRL(value)
+    return reversal if device is None else reversal.to(device)
+
+
+_EMPTY = nn.ModuleDict()
+
+
+def _module_of(kind: str, name: str, head: Head, in_features: int, bias: bool, device, dtype) -> nn.Module:
+    if not isinstance(name, str) or not name or "." in name or hasattr(_EMPTY, name):
+        raise ValueError(f"{kind} cannot have a head named {name!r}: nn.ModuleDict takes no such name for a module")
     if isinstance(head, nn.Module):
         first = head[0] if isinstance(head, nn.Sequential) and len(head) else head
-        if why_not_linear(first) is None and first.in_features != in_features:
-            raise ValueError(f"{name} takes {first.in_features} features, but in_features is {in_features}")
+        if why_not_plain(first, nn.Linear) is None and first.in_features != in_features:
+            raise ValueError(
+                f"{kind}[{name!r}] takes {first.in_features} features, but in_features is {in_features}"
+            )
         return head
     sizes = [head] if isinstance(head, int) else head
     valid = isinstance(sizes, Sequence) and not isinstance(sizes, str) and len(sizes) > 0
     if not valid or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes):
-        raise ValueError(f"{name} must be a size of at least 1, a sequence of such sizes, or a module, got {head!r}")
+        raise ValueError(
+            f"{kind}[{name!r}] must be a size of at least 1, a sequence of such sizes, or a module, got {head!r}"
+        )
     layers: list[nn.Module] = []
     for size in sizes:
         layers += [nn.Linear(in_features, size, bias, device=device, dtype=dtype), nn.ReLU()]

@@ -7,26 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from grl_ext import functional
-from grl_ext._reference import check_number, check_scalar
+from grl_ext._checks import check_number, check_scalar
 
 __all__ = ["GRL", "GRLLinear"]
 
 
-class _LambdaModule(nn.Module):
-    """Holds lambda in a buffer: saved, moved between devices, set by assignment, never cast, never without a value.
+class LambdaModule(nn.Module):
+    """Holds lambda in a 0-d buffer: saved, moved between devices, set by assignment, never cast, never without a value.
 
     The buffer is float64 (float32 on devices without it), because it is a setting and not an activation: a model in
     half precision still has the lambda its schedule gave it. It is not on the meta device, which holds no values: in a
     layer that is, lambda is on the CPU.
 
-    ``initial_lambda`` keeps the constructor's value as a Python number, or a tuple of numbers where lambda has several
-    elements: what ``reset_parameters`` restores and :class:`grl_ext.LambdaScheduler` multiplies.
+    ``initial_lambda`` keeps the constructor's value as a Python number: what ``reset_parameters`` restores and
+    :class:`grl_ext.LambdaScheduler` multiplies.
     """
 
     _lambda_was_loaded = False  # by a checkpoint, and not written since
 
     if TYPE_CHECKING:  # torch.jit.script would read these annotations too
-        initial_lambda: float | tuple[float, ...]
+        initial_lambda: float
 
         @property
         def lambda_(self) -> Tensor: ...
@@ -34,7 +34,7 @@ class _LambdaModule(nn.Module):
         @lambda_.setter
         def lambda_(self, value: Tensor | float) -> None: ...
 
-    def _register_lambda(self, initial: float | tuple[float, ...], device=None) -> None:
+    def _register_lambda(self, initial: float, device=None) -> None:
         self.initial_lambda = initial
         self.register_buffer("lambda_", self._new_lambda(device))
 
@@ -51,13 +51,10 @@ class _LambdaModule(nn.Module):
 
     def _scale_lambda(self, factor: float) -> None:
         """Sets lambda to ``factor`` times the constructor's value."""
-        if isinstance(self.initial_lambda, tuple):
-            self._write(tuple(factor * number for number in self.initial_lambda))
-        else:
-            self._write(factor * self.initial_lambda)
+        self._write(factor * self.initial_lambda)
 
     def _shown_lambda(self):
-        return "meta" if self.lambda_.is_meta else self.lambda_.tolist()
+        return "meta" if self.lambda_.is_meta else self.lambda_.item()
 
     def __setattr__(self, name: str, value) -> None:
         if name != "lambda_" or "lambda_" not in self.__dict__.get("_buffers", ()):
@@ -68,31 +65,20 @@ class _LambdaModule(nn.Module):
             self._set_lambda(value)
 
     def _set_lambda(self, value: Tensor | float) -> None:
-        if not isinstance(value, Tensor):
-            value = check_number("lambda_", value)
-        elif value.is_complex():
-            raise TypeError(f"lambda_ must be a real number or a real tensor, got a tensor of {value.dtype}")
-        elif value.dim() > self.lambda_.dim():
-            raise ValueError(
-                f"lambda_ of shape {list(value.shape)} does not broadcast to the layer's of shape {list(self.lambda_.shape)}"
-            )
-        self._write(value)
+        self._write(check_scalar("lambda_", value))
 
-    def _write(self, value: Tensor | float | tuple[float, ...]) -> None:
-        """In place: one number or tensor for all elements, or a number for each."""
+    def _write(self, value: Tensor | float) -> None:
+        """In place."""
         self._leave_meta()
         self._lambda_was_loaded = False
         with torch.no_grad():
             # Through a view: inside a graph of torch.compile, PyTorch loses what is written to a 0-d float64 CPU tensor
             # itself.
-            elements = self.lambda_.view(-1)
+            element = self.lambda_.view(-1)
             if isinstance(value, Tensor):
-                elements.copy_(value)
-            elif isinstance(value, tuple):
-                for element, number in zip(elements.unbind(), value, strict=True):
-                    element.fill_(number)  # a copy from a tensor would be a synchronisation where lambda is on a GPU
+                element.copy_(value)
             else:
-                elements.fill_(value)
+                element.fill_(value)
 
     def _leave_meta(self) -> None:
         """Where something has put the buffer on the meta device, such as accelerate's
@@ -139,7 +125,7 @@ def _to_supported(lambda_: Tensor, device: torch.device) -> Tensor:
     return lambda_.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
-class GRL(_LambdaModule):
+class GRL(LambdaModule):
     r"""Gradient reversal layer: the identity forward, the gradient times :math:`-\lambda` backward.
 
     Args:
@@ -182,7 +168,7 @@ class GRL(_LambdaModule):
         return f"lambda_={self._shown_lambda()}"
 
 
-class GRLLinear(_LambdaModule):
+class GRLLinear(LambdaModule):
     r"""``Sequential(GRL(lambda_), Linear(in_features, out_features))`` as one layer that costs what the linear layer
     alone does.
 

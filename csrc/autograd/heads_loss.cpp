@@ -1,12 +1,12 @@
-// heads_loss: all heads' logits, losses and gradients. Linear heads are computed together, in one pass over the
-// features.
+// heads_loss: the logits, losses and gradients of linear heads, in one pass over the features.
 //
-// The forward computes the gradients too, in the same pass over the features; the backward multiplies them by the
-// loss's incoming gradient. Not in float16: a gradient that underflows in the forward cannot be recovered by a loss
-// scale that comes in the backward. There the forward computes the losses only, and the backward goes over the features
-// once more, with the scale. The backward also does that where a single head's loss or the logits have an incoming
-// gradient of their own.
+// The forward computes the gradients too; the backward multiplies them by the loss's incoming gradient. Not in float16:
+// a gradient that underflows in the forward cannot be recovered by a loss scale that comes in the backward. There the
+// forward computes the losses only, and the backward goes over the features once more, with the scale. So does the
+// backward where single heads' losses have incoming gradients. Where logits have some, or the gradients are to be
+// differentiated, it is made of ATen operators and linear_heads.
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -15,13 +15,14 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../accepted.h"
 #include "../arithmetic_type.h"
-#include "../heads_checks.h"
 #include "../ops.h"
-#include "heads_loss_backward.h"
-#include "heads_loss_forward.h"
+#include "heads.h"
+#include "loss_gradient.h"
 #include "node.h"
-#include "scale_negate.h"
+#include "saved_factors.h"
+#include "scale.h"
 
 namespace grl_ext {
 namespace {
@@ -30,26 +31,165 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-using SavedList = std::vector<SavedVariable>;
+HeadsLossResult call_kernel(
+    const HeadInputs& inputs, const HeadsOptions& options, const std::optional<Tensor>& loss_weight,
+    const std::vector<bool>& needs) {
+  static const auto kernel =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("grl_ext::_heads_loss", "")
+          .typed<HeadsLossResult(
+              const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
+              const OptionalTensors&, at::ArrayRef<double>, const OptionalTensors&, const std::optional<Tensor>&,
+              at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
+  return kernel.call(
+      inputs.x, inputs.weight, inputs.bias, options.targets, options.sample_weight, options.class_weight,
+      inputs.factors.value, inputs.factors.tensor, loss_weight, options.kind, options.label_smoothing,
+      options.ignore_index, options.mean, to_list(needs));
+}
+
+// All but loss_weight.
+HeadsOptions some(const HeadsOptions& options, const std::vector<size_t>& heads) {
+  return {
+      some(options.targets, heads),         some(options.sample_weight, heads),
+      some(options.class_weight, heads),    std::nullopt,
+      some(options.kind, heads),            some(options.label_smoothing, heads),
+      some(options.ignore_index, heads),    options.mean};
+}
+
+// The incoming gradients: of the loss, of each head's loss, of each head's logits. Undefined where there is none.
+struct IncomingGradients {
+  const variable_list& grads;
+  size_t heads;
+
+  const Tensor& of_loss() const { return grads[0]; }
+  const Tensor& of_head_loss(size_t h) const { return grads[1 + h]; }
+  const Tensor& of_logits(size_t h) const { return grads[1 + heads + h]; }
+  bool any_of_head_losses() const { return any(1, 1 + heads); }
+  bool any_of_logits() const { return any(1 + heads, grads.size()); }
+
+  bool any_batched() const {
+    return std::any_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined() && is_batched(g); });
+  }
+
+  // The gradient of head h's loss in all: its own, plus the total's times the head's loss weight. Undefined if there is
+  // neither.
+  Tensor in_all(size_t h, const std::optional<Tensor>& loss_weight) const {
+    Tensor own = of_head_loss(h);
+    if (const auto& total = of_loss(); total.defined()) {
+      const auto part = loss_weight
+          ? total * loss_weight->select(0, static_cast<int64_t>(h)).to(total.scalar_type())  // on whichever device
+          : total;
+      own = own.defined() ? own + part : part;
+    }
+    return own;
+  }
+
+ private:
+  bool any(size_t begin, size_t end) const {
+    const auto at = [&](size_t i) { return grads.begin() + static_cast<std::ptrdiff_t>(i); };
+    return std::any_of(at(begin), at(end), [](const Tensor& grad) { return grad.defined(); });
+  }
+};
+
+// By the kernel, in one more pass over the features. The logits have no incoming gradients. A head whose loss has none
+// is left out: its values may be infinite, and its parameters get no gradient instead of zeros.
+variable_list backward_by_kernel(
+    const IncomingGradients& incoming, const HeadInputs& inputs, const HeadsOptions& options,
+    const std::vector<bool>& needs) {
+  std::vector<size_t> asked;
+  std::vector<Tensor> weights;
+  for (size_t h = 0; h < inputs.count(); ++h) {
+    if (auto weight = incoming.in_all(h, options.loss_weight); weight.defined()) {
+      asked.push_back(h);
+      weights.push_back(std::move(weight));
+    }
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  // Most often all heads have the same one, the gradient of the total. Kernels read an expanded tensor where it is.
+  const auto same = [&](const Tensor& weight) { return weight.is_same(weights[0]); };
+  const auto weight = std::all_of(weights.begin(), weights.end(), same)
+      ? weights[0].expand({static_cast<int64_t>(weights.size())})
+      : at::stack(weights);
+  auto [loss, head_losses, logits, dx, dw, db] =
+      call_kernel(some(inputs, asked), some(options, asked), weight, needs_of(needs, asked));
+  return among_all({std::move(dx), std::move(dw), std::move(db)}, asked, needs);
+}
+
+// The same in ATen operators, which are differentiable; with the logits' incoming gradients.
+variable_list backward_in_operators(
+    const IncomingGradients& incoming, const HeadInputs& inputs, const HeadsOptions& options,
+    std::vector<Tensor> logits, const std::vector<bool>& needs) {
+  if (at::GradMode::is_enabled()) {
+    logits = *linear_heads(inputs.x, inputs.weight, inputs.bias, inputs.factors);
+  }
+  variable_list grad_logits(inputs.count());
+  for (size_t h = 0; h < inputs.count(); ++h) {
+    if (const auto weight = incoming.in_all(h, options.loss_weight); weight.defined()) {
+      grad_logits[h] = (loss_gradient(logits[h], options, h) * weight).to(logits[h].scalar_type());
+    }
+    if (const auto& own = incoming.of_logits(h); own.defined()) {
+      grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
+    }
+  }
+  return gradients_of_heads(grad_logits, inputs, needs);
+}
+
+variable_list backward(
+    const IncomingGradients& incoming, const HeadInputs& inputs, const HeadsOptions& options,
+    std::vector<Tensor> logits, const std::vector<bool>& needs) {
+  if (!incoming.of_loss().defined() && !incoming.any_of_head_losses() && !incoming.any_of_logits()) {
+    return variable_list(needs.size());
+  }
+  // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const bool in_operators = incoming.any_of_logits() || incoming.any_batched() || at::GradMode::is_enabled();
+  return in_operators ? backward_in_operators(incoming, inputs, options, std::move(logits), needs)
+                      : backward_by_kernel(incoming, inputs, options, needs);
+}
+
+// Whether the forward's gradients can be returned: they are what is asked for, and an earlier backward that failed has
+// not consumed them.
+bool can_reuse(const IncomingGradients& incoming, const std::vector<bool>& needs, const variable_list& gradients) {
+  if (!incoming.of_loss().defined() || incoming.any_of_head_losses() || incoming.any_of_logits() ||
+      is_batched(incoming.of_loss()) || at::GradMode::is_enabled()) {
+    return false;
+  }
+  for (size_t i = 0; i < needs.size(); ++i) {
+    if (needs[i] && (gradients.empty() || !gradients[i].defined())) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// The forward's gradients times the loss's incoming gradient; in place where this is their last use.
+variable_list scaled(const Tensor& grad, const std::vector<bool>& needs, bool last, variable_list& gradients) {
+  variable_list result(needs.size());
+  for (size_t i = 0; i < needs.size(); ++i) {
+    if (needs[i]) {
+      result[i] = last ? std::move(gradients[i]) : gradients[i];
+    }
+  }
+  scale_list(result, read_factor(grad));
+  return result;
+}
 
 class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
  public:
-  // Saves the tensors of `heads`. The numbers stay in options_.
-  HeadsLossBackward(const Tensor& x, HeadsOfLoss heads, variable_list gradients)
-      : heads_(heads.count()), depth_(heads.depth()), options_(heads.take_options()), x_(x, /*is_output=*/false),
+  HeadsLossBackward(const HeadInputs& inputs, HeadsOptions options, variable_list gradients)
+      : heads_(inputs.count()), factors_(inputs.factors), options_(std::move(options)),
         gradients_(std::move(gradients)) {
-    const auto& layers = heads.layers();
-    layers_.reserve(2 * layers.weight.size());
-    for (size_t l = 0; l < layers.weight.size(); ++l) {
-      layers_.emplace_back(layers.weight[l], /*is_output=*/false);
-      layers_.emplace_back(layers.bias.get(l).value_or(Tensor()), /*is_output=*/false);
-    }
-    data_.reserve(3 * heads_);
+    const auto save = [&](const Tensor& tensor) { saved_.emplace_back(tensor, /*is_output=*/false); };
+    saved_.reserve(1 + 5 * heads_);
+    save(inputs.x);
     for (size_t h = 0; h < heads_; ++h) {
-      data_.emplace_back(options_.targets[h], /*is_output=*/false);
-      data_.emplace_back(options_.sample_weight.get(h).value_or(Tensor()), /*is_output=*/false);
-      data_.emplace_back(options_.class_weight.get(h).value_or(Tensor()), /*is_output=*/false);
+      save(inputs.weight[h]);
+      save(inputs.bias.get(h).value_or(Tensor()));
+      save(options_.targets[h]);
+      save(options_.sample_weight.get(h).value_or(Tensor()));
+      save(options_.class_weight.get(h).value_or(Tensor()));
     }
+    // What is saved above stays nowhere else.
     options_.targets.clear();
     options_.sample_weight = OptionalTensors();
     options_.class_weight = OptionalTensors();
@@ -72,20 +212,23 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     if (can_reuse(incoming, needs, gradients_)) {
       return scaled(grads[0], needs, !torch::autograd::get_current_graph_task_keep_graph(), gradients_);
     }
-    std::vector<Tensor> saved;
-    for (const auto* list : {&layers_, &data_}) {
-      for (const auto& own : *list) {
-        saved.push_back(own.unpack());
+    std::vector<Tensor> saved, logits;
+    for (const auto& own : saved_) {
+      saved.push_back(own.unpack());
+    }
+    if (incoming.any_of_logits() || incoming.any_batched()) {
+      for (const auto& own : logits_) {
+        logits.push_back(own.unpack(holder_of(*this)).detach());
       }
     }
-    const auto logits = [this](size_t h) { return logits_[h].unpack(holder_of(*this)).detach(); };
-    return recomputed(incoming, heads_of(saved, depth_, options_), x_.unpack(), logits, needs);
+    auto options = options_;
+    const auto inputs = restore(saved, options, factors_.get());
+    return backward(incoming, inputs, options, std::move(logits), needs);
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    x_.reset_data();
-    for (auto* list : {&layers_, &data_, &logits_}) {
+    for (auto* list : {&saved_, &logits_}) {
       for (auto& saved : *list) {
         saved.reset_data();
       }
@@ -98,12 +241,9 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   // In the order in which traced() reads them.
   template <class Visit>
   void each_saved(Visit visit) {
-    for (auto* list : {&layers_, &data_}) {
-      std::for_each(list->begin(), list->end(), visit);
-    }
-    visit(x_);
+    std::for_each(saved_.begin(), saved_.end(), visit);
     std::for_each(logits_.begin(), logits_.end(), visit);
-    visit(options_.lambda);
+    factors_.each_saved(visit);
     if (options_.loss_weight) {
       visit(*options_.loss_weight);
     }
@@ -111,8 +251,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   }
 
   void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const {
-    args.collect(depth_);
-    args.collect(options_.lambda_index);
+    factors_.collect_constants(args);
     args.collect(options_.loss_weight.has_value());
     args.collect(options_.kind);
     args.collect(options_.label_smoothing);
@@ -122,225 +261,141 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   }
 
   TracedBackward traced() const {
-    return [heads = heads_, depth = depth_, options = options_, at_x = layers_.size() + data_.size(),
-            with_gradients = !gradients_.empty(),
-            needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) -> variable_list {
+    return [heads = heads_, options = options_, factors = factors_.traced(), with_gradients = !gradients_.empty(),
+            needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) mutable -> variable_list {
       const IncomingGradients incoming{grads, heads};
-      const auto at_lambda = at_x + 1 + heads;
+      const auto at_logits = saved.begin() + 1 + static_cast<std::ptrdiff_t>(5 * heads);
+      const auto at_factors = at_logits + static_cast<std::ptrdiff_t>(heads);
+      const auto after_factors = at_factors + static_cast<std::ptrdiff_t>(heads);
       auto own = options;
-      own.lambda = saved[at_lambda];
       if (own.loss_weight) {
-        own.loss_weight = saved[at_lambda + 1];
+        own.loss_weight = *after_factors;
       }
-      variable_list gradients(
-          saved.end() - static_cast<std::ptrdiff_t>(with_gradients ? needs.size() : 0), saved.end());
+      variable_list gradients(saved.end() - static_cast<std::ptrdiff_t>(with_gradients ? needs.size() : 0), saved.end());
       if (can_reuse(incoming, needs, gradients)) {
         return scaled(grads[0], needs, /*last=*/false, gradients);
       }
-      const auto logits = [&](size_t h) { return saved[at_x + 1 + h].detach(); };
-      return recomputed(incoming, heads_of(saved, depth, own), saved[at_x], logits, needs);
+      const auto inputs = restore({saved.begin(), at_logits}, own, factors({at_factors, after_factors}));
+      return backward(incoming, inputs, own, {at_logits, at_factors}, needs);
     };
   }
 
  private:
-  // Whether the forward's gradients can be returned: they are what is asked for, and an earlier backward that failed
-  // has not consumed them.
-  static bool can_reuse(
-      const IncomingGradients& incoming, const std::vector<bool>& needs, const variable_list& gradients) {
-    if (!incoming.of_loss().defined() || incoming.any_of_head_losses() || incoming.any_of_logits() ||
-        is_batched(incoming.of_loss()) || at::GradMode::is_enabled()) {
-      return false;
-    }
-    for (size_t i = 0; i < needs.size(); ++i) {
-      if (needs[i] && (gradients.empty() || !gradients[i].defined())) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  // The forward's gradients times the loss's incoming gradient; in place where this is their last use.
-  static variable_list scaled(const Tensor& grad, const std::vector<bool>& needs, bool last, variable_list& gradients) {
-    Lambda lambda = read_lambda(grad);
-    lambda.value *= -1;
-    variable_list result(needs.size());
-    for (size_t i = 0; i < needs.size(); ++i) {
-      if (needs[i]) {
-        result[i] = last ? std::move(gradients[i]) : gradients[i];
-      }
-    }
-    scale_negate_list(result, lambda);
-    return result;
-  }
-
-  static variable_list recomputed(
-      const IncomingGradients& incoming, const HeadsOfLoss& heads, const Tensor& x,
-      const std::function<Tensor(size_t h)>& logits, const std::vector<bool>& needs) {
-    if (!incoming.of_loss().defined() && !incoming.any_of_head_losses() && !incoming.any_of_logits()) {
-      return variable_list(needs.size());
-    }
-    // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    if (incoming.any_of_logits() || incoming.any_batched() || at::GradMode::is_enabled()) {
-      return heads_loss_backward_composite(incoming, heads, x, logits, needs);
-    }
-    return heads_loss_backward(incoming, heads, x, needs);
-  }
-
-  // The heads as the forward had them. `saved`: weight and bias of each layer; target, sample and class weights of each
-  // head.
-  static HeadsOfLoss heads_of(
-      const std::vector<Tensor>& saved, const std::vector<int64_t>& depth, HeadsOptions options) {
-    const auto optional = [](const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; };
-    HeadLayers layers;
-    size_t next = 0;
-    for (int64_t l = std::accumulate(depth.begin(), depth.end(), int64_t{0}); l > 0; --l, next += 2) {
-      layers.weight.push_back(saved[next]);
-      layers.bias.push_back(optional(saved[next + 1]));
-    }
+  // The inputs as the forward had them; the options get their tensors back.
+  static HeadInputs restore(const std::vector<Tensor>& saved, HeadsOptions& options, HeadFactors factors) {
+    HeadInputs inputs{saved[0], {}, {}, std::move(factors)};
     options.sample_weight = OptionalTensors();  // lists are shared, not copied
     options.class_weight = OptionalTensors();
-    for (size_t h = 0; h < depth.size(); ++h, next += 3) {
-      options.targets.push_back(saved[next]);
-      options.sample_weight.push_back(optional(saved[next + 1]));
-      options.class_weight.push_back(optional(saved[next + 2]));
+    for (size_t next = 1; next < saved.size(); next += 5) {
+      inputs.weight.push_back(saved[next]);
+      inputs.bias.push_back(to_optional(saved[next + 1]));
+      options.targets.push_back(saved[next + 2]);
+      options.sample_weight.push_back(to_optional(saved[next + 3]));
+      options.class_weight.push_back(to_optional(saved[next + 4]));
     }
-    return {std::move(layers), depth, std::move(options)};
+    return inputs;
   }
 
   const size_t heads_;
-  const std::vector<int64_t> depth_;
+  SavedFactors factors_;
   HeadsOptions options_;  // without the tensors that are saved
-  SavedVariable x_;
-  SavedList layers_;  // weight and bias of each layer
-  SavedList data_;  // target, sample weight and class weight of each head
-  SavedList logits_;
+  std::vector<SavedVariable> saved_;  // x; weight, bias, target, sample weight and class weight of each head
+  std::vector<SavedVariable> logits_;
   variable_list gradients_;  // by GradientSlots; empty: the backward computes them
 };
 
 // Targets and weights as the kernels read them: rows, contiguous, in the type that the loss is computed in.
-void prepare(HeadsOptions& options, const Tensor& x, const std::vector<c10::SymInt>& sizes) {
-  const auto dtype = arithmetic_type(x.scalar_type());
-  const auto rows = x.sym_size(0);
+void to_rows(HeadsOptions& options, const HeadInputs& inputs) {
+  const auto dtype = arithmetic_type(inputs.x.scalar_type());
+  const auto rows = inputs.x.sym_size(0);
   const auto converted = [&](const std::optional<Tensor>& tensor, c10::SymIntArrayRef shape) {
     return tensor ? std::optional(tensor->to(dtype).reshape_symint(shape).contiguous()) : std::nullopt;
   };
-  for (size_t h = 0; h < sizes.size(); ++h) {
+  for (size_t h = 0; h < inputs.count(); ++h) {
+    const auto size = inputs.weight[h].sym_size(0);
     auto& target = options.targets[h];
     if (target.scalar_type() == at::kLong) {
       target = (target.dim() == 1 ? target : target.reshape_symint({rows})).contiguous();
     } else {
-      target = *converted(target, {rows, sizes[h]});
+      target = *converted(target, {rows, size});
     }
-    if (const auto given = options.sample_weight.get(h)) {
-      options.sample_weight.set(h, converted(given, {rows}));
+    if (const auto weights = options.sample_weight.get(h)) {
+      options.sample_weight.set(h, converted(weights, {rows}));
     }
-    if (const auto given = options.class_weight.get(h)) {
-      options.class_weight.set(h, converted(given, {sizes[h] > 1 ? sizes[h] : c10::SymInt(2)}));
+    if (const auto weights = options.class_weight.get(h)) {
+      options.class_weight.set(h, converted(weights, {size > 1 ? size : c10::SymInt(2)}));
     }
+  }
+  if (options.loss_weight) {
+    const auto& weights = *options.loss_weight;
+    const bool readable = weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble;
+    options.loss_weight = numbers_now(readable ? weights : weights.to(at::kDouble));
   }
 }
 
-// The kernels check values too, but count the heads of their own call. With hidden layers a call has only some of the
-// heads, and the kernels' errors would name the wrong one. So the values are checked here, where h is right.
-void check_values(const HeadsOptions& options, const std::vector<c10::SymInt>& sizes) {
-  const auto readable = [](const Tensor& tensor) {
-    return tensor.is_cpu() && is_plain(tensor) && !c10::impl::dispatch_mode_enabled();
-  };
-  for (size_t h = 0; h < sizes.size(); ++h) {
-    if (const auto given = options.sample_weight.get(h); given && readable(*given)) {
-      const auto weights = given->to(at::kDouble);
-      for (int64_t r = 0; r < weights.numel(); ++r) {
-        check_sample_weight(weights.const_data_ptr<double>()[r], h);
-      }
-    }
-    const auto& target = options.targets[h];
-    if (target.scalar_type() == at::kLong && readable(target)) {
-      const auto classes = classes_of(sizes[h].expect_int());
-      for (int64_t r = 0; r < target.numel(); ++r) {
-        check_class(target.const_data_ptr<int64_t>()[r], h, classes, options.ignore_index[h]);
-      }
-    }
+// tensor.unbind(), without the dispatcher's overhead where no subclass and no mode has to see the call.
+std::vector<Tensor> unbind(const Tensor& tensor) {
+  if (!is_plain(tensor) || c10::impl::dispatch_mode_enabled()) {
+    return tensor.unbind();
   }
+  std::vector<Tensor> elements;
+  elements.reserve(tensor.numel());
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    elements.push_back(at::detail::make_tensor<c10::TensorImpl>(
+        c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
+    elements.back().unsafeGetTensorImpl()->set_sizes_and_strides(c10::IntArrayRef{}, c10::IntArrayRef{}, i);
+  }
+  return elements;
 }
 
 }  // namespace
 
-LossAndLogits heads_loss(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth, HeadsOptions options) {
+std::optional<LossAndLogits> heads_loss(
+    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, HeadFactors factors, HeadsOptions options) {
   refuse_functorch();
   refuse_forward_mode(x, weight, bias);
-  auto inputs = prepare(x, weight, bias);
-  check_layers(inputs.features, inputs.layers.weight, inputs.layers.bias, depth);
-  check_lambda_of_heads(x, options.lambda, options.lambda_index, depth.size());
+  auto inputs = prepare(x, weight, bias, std::move(factors));
   std::vector<c10::SymInt> sizes;
-  sizes.reserve(depth.size());
-  size_t layer = 0;
-  for (const auto layers_of_head : depth) {
-    layer += static_cast<size_t>(layers_of_head);
-    sizes.push_back(weight[layer - 1].sym_size(0));
+  sizes.reserve(weight.size());
+  for (const auto& matrix : weight) {
+    sizes.push_back(matrix.sym_size(0));
   }
-  check_options(inputs.features, sizes, options);
-  options.lambda = numbers_now(options.lambda);
-  if (options.loss_weight) {
-    const auto& given = *options.loss_weight;
-    const bool readable = given.scalar_type() == at::kFloat ||
-        given.scalar_type() == at::kDouble;  // by the kernels, as it is
-    options.loss_weight = numbers_now(readable ? given : given.to(at::kDouble));
+  if (!inputs || !accepts_options(inputs->x, sizes, options)) {
+    return std::nullopt;
   }
-
-  inputs.x = as_rows(inputs.features);
-  prepare(options, inputs.x, sizes);
-  const bool recorded = any_requires_grad(inputs.x, inputs.layers);
-  const bool now = recorded && inputs.x.scalar_type() != at::kHalf;
-  auto edges = recorded ? edges_of(inputs.x, inputs.layers) : torch::autograd::edge_list();
-  std::vector<bool> needs{now && inputs.x.requires_grad()};
-  needs.reserve(GradientSlots{weight.size()}.count());
-  for (const auto& own : inputs.layers.weight) {
-    needs.push_back(now && own.requires_grad());
-  }
-  for (size_t l = 0; l < inputs.layers.weight.size(); ++l) {
-    const auto own = inputs.layers.bias.get(l);
-    needs.push_back(now && own && own->requires_grad());
-  }
-  HeadsOfLoss heads(std::move(inputs.layers), depth, std::move(options));
-  if (heads.count() > 1 && !heads.all_linear()) {
-    check_values(heads.options(), sizes);
-  }
-  HeadsOfLoss::Result result;
-  {
+  const auto features = inputs->x;
+  inputs->x = as_rows(features);
+  to_rows(options, *inputs);
+  const auto recording = recorded(*inputs);
+  const bool now = inputs->x.scalar_type() != at::kHalf;
+  const auto needs = now ? recording : std::vector<bool>(recording.size());
+  auto [loss, all_losses, logits, dx, dw, db] = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const at::NoGradGuard nothing_recorded;
-    result = heads.compute(heads.all(), inputs.x, heads.options().loss_weight, needs);
-  }
-  if (recorded) {
-    auto node = make_node<HeadsLossBackward>(
-        inputs.x, std::move(heads), now ? std::move(result.gradients) : variable_list());
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    return call_kernel(*inputs, options, options.loss_weight, needs);
+  }();
+  auto head_losses = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return unbind(all_losses);
+  }();
+  if (any(recording)) {
+    std::vector<size_t> heads(inputs->count());
+    std::iota(heads.begin(), heads.end(), 0);
+    auto gradients = now ? among_all({std::move(dx), std::move(dw), std::move(db)}, heads, needs) : variable_list();
+    auto edges = edges_of(*inputs);
+    auto node = make_node<HeadsLossBackward>(*inputs, std::move(options), std::move(gradients));
     node->set_next_edges(std::move(edges));
-    torch::autograd::set_history(result.loss, node);
-    torch::autograd::set_history(result.head_losses, node);
-    torch::autograd::set_history(result.logits, node);
-    node->save_logits(result.logits);
+    torch::autograd::set_history(loss, node);
+    torch::autograd::set_history(head_losses, node);
+    torch::autograd::set_history(logits, node);
+    node->save_logits(logits);
   }
-  for (auto& logits : result.logits) {
-    if (inputs.features.dim() !=
-        2) {  // a view, so that the node, which has saved the rows, notices if they are modified in place
-      logits = logits.view_symint(leading_sizes(logits, inputs.features));
+  for (auto& own : logits) {
+    if (features.dim() != 2) {  // a view, so that the node, which has saved the rows, notices a change in place
+      own = own.view_symint(leading_sizes(own, features));
     }
   }
-  return {result.loss, result.head_losses, result.logits};
-}
-
-LossAndLogits heads_loss_of_lists(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::IntArrayRef depth, at::TensorList targets,
-    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const Tensor& lambda,
-    at::IntArrayRef lambda_index, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
-    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean) {
-  return heads_loss(
-      x, weight, bias, depth,
-      {targets.vec(), sample_weight.copy(), class_weight.copy(), lambda, lambda_index.vec(), loss_weight, kind.vec(),
-       label_smoothing.vec(), ignore_index.vec(), mean});
+  return LossAndLogits{std::move(loss), std::move(head_losses), std::move(logits)};
 }
 
 }  // namespace grl_ext

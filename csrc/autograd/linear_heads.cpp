@@ -7,13 +7,10 @@
 
 #include <algorithm>
 
-#include "../gradient_slots.h"
-#include "../heads_checks.h"
 #include "../ops.h"
-#include "head_inputs.h"
-#include "linear_heads.h"
+#include "heads.h"
 #include "node.h"
-#include "scale_negate.h"
+#include "saved_factors.h"
 
 namespace grl_ext {
 namespace {
@@ -22,66 +19,35 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-
-// Head by head, as separate layers would do it, so that gradients of gradients pass through each head's reversal as
-// they would there.
-Gradients heads_gradients_composite(
-    const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
-    const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
-  const auto heads = grad_logits.size();
-  const GradientSlots slots{heads};
-  Tensor dx;
-  std::vector<Tensor> dw(heads), db(heads);
-  for (size_t h = 0; h < heads; ++h) {
-    const auto& dz = grad_logits[h];
-    const bool adversary = lambda_index[h] >= 0;
-    const auto own = lambda_of(lambda, lambda_index[h]);
-    if (needs[slots.x()]) {
-      const auto part = dz.mm(weight[h]);
-      const auto scaled = adversary ? scale_negate_composite(part, {1.0, own}) : part;
-      dx = dx.defined() ? dx + scaled : scaled;
-    }
-    if (needs[slots.weight(h)]) {
-      dw[h] = dz.t().mm(adversary && at::GradMode::is_enabled() ? gradient_reversal(x, own) : x);
-    }
-    if (needs[slots.bias(h)]) {
-      db[h] = dz.sum(0);
-    }
-  }
-  return {dx, dw, db};
-}
-
 class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
  public:
-  LinearHeadsBackward(const Tensor& x, const HeadLayers& layers, const Tensor& lambda, at::IntArrayRef lambda_index)
-      : lambda_(numbers_now(lambda)), lambda_index_(lambda_index.vec()) {
-    bool needs_x = false;
-    for (const auto& weight : layers.weight) {
-      weight_.emplace_back(x.requires_grad() ? weight : Tensor(), /*is_output=*/false);
-      needs_x = needs_x || weight.requires_grad();
+  LinearHeadsBackward(const HeadInputs& inputs, const std::vector<bool>& needs) : factors_(inputs.factors) {
+    const auto slots = inputs.slots();
+    weight_.reserve(inputs.count());
+    for (const auto& weight : inputs.weight) {
+      weight_.emplace_back(needs[slots.x()] ? weight : Tensor(), /*is_output=*/false);
     }
-    x_ = SavedVariable(needs_x ? x : Tensor(), /*is_output=*/false);
+    const bool any_weight =
+        std::any_of(inputs.weight.begin(), inputs.weight.end(), [](const Tensor& w) { return w.requires_grad(); });
+    x_ = SavedVariable(any_weight ? inputs.x : Tensor(), /*is_output=*/false);
   }
 
   std::string name() const override { return "LinearHeadsBackward"; }
 
   variable_list apply(variable_list&& grads) override {
     const auto needs = this->needs();
-    const auto heads = lambda_index_.size();
-    const GradientSlots slots{heads};
-    Tensor x;
-    std::vector<Tensor> weight(heads);
+    const GradientSlots slots{weight_.size()};
+    HeadInputs inputs{Tensor(), std::vector<Tensor>(weight_.size()), {}, factors_.get()};
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (size_t h = 0; h < heads; ++h) {
+      for (size_t h = 0; h < weight_.size(); ++h) {
         if (grads[h].defined()) {
-          weight[h] = needs[slots.x()] ? weight_[h].unpack() : Tensor();
-          x = needs[slots.weight(h)] && !x.defined() ? x_.unpack() : x;
+          inputs.weight[h] = needs[slots.x()] ? weight_[h].unpack() : Tensor();
+          inputs.x = needs[slots.weight(h)] && !inputs.x.defined() ? x_.unpack() : inputs.x;
         }
       }
     }
-    return gradients(grads, x, weight, lambda_, lambda_index_, needs);
+    return gradients_of_heads(grads, inputs, needs);
   }
 
   void release_variables() override {
@@ -95,114 +61,55 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
   template <class Visit>
   void each_saved(Visit visit) {
     visit(x_);
-    visit(lambda_);
     std::for_each(weight_.begin(), weight_.end(), visit);
+    factors_.each_saved(visit);
   }
 
-  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { args.collect(lambda_index_); }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { factors_.collect_constants(args); }
 
   TracedBackward traced() const {
-    return [lambda_index = lambda_index_, needs = needs_when_traced()](
-               const variable_list& grads, const variable_list& saved) {
-      return gradients(grads, saved[0], {saved.begin() + 2, saved.end()}, saved[1], lambda_index, needs);
+    return [heads = weight_.size(), factors = factors_.traced(),
+            needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) {
+      const auto at_factors = saved.begin() + 1 + static_cast<std::ptrdiff_t>(heads);
+      return gradients_of_heads(
+          grads, {saved[0], {saved.begin() + 1, at_factors}, {}, factors({at_factors, saved.end()})}, needs);
     };
   }
 
  private:
-  // Only the heads that have a gradient take part.
-  static variable_list gradients(
-      const variable_list& grads, const Tensor& x, const std::vector<Tensor>& all_weights, const Tensor& lambda,
-      const std::vector<int64_t>& all_indices, const std::vector<bool>& needs) {
-    const GradientSlots slots{all_indices.size()};
-    variable_list result(needs.size());
-    std::vector<size_t> asked;
-    std::vector<Tensor> grad_logits, weight;
-    std::vector<int64_t> lambda_index;
-    std::vector<bool> own_needs{needs[slots.x()]};
-    for (size_t h = 0; h < slots.layers; ++h) {
-      if (grads[h].defined()) {
-        asked.push_back(h);
-        grad_logits.push_back(grads[h]);
-        lambda_index.push_back(all_indices[h]);
-        own_needs.push_back(needs[slots.weight(h)]);
-        if (needs[slots.x()]) {
-          weight.push_back(all_weights[h]);
-        }
-      }
-    }
-    if (asked.empty()) {
-      return result;
-    }
-    for (const auto h : asked) {
-      own_needs.push_back(needs[slots.bias(h)]);
-    }
-    // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const auto [dx, dw, db] = heads_gradients(grad_logits, x, weight, lambda, lambda_index, own_needs);
-    result[slots.x()] = dx;
-    for (size_t i = 0; i < asked.size(); ++i) {
-      result[slots.weight(asked[i])] = dw[i];
-      result[slots.bias(asked[i])] = db[i];
-    }
-    return result;
-  }
-
   SavedVariable x_;
   std::vector<SavedVariable> weight_;
-  Tensor lambda_;
-  const std::vector<int64_t> lambda_index_;
+  SavedFactors factors_;
 };
 
 }  // namespace
 
-Gradients heads_gradients(
-    const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
-    const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
-  static const auto kernel = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("grl_ext::_heads_gradients", "")
-                                 .typed<Gradients(
-                                     at::TensorList, const std::optional<Tensor>&, at::TensorList, const Tensor&,
-                                     at::IntArrayRef, const c10::List<bool>&)>();
-  if (at::GradMode::is_enabled() || std::any_of(grad_logits.begin(), grad_logits.end(), is_batched)) {
-    return heads_gradients_composite(grad_logits, x, weight, lambda, lambda_index, needs);
-  }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto [dx, dw, db] = kernel.call(
-      grad_logits, x.defined() ? std::optional(x) : std::nullopt, weight, lambda, lambda_index, to_list(needs));
-  const GradientSlots slots{grad_logits.size()};
-  dx = needs[slots.x()] ? dx : Tensor();
-  for (size_t h = 0; h < slots.layers; ++h) {
-    dw[h] = needs[slots.weight(h)] ? std::move(dw[h]) : Tensor();
-    db[h] = needs[slots.bias(h)] ? std::move(db[h]) : Tensor();
-  }
-  return {std::move(dx), std::move(dw), std::move(db)};
-}
-
-std::vector<Tensor> linear_heads(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, const Tensor& lambda,
-    at::IntArrayRef lambda_index) {
+std::optional<std::vector<Tensor>> linear_heads(
+    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, HeadFactors factors) {
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_logits", "")
                                  .typed<std::vector<Tensor>(const Tensor&, at::TensorList, const OptionalTensors&)>();
   refuse_functorch();
   refuse_forward_mode(x, weight, bias);
-  auto inputs = prepare(x, weight, bias);
-  check_layers(inputs.features, inputs.layers.weight, inputs.layers.bias, std::vector<int64_t>(weight.size(), 1));
-  check_lambda_of_heads(x, lambda, lambda_index, weight.size());
-  inputs.x = as_rows(inputs.features);
+  auto inputs = prepare(x, weight, bias, std::move(factors));
+  if (!inputs) {
+    return std::nullopt;
+  }
+  const auto features = inputs->x;
+  inputs->x = as_rows(features);
   std::vector<Tensor> logits;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    logits = kernel.call(inputs.x, inputs.layers.weight, inputs.layers.bias);
+    logits = kernel.call(inputs->x, inputs->weight, inputs->bias);
   }
-  if (any_requires_grad(inputs.x, inputs.layers)) {
-    auto node = make_node<LinearHeadsBackward>(inputs.x, inputs.layers, lambda, lambda_index);
-    node->set_next_edges(edges_of(inputs.x, inputs.layers));
+  if (const auto needs = recorded(*inputs); any(needs)) {
+    auto node = make_node<LinearHeadsBackward>(*inputs, needs);
+    node->set_next_edges(edges_of(*inputs));
     torch::autograd::set_history(logits, node);
   }
   for (auto& own : logits) {
-    own = with_leading_sizes(own, inputs.features);
+    own = with_leading_sizes(own, features);
   }
   return logits;
 }

@@ -1,4 +1,4 @@
-#include "grad_logits_composite.h"
+#include "loss_gradient.h"
 
 namespace grl_ext {
 namespace {
@@ -21,7 +21,7 @@ Tensor probabilities(const Tensor& target, const Tensor& valid, int64_t size, do
 
 }  // namespace
 
-Tensor grad_logits_composite(const Tensor& logits, const HeadsOptions& options, size_t h) {
+Tensor loss_gradient(const Tensor& logits, const HeadsOptions& options, size_t h) {
   const auto wide = logits.to(c10::promoteTypes(logits.scalar_type(), at::kFloat));
   const auto& target = options.targets[h];
   // Not size(1), which would make the number of rows a constant of the graph too.

@@ -11,6 +11,6 @@ namespace grl_ext {
 // The gradient of head h's loss, without its loss weight, for its logits (N, size). Not rounded to half types: small
 // gradients would vanish before the loss scale is multiplied in. Rows that do not count get 0, even where their logits
 // are NaN.
-at::Tensor grad_logits_composite(const at::Tensor& logits, const HeadsOptions& options, size_t h);
+at::Tensor loss_gradient(const at::Tensor& logits, const HeadsOptions& options, size_t h);
 
 }  // namespace grl_ext

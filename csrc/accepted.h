@@ -1,0 +1,103 @@
+// Whether the compiled operations take their arguments. Why they do not is for grl_ext/_checks.py to say.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+
+#include "heads_options.h"
+
+namespace grl_ext {
+
+// One of the four floating-point types that the operators compute with. 8-bit types are not among them.
+inline bool is_floating(const at::Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
+}
+
+// The lambda of a reversal of x.
+inline bool accepts_lambda(const at::Tensor& x, const at::Tensor& lambda) {
+  const bool elsewhere = lambda.device() != x.device();
+  const auto offset = x.dim() - lambda.dim();
+  if (lambda.is_complex() || (elsewhere && (lambda.dim() > 0 || !lambda.device().is_cpu())) || offset < 0) {
+    return false;
+  }
+  for (int64_t d = 0; d < lambda.dim(); ++d) {
+    if (lambda.sym_size(d) != 1 && lambda.sym_size(d) != x.sym_size(offset + d)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// A head's lambda, or nothing for a predictor.
+inline bool accepts_lambda_of_head(const at::Tensor& x, const std::optional<at::Tensor>& lambda) {
+  return !lambda || (lambda->dim() == 0 && !lambda->is_complex() && !lambda->requires_grad() &&
+                     (lambda->device().is_cpu() || lambda->device() == x.device()));
+}
+
+// A linear layer whose input has the last dimension of x.
+inline bool accepts_layer(
+    const at::Tensor& x, const c10::SymInt& features, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const auto alike = [&](const at::Tensor& tensor) {
+    return tensor.device() == x.device() && tensor.scalar_type() == x.scalar_type() && tensor.layout() == at::kStrided;
+  };
+  return weight.dim() == 2 && weight.sym_size(1) == features && weight.sym_size(0) > 0 && alike(weight) &&
+      (!bias || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0) && alike(*bias)));
+}
+
+inline bool accepts_heads(const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias) {
+  if (x.dim() == 0 || !is_floating(x) || x.layout() != at::kStrided || weight.empty() || bias.size() != weight.size()) {
+    return false;
+  }
+  for (size_t h = 0; h < weight.size(); ++h) {
+    if (!accepts_layer(x, x.sym_size(-1), weight[h], bias.get(h))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+inline bool accepts_target(
+    const at::Tensor& target, bool squared, c10::SymIntArrayRef leading, const c10::SymInt& size) {
+  const auto sizes = target.sym_sizes();
+  const bool with_size = !sizes.empty() && sizes.slice(0, sizes.size() - 1) == leading && sizes.back() == size;
+  const bool without = sizes == leading;
+  const bool labels = target.scalar_type() == at::kLong;
+  return (labels ? !squared && (without || (with_size && size == 1))
+                 : is_floating(target) && (with_size || (without && size == 1)));
+}
+
+// Head h has sizes[h] columns of logits. What is a number is checked where the options are packed.
+inline bool accepts_options(
+    const at::Tensor& x, const std::vector<c10::SymInt>& sizes, const HeadsOptions& options) {
+  const auto heads = sizes.size();
+  if (options.targets.size() != heads || options.sample_weight.size() != heads ||
+      options.class_weight.size() != heads || options.kind.size() != heads ||
+      options.label_smoothing.size() != heads || options.ignore_index.size() != heads) {
+    return false;
+  }
+  // The loss has no derivative for its targets and weights.
+  const auto is_data = [&](const at::Tensor& tensor) {
+    return tensor.device() == x.device() && tensor.layout() == at::kStrided && !tensor.requires_grad();
+  };
+  const auto are_weights = [&](const std::optional<at::Tensor>& weights, c10::SymIntArrayRef shape) {
+    return !weights || (is_floating(*weights) && weights->sym_sizes() == shape && is_data(*weights));
+  };
+  const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
+  for (size_t h = 0; h < heads; ++h) {
+    const bool squared = options.kind[h] == kSquaredError;
+    const c10::SymInt classes = sizes[h] > 1 ? sizes[h] : c10::SymInt(2);
+    if (!is_data(options.targets[h]) || !accepts_target(options.targets[h], squared, leading, sizes[h]) ||
+        !are_weights(options.sample_weight.get(h), leading) || (squared && options.class_weight.get(h)) ||
+        !are_weights(options.class_weight.get(h), {classes})) {
+      return false;
+    }
+  }
+  const auto& weights = options.loss_weight;
+  return !weights ||
+      (!weights->is_complex() && weights->dim() == 1 && weights->sym_size(0) == static_cast<int64_t>(heads) &&
+       (weights->device() == x.device() || weights->device().is_cpu()) && !weights->requires_grad());
+}
+
+}  // namespace grl_ext

@@ -1,0 +1,356 @@
+"""Every refusal and its text. The compiled functions decline what they do not take, without words; then these checks run."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.masked import MaskedTensor
+
+from grl_ext import _paths
+from grl_ext._options import KINDS, SQUARED_ERROR, HeadsOptions
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Names(NamedTuple):
+    """How errors name what the user wrote."""
+
+    features: str = "x"
+    heads: Sequence[str | int] | None = None  # None: by number
+
+    def of(self, argument: str, h: int) -> str:
+        return f"{argument}[{h if self.heads is None else self.heads[h]!r}]"
+
+    def some(self, heads: Sequence[int]) -> "Names":
+        return Names(self.features, list(heads) if self.heads is None else [self.heads[h] for h in heads])
+
+    @property
+    def of_features(self) -> str:
+        return "x's" if self.features == "x" else f"the {self.features}'"
+
+
+NUMBERED = Names()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors and numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_operand(name: str, value: object) -> None:
+    """What a linear layer or a loss takes."""
+    check_tensor(name, value)
+    if isinstance(value, MaskedTensor):
+        raise TypeError(
+            f"{name} must not be a MaskedTensor: pass {name}.to_tensor(value), with the value that masked elements are "
+            "to have"
+        )
+
+
+def check_number(name: str, value: object) -> float:
+    """A finite Python float from any real number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number or a real tensor, got {type(value).__name__}")
+    value = float(value)
+    if not abs(value) <= sys.float_info.max:  # torch.compile traces neither math.isfinite nor math.inf
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
+def _check_real(name: str, value: Tensor) -> None:
+    if value.is_complex():
+        raise TypeError(f"{name} must be a real number or a real tensor, got a tensor of {value.dtype}")
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if _paths.are_readable(value) and not value.isfinite().all():
+        number = value[~value.isfinite()].flatten()[0].item()
+        raise ValueError(f"{name} must be finite, got {number}")
+
+
+def check_scalar(name: str, value: object) -> Tensor | float:
+    """A finite number, or a 0-d tensor as it is."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value)
+    _check_real(name, value)
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
+    _check_finite(name, value)
+    return value
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor, names: Names = NUMBERED) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device} but {names.features} is on {x.device}")
+
+
+def check_lambda(x: Tensor, lambda_: Tensor | float) -> Tensor | float:
+    """Of a reversal of x: a finite number, or a tensor that broadcasts to x."""
+    if not isinstance(lambda_, Tensor):
+        return check_number("lambda_", lambda_)
+    _check_real("lambda_", lambda_)
+    if lambda_.device != x.device and (lambda_.dim() > 0 or lambda_.device.type != "cpu"):
+        raise ValueError(
+            f"lambda_ is on {lambda_.device} but x is on {x.device}: only a 0-d lambda_ may be elsewhere, on the CPU"
+        )
+    offset = x.dim() - lambda_.dim()
+    if offset < 0 or any(size not in (1, x.shape[offset + d]) for d, size in enumerate(lambda_.shape)):
+        raise ValueError(
+            f"lambda_ of shape {list(lambda_.shape)} does not broadcast to x of shape {list(x.shape)}"
+        )
+    _check_finite("lambda_", lambda_)
+    return lambda_
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_linear(x: object, weight: object, bias: object) -> None:
+    """The arguments of one linear layer, before autocast."""
+    check_operand("x", x)
+    check_operand("weight", weight)
+    if bias is not None:
+        check_operand("bias", bias)
+
+
+def check_linear_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The same after autocast."""
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got shape []")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must have shape [K, D] with D = x.shape[-1] = {x.shape[-1]}, got {list(weight.shape)}"
+        )
+    _check_device("weight", weight, x)
+    if x.dtype not in FLOATING or weight.dtype != x.dtype:
+        raise TypeError(
+            "x and weight must have the same dtype, float16, bfloat16, float32 or float64, "
+            f"got {x.dtype} and {weight.dtype}"
+        )
+    if bias is not None:
+        _check_bias("bias", bias, weight, x, NUMBERED)
+
+
+def _check_bias(name: str, bias: Tensor, weight: Tensor, x: Tensor, names: Names) -> None:
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name} must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    _check_device(name, bias, x, names)
+    if bias.dtype != x.dtype:
+        raise TypeError(f"{name} must have {names.of_features} dtype {x.dtype}, got {bias.dtype}")
+
+
+def check_operands(
+    x: object, weight: Sequence[object], bias: Sequence[object | None], names: Names = NUMBERED
+) -> None:
+    """Features and layers of heads, before autocast."""
+    check_operand(names.features, x)
+    for argument, tensors in (("weight", weight), ("bias", bias)):
+        for h, tensor in enumerate(tensors):
+            if argument == "weight" or tensor is not None:
+                check_operand(names.of(argument, h), tensor)
+
+
+def check_heads(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], names: Names = NUMBERED
+) -> None:
+    """The same after autocast."""
+    if x.dim() == 0:
+        raise ValueError(f"{names.features} must have at least one dimension, got shape []")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{names.features} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if not weight:
+        raise ValueError("weight must hold at least one head's matrix, got none")
+    if len(bias) != len(weight):
+        raise ValueError(f"bias must have an entry for each of the {len(weight)} heads, got {len(bias)}")
+    for h, matrix in enumerate(weight):
+        name = names.of("weight", h)
+        check_matrix(name, matrix, x.shape[-1])
+        _check_device(name, matrix, x, names)
+        if matrix.dtype != x.dtype:
+            raise TypeError(f"{name} must have {names.of_features} dtype {x.dtype}, got {matrix.dtype}")
+        if bias[h] is not None:
+            _check_bias(names.of("bias", h), bias[h], matrix, x, names)
+
+
+def check_matrix(name: str, weight: Tensor, features: int) -> None:
+    if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
+        raise ValueError(f"{name} must have shape [K, {features}] with K at least 1, got {list(weight.shape)}")
+
+
+def check_lambda_of_heads(lambda_: object, heads: int) -> None:
+    """The argument as a whole."""
+    if isinstance(lambda_, (Tensor, str)) or not isinstance(lambda_, Sequence):
+        raise TypeError(
+            "lambda_ must be a sequence with a number, a 0-d tensor or None for each head, "
+            f"got {type(lambda_).__name__}"
+        )
+    check_count("lambda_", lambda_, heads)
+
+
+def check_lambdas(x: Tensor, lambda_: Sequence[Tensor | float | None], names: Names = NUMBERED) -> None:
+    """Each head's: None for a predictor."""
+    for h, value in enumerate(lambda_):
+        if value is None:
+            continue
+        name = names.of("lambda_", h)
+        if isinstance(check_scalar(name, value), Tensor):
+            if value.device.type != "cpu":
+                _check_device(name, value, x, names)
+            if value.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, which the heads do not give: pass {name}.detach()"
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss of heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_count(name: str, entries: Sequence[object], heads: int) -> None:
+    if len(entries) != heads:
+        raise ValueError(f"{name} must have an entry for each of the {heads} heads, got {len(entries)}")
+
+
+def kind_of(name: str, loss: str) -> int:
+    if loss not in KINDS:
+        raise ValueError(f"{name} must be one of {list(KINDS)}, got {loss!r}")
+    return KINDS[loss]
+
+
+def check_reduction(reduction: str) -> bool:
+    """Whether it is the mean."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    return reduction == "mean"
+
+
+def check_mapping(name: str, value: object, of: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping from head names to {of}, got {type(value).__name__}")
+
+
+def check_numbers(options: HeadsOptions, names: Names = NUMBERED) -> None:
+    """The options that are numbers and no tensors."""
+    for h, smoothing in enumerate(options.label_smoothing or ()):
+        name = names.of("label_smoothing", h)
+        if not 0 <= check_number(name, smoothing) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {smoothing:g}")
+        if options.kind is not None and options.kind[h] == SQUARED_ERROR and smoothing != 0:
+            raise ValueError(f"{name} is for a cross entropy, this head has a squared error")
+    for h, index in enumerate(options.ignore_index or ()):
+        name = names.of("ignore_index", h)
+        if not isinstance(index, Integral):
+            raise TypeError(f"{name} must be an integer, got {type(index).__name__}")
+        if not -(2**63) <= index < 2**63:
+            raise ValueError(f"{name} must fit into int64, got {index}")
+    if not isinstance(options.loss_weight, Tensor):
+        for h, weight in enumerate(options.loss_weight or ()):
+            check_scalar(names.of("loss_weight", h), weight)
+
+
+def check_loss(
+    x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], options: HeadsOptions, names: Names = NUMBERED
+) -> None:
+    """x (..., D) or whatever else has the targets' leading sizes; `sizes`, the columns of each head's logits."""
+    heads = len(sizes)
+    check_count("targets", targets, heads)
+    for name in ("sample_weight", "class_weight", "kind", "label_smoothing", "ignore_index"):
+        entries = getattr(options, name)
+        if entries is not None:
+            check_count(name, entries, heads)
+    check_numbers(options, names)
+    options = options.filled(heads)
+    leading = list(x.shape[:-1])
+    for h, size in enumerate(sizes):
+        squared = options.kind[h] == SQUARED_ERROR
+        _check_target(names.of("targets", h), x, targets[h], leading, size, squared, names)
+        _check_weights(names.of("sample_weight", h), x, options.sample_weight[h], leading, names)
+        name = names.of("class_weight", h)
+        if squared and options.class_weight[h] is not None:
+            raise ValueError(f"{name} is for a cross entropy, this head has a squared error")
+        _check_weights(name, x, options.class_weight[h], [max(2, size)], names)
+        _check_values(h, targets[h], options.sample_weight[h], max(2, size), options.ignore_index[h], names)
+    weights = options.loss_weight
+    if isinstance(weights, Tensor):
+        if weights.is_complex():
+            raise TypeError(f"loss_weight must hold real numbers, got {weights.dtype}")
+        if weights.shape != (heads,):
+            raise ValueError(
+                f"loss_weight must have an entry for each of the {heads} heads, got shape {list(weights.shape)}"
+            )
+        if weights.device.type != "cpu":
+            _check_device("loss_weight", weights, x, names)
+        _refuse_gradient("loss_weight", weights)
+    elif weights is not None:
+        check_count("loss_weight", weights, heads)
+
+
+def _refuse_gradient(name: str, tensor: Tensor) -> None:
+    """What the loss has no derivative for must not be lost silently."""
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, which the heads' loss does not give: pass {name}.detach(), "
+            "or compute this head's loss from heads(features)"
+        )
+
+
+def _check_target(
+    name: str, x: Tensor, target: Tensor, leading: list[int], size: int, squared: bool, names: Names
+) -> None:
+    check_operand(name, target)
+    labels = target.dtype == torch.int64
+    if target.dtype not in FLOATING and not (labels and not squared):
+        wanted = "floating point (values)" if squared else "torch.int64 (classes) or floating point (probabilities)"
+        raise TypeError(f"{name} must be {wanted}, got {target.dtype}")
+    with_size = [*leading, size]
+    shapes = ([leading] if labels else [with_size]) + ([with_size, leading] if size == 1 else [])
+    if list(target.shape) not in shapes:
+        wanted = leading if labels or size == 1 else with_size
+        raise ValueError(f"{name} must have shape {wanted}, got {list(target.shape)}")
+    _check_device(name, target, x, names)
+    _refuse_gradient(name, target)
+
+
+def _check_weights(name: str, x: Tensor, weights: Tensor | None, sizes: list[int], names: Names) -> None:
+    if weights is None:
+        return
+    check_operand(name, weights)
+    if weights.dtype not in FLOATING:
+        raise TypeError(f"{name} must be floating point, got {weights.dtype}")
+    if list(weights.shape) != sizes:
+        raise ValueError(f"{name} must have shape {sizes}, got {list(weights.shape)}")
+    _check_device(name, weights, x, names)
+    _refuse_gradient(name, weights)
+
+
+def _check_values(
+    h: int, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int, names: Names
+) -> None:
+    """Values are only looked at where that costs no synchronisation and they exist; in a compiled graph, when it runs."""
+    in_graph = torch.compiler.is_compiling() and target.device.type == "cpu" and not torch.compiler.is_exporting()
+    if not in_graph and not _paths.are_readable(target, sample_weight):
+        return
+    if sample_weight is not None:
+        name = f"{names.of('sample_weight', h)} must be finite and not negative"
+        right = (sample_weight >= 0) & sample_weight.isfinite()
+        if in_graph:
+            torch.ops.aten._assert_async.msg(right.all(), name)
+        elif not right.all():
+            raise ValueError(f"{name}, got {sample_weight[~right][0].item():g}")
+    if target.dtype == torch.int64:
+        name = f"{names.of('targets', h)} must be in [0, {classes}) or ignore_index ({ignore_index})"
+        right = (target == ignore_index) | ((target >= 0) & (target < classes))
+        if in_graph:
+            torch.ops.aten._assert_async.msg(right.all(), name)
+        elif not right.all():
+            raise IndexError(f"{name}, got {target[~right].flatten()[0]}")

@@ -1,0 +1,59 @@
+"""What a loss is told of its heads, packed once and carried as it is."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CROSS_ENTROPY, SQUARED_ERROR = 0, 1
+KINDS = {"cross_entropy": CROSS_ENTROPY, "mse": SQUARED_ERROR}
+
+
+class HeadsOptions(NamedTuple):
+    """One entry for each head; None in place of a list means its default for all."""
+
+    sample_weight: Sequence[Tensor | None] | None = None
+    class_weight: Sequence[Tensor | None] | None = None
+    loss_weight: Sequence[Tensor | float] | Tensor | None = None
+    kind: Sequence[int] | None = None
+    label_smoothing: Sequence[float] | None = None
+    ignore_index: Sequence[int] | None = None
+    mean: bool = True
+
+    def filled(self, heads: int) -> "HeadsOptions":
+        """The same without None in place of lists, but for loss_weight."""
+
+        def each(given, default):
+            return [default] * heads if given is None else given
+
+        return HeadsOptions(
+            each(self.sample_weight, None),
+            each(self.class_weight, None),
+            self.loss_weight,
+            each(self.kind, CROSS_ENTROPY),
+            each(self.label_smoothing, 0.0),
+            each(self.ignore_index, -100),
+            self.mean,
+        )
+
+    def some(self, heads: Sequence[int]) -> "HeadsOptions":
+        """Those of some heads."""
+        if self is DEFAULTS:
+            return self
+        *lists, mean = self
+        return HeadsOptions(*(given if given is None else [given[h] for h in heads] for given in lists), mean)
+
+
+DEFAULTS = HeadsOptions()  # made once, not in every step
+
+
+def as_tensor(numbers: Sequence[Tensor | float]) -> Tensor:
+    """Numbers of heads in one tensor. One graph serves all values of a changing number only if it becomes a tensor,
+    and that by a product."""
+    if not any(isinstance(number, Tensor) for number in numbers) and not torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float64)
+    tensors = [n if isinstance(n, Tensor) else torch.ones((), dtype=torch.float64) * n for n in numbers]
+    devices = [tensor.device for tensor in tensors]
+    device = ([device for device in devices if device.type != "cpu"] or devices)[0]
+    return torch.stack([tensor.to(device, torch.float64) for tensor in tensors])

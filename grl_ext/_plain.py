@@ -1,0 +1,227 @@
+"""Every operation in plain PyTorch, layer by layer: the fallback where nothing is compiled, and the oracle of the tests.
+
+The rules are the compiled operations' own: same results, same errors, same gradients of gradients. It also serves where
+C++ autograd nodes cannot go: `torch.func` transforms, and devices for which no kernel is compiled.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grl_ext._checks import (
+    NUMBERED,
+    Names,
+    check_heads,
+    check_lambda,
+    check_lambdas,
+    check_linear,
+    check_linear_shapes,
+    check_loss,
+    check_operands,
+)
+from grl_ext._options import SQUARED_ERROR, HeadsOptions, as_tensor
+from grl_ext._reversal import gradient_reversal, seen_by
+
+LossAndLogits = tuple[Tensor, list[Tensor], list[Tensor]]  # the total, each head's loss, each head's logits
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Asked now: Dynamo of torch 2.11 does not know the function.
+_AUTOCAST = {device: torch.amp.is_autocast_available(device) for device in ("cpu", "cuda", "mps", "xpu", "meta")}
+
+
+def _has_autocast(device: str) -> bool:
+    return _AUTOCAST[device] if device in _AUTOCAST else torch.amp.is_autocast_available(device)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As F.linear under autocast: floating-point tensors in autocast's dtype, float64 left alone."""
+    device = tensors[0].device.type
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors)
+
+
+def without_autocast(device: torch.device):
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else contextlib.nullcontext()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., D) -> (N, D), also where D is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: Tensor | float = 1.0) -> Tensor:
+    check_linear(x, weight, bias)
+    lambda_ = check_lambda(x, lambda_)
+    x, weight, bias = autocast(x, weight, bias)
+    check_linear_shapes(x, weight, bias)
+    return F.linear(gradient_reversal(x, lambda_), weight, bias)
+
+
+def checked_heads(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], names: Names = NUMBERED):
+    """x, weight and bias under autocast."""
+    check_operands(x, weight, bias, names)
+    x, *parameters = autocast(x, *weight, *bias)
+    weight, bias = parameters[: len(weight)], parameters[len(weight) :]
+    check_heads(x, weight, bias, names)
+    return x, weight, bias
+
+
+def linear_heads(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    lambda_: Sequence[Tensor | float | None],
+    names: Names = NUMBERED,
+) -> list[Tensor]:
+    x, weight, bias = checked_heads(x, weight, bias, names)
+    check_lambdas(x, lambda_, names)
+    with without_autocast(x.device):
+        return [F.linear(seen_by(x, own), w, b) for own, w, b in zip(lambda_, weight, bias, strict=True)]
+
+
+def hidden_layers(z: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]) -> Tensor:
+    z = F.relu(z)
+    for w, b in zip(weight, bias, strict=True):
+        z = F.relu(F.linear(z, w, b))
+    return z
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss of heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def weights_of_rows(
+    like: Tensor,
+    target: Tensor,
+    *,
+    size: int,
+    kind: int,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """The weight of each row (N,), 0 for one that is not valid, and what their mean is divided by.
+
+    `like` (N, ...) is any float tensor.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    weights = torch.ones_like(like[:, 0], dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
+    valid = weights != 0
+    labels = target.dtype == torch.int64
+    if labels:
+        valid = valid & (target != ignore_index)
+    weights = torch.where(valid, weights, weights.new_zeros(()))
+    norm = weights.sum()
+    if kind == SQUARED_ERROR:
+        norm = norm * size
+    elif class_weight is not None and labels:
+        of_rows = class_weight.to(dtype)[target.masked_fill(~valid, 0)]
+        norm = torch.where(valid, weights * of_rows, weights.new_zeros(())).sum()
+    return weights, norm
+
+
+def head_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    kind: int,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    mean: bool,
+) -> Tensor:
+    """One head's loss from logits (N, size) and targets (N) or (N, size). Rows that are not valid add nothing, not even
+    a NaN."""
+    size = logits.shape[1]
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = target.dtype == torch.int64
+    row_weight, norm = weights_of_rows(
+        z,
+        target,
+        size=size,
+        kind=kind,
+        sample_weight=sample_weight,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+    )
+    valid, zero = row_weight != 0, z.new_zeros(())
+    z = torch.where(valid[:, None], z, zero)
+    if kind == SQUARED_ERROR:
+        losses = (z - torch.where(valid[:, None], target.to(z.dtype), zero)).square().sum(1)
+    else:
+        if size == 1:
+            z = torch.cat([torch.zeros_like(z), z], 1)  # binary: the softmax over 0 and z
+        classes = z.shape[1]
+        if labels:
+            target = target.masked_fill(~valid, 0)
+            wanted = torch.zeros_like(z).scatter(1, target[:, None], 1.0)
+        else:
+            given = target.to(z.dtype)
+            wanted = torch.where(valid[:, None], torch.cat([1 - given, given], 1) if size == 1 else given, zero)
+        wanted = wanted * (1 - label_smoothing) + label_smoothing / classes
+        if class_weight is not None:  # an infinite weight of a class that is not wanted is not multiplied by 0
+            wanted = torch.where(wanted == 0, zero, wanted * class_weight.to(z.dtype))
+        # A class that is not wanted at all adds nothing, though its logit be -infinity.
+        losses = -torch.where(wanted == 0, zero, wanted * z.log_softmax(1)).sum(1)
+    total = torch.where(valid, row_weight * losses, zero).sum()
+    return total * torch.where(norm == 0, zero, 1 / norm) if mean else total
+
+
+def loss_of_head(logits: Tensor, targets: Sequence[Tensor], options: HeadsOptions, h: int) -> Tensor:
+    """Head h's loss from logits (..., size) and targets that were checked; `options` with all lists filled."""
+    target, sample_weight = targets[h], options.sample_weight[h]
+    if logits.is_nested:  # jagged sequences: their steps lie one behind the other
+        logits, target = logits.values(), target.values()
+        sample_weight = None if sample_weight is None else sample_weight.values()
+    rows = as_rows(logits)
+    return head_loss(
+        rows,
+        target.reshape(rows.shape[:1] if target.dtype == torch.int64 else rows.shape),
+        kind=options.kind[h],
+        sample_weight=None if sample_weight is None else sample_weight.reshape(rows.shape[:1]),
+        class_weight=options.class_weight[h],
+        label_smoothing=options.label_smoothing[h],
+        ignore_index=options.ignore_index[h],
+        mean=options.mean,
+    )
+
+
+def heads_loss(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    targets: Sequence[Tensor],
+    lambda_: Sequence[Tensor | float | None],
+    options: HeadsOptions,
+    names: Names = NUMBERED,
+) -> LossAndLogits:
+    x, weight, bias = checked_heads(x, weight, bias, names)
+    check_lambdas(x, lambda_, names)
+    sizes = [matrix.shape[0] for matrix in weight]
+    check_loss(x, sizes, targets, options, names)
+    with without_autocast(x.device):
+        logits = [F.linear(seen_by(x, own), w, b) for own, w, b in zip(lambda_, weight, bias, strict=True)]
+        return loss_of_logits(logits, targets, options)
+
+
+def loss_of_logits(logits: list[Tensor], targets: Sequence[Tensor], options: HeadsOptions) -> LossAndLogits:
+    """Of logits and targets that were checked."""
+    options = options.filled(len(logits))
+    losses = [loss_of_head(z, targets, options, h) for h, z in enumerate(logits)]
+    weights = options.loss_weight
+    if weights is not None and not isinstance(weights, Tensor):
+        weights = as_tensor(weights)
+    total = sum(loss if weights is None else loss * weights[h].to(loss) for h, loss in enumerate(losses))
+    return total, losses, logits
