@@ -61,6 +61,9 @@ class _Adversaries(nn.ModuleDict):
         super().clear()
         self._reversals.clear()
 
+    def _get_name(self) -> str:  # in the repr
+        return "ModuleDict"
+
 
 def _no_reversal(name: str) -> str:
     return (

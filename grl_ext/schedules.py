@@ -16,11 +16,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
+from numbers import Integral
 
 from torch import nn
 
-from grl_ext._reference import check_number
-from grl_ext.modules import _LambdaModule
+from grl_ext._checks import check_number
+from grl_ext.heads import AdversarialHeads
+from grl_ext.modules import LambdaModule
 
 __all__ = ["LambdaScheduler", "Schedule", "constant", "dann", "linear", "warm_start"]
 
@@ -130,23 +132,20 @@ class LambdaScheduler:
     """
 
     def __init__(self, layers: nn.Module | Iterable[nn.Module], schedule: Schedule, total_steps: int) -> None:
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        if not callable(schedule):
+            raise TypeError(
+                "schedule must be a function of the progress, such as grl_ext.schedules.dann(), "
+                f"got {type(schedule).__name__}"
+            )
+        _check_steps("total_steps", total_steps, 1)
         roots = [layers] if isinstance(layers, nn.Module) else list(layers)
         # A dict keeps the order and drops what two of the given modules share.
-        self.layers = list(
-            {module: None for root in roots for module in root.modules() if isinstance(module, _LambdaModule)}
-        )
+        modules = list({module: None for root in roots for module in root.modules()})
+        self.layers = [module for module in modules if isinstance(module, LambdaModule)]
         if not self.layers:
             found = ", ".join(type(root).__name__ for root in roots) or "an empty list"
             raise ValueError(f"layers must hold a GRL, a GRLLinear or an AdversarialHeads; found none in {found}")
-        for layer in self.layers:
-            numbers = layer.initial_lambda if isinstance(layer.initial_lambda, tuple) else (layer.initial_lambda,)
-            if numbers and not any(numbers):  # of several adversaries some may be off
-                raise ValueError(
-                    f"the {type(layer).__name__} was made with lambda_=0, which no schedule can multiply: give it the lambda that a "
-                    "factor of 1 stands for"
-                )
+        _check_not_off(modules)
         self.schedule = schedule
         self.total_steps = total_steps
         self._overwritten = ""
@@ -157,21 +156,23 @@ class LambdaScheduler:
         self._set_step(self.last_step + 1)
         if self._overwritten:
             warnings.warn(
-                f"{self._overwritten} came from a checkpoint and is overwritten: this LambdaScheduler is at step {self.last_step}. "
-                "To resume, load its state too: scheduler.load_state_dict(...)",
+                f"{self._overwritten} came from a checkpoint and is overwritten: this LambdaScheduler is at step "
+                f"{self.last_step}. To resume, load its state too: scheduler.load_state_dict(...)",
                 stacklevel=2,
             )
             self._overwritten = ""
 
+    def _factor(self, step: int, total_steps: int) -> float:
+        return check_number("the schedule's factor", self.schedule(min(step / total_steps, 1.0)))
+
     def _set_step(self, step: int) -> None:
-        factor = check_number(
-            "the schedule's factor", self.schedule(step / self.total_steps)
-        )  # before anything has changed
+        factor = self._factor(step, self.total_steps)  # before anything has changed
         for layer in self.layers:
             if layer._lambda_was_loaded:
-                loaded = layer.lambda_.tolist()
-                layer._scale_lambda(factor if step == 0 else self.last_factor)  # where this scheduler stands
-                if loaded != layer.lambda_.tolist():
+                loaded = layer.lambda_.item()
+                # Where this scheduler stands. A checkpoint may have been cast to float32.
+                expected = (factor if step == 0 else self.last_factor) * layer.initial_lambda
+                if not math.isclose(loaded, expected, rel_tol=2**-23):
                     self._overwritten = f"the lambda_ {loaded} of a {type(layer).__name__}"
             layer._scale_lambda(factor)
         self.last_step, self.last_factor = step, factor
@@ -183,6 +184,31 @@ class LambdaScheduler:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues the saved curve: the saved ``total_steps`` replaces the present one, and the layers are set."""
-        self.total_steps = state_dict["total_steps"]
-        self._set_step(state_dict["last_step"])
+        step, total_steps = state_dict["last_step"], state_dict["total_steps"]
+        _check_steps("last_step", step, 0)
+        _check_steps("total_steps", total_steps, 1)
+        self._factor(step, total_steps)
+        self.total_steps = total_steps
+        self._set_step(step)
         self._overwritten = ""
+
+
+def _check_steps(name: str, steps: object, least: int) -> None:
+    if not isinstance(steps, Integral):
+        raise TypeError(f"{name} must be an integer, got {steps!r}")
+    if steps < least:
+        raise ValueError(f"{name} must be at least {least}, got {steps}")
+
+
+def _check_not_off(modules: Iterable[nn.Module]) -> None:
+    """A lambda of 0 cannot be multiplied. Of several adversaries in one AdversarialHeads some may be off."""
+    together = [list(module.reversals.values()) for module in modules if isinstance(module, AdversarialHeads)]
+    of_heads = {reversal for reversals in together for reversal in reversals}
+    alone = [[module] for module in modules if isinstance(module, LambdaModule) and module not in of_heads]
+    for layers in (*together, *alone):
+        if layers and not any(layer.initial_lambda for layer in layers):
+            what = type(layers[0]).__name__ if layers in alone else "AdversarialHeads"
+            raise ValueError(
+                f"the {what} was made with lambda_=0, which no schedule can multiply: give it the lambda that a "
+                "factor of 1 stands for"
+            )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grl_ext import _reference
+from grl_ext import _reversal
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 SHAPE = (2, 3, 4, 5)
@@ -87,7 +87,7 @@ def expected_gradient(grad: Tensor, lambda_: Tensor | float) -> Tensor:
     double = grad.dtype in (torch.float64, torch.complex128)
     value = lambda_.detach() if isinstance(lambda_, Tensor) else torch.tensor(float(lambda_), dtype=torch.float64)
     value = value.to(torch.float64 if double else torch.float32).to(grad.device, torch.float64)
-    exact = _reference.scale_negate(grad.to(torch.promote_types(grad.dtype, torch.float64)), value)
+    exact = _reversal.scale(grad.to(torch.promote_types(grad.dtype, torch.float64)), -value)
     return exact.to(torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
 
 

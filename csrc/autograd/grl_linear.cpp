@@ -19,7 +19,7 @@ std::optional<at::Tensor> grl_linear(
     return logits ? std::optional((*logits)[0]) : std::nullopt;
   }
   const auto seen = gradient_reversal(x, lambda);
-  const bool accepted = seen && prepare(x, weight, biases, {{1.0}, {}});
+  const bool accepted = seen && prepare(x, weight, biases, {{1.0}, OptionalTensors()});
   return accepted ? std::optional(at::linear(*seen, weight, bias)) : std::nullopt;
 }
 

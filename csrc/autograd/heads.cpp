@@ -183,7 +183,7 @@ HeadsGradients composite(
       dx = dx.defined() ? dx + own : own;
     }
     if (needs[slots.weight(h)]) {
-      dw[h] = dz.t().mm(scaled && at::GradMode::is_enabled() ? with_factor(inputs.x, factor) : inputs.x);
+      dw[h] = dz.t().mm(scaled && at::GradMode::is_enabled() ? with_scaled_gradient(inputs.x, factor) : inputs.x);
     }
     if (needs[slots.bias(h)]) {
       db[h] = dz.sum(0);

@@ -48,7 +48,7 @@ HeadsLossResult call_kernel(
 }
 
 // All but loss_weight.
-HeadsOptions some(const HeadsOptions& options, const std::vector<size_t>& heads) {
+HeadsOptions options_of(const HeadsOptions& options, const std::vector<size_t>& heads) {
   return {
       some(options.targets, heads),         some(options.sample_weight, heads),
       some(options.class_weight, heads),    std::nullopt,
@@ -111,7 +111,7 @@ variable_list backward_by_kernel(
       ? weights[0].expand({static_cast<int64_t>(weights.size())})
       : at::stack(weights);
   auto [loss, head_losses, logits, dx, dw, db] =
-      call_kernel(some(inputs, asked), some(options, asked), weight, needs_of(needs, asked));
+      call_kernel(some(inputs, asked), options_of(options, asked), weight, needs_of(needs, asked));
   return among_all({std::move(dx), std::move(dw), std::move(db)}, asked, needs);
 }
 
@@ -283,7 +283,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
  private:
   // The inputs as the forward had them; the options get their tensors back.
   static HeadInputs restore(const std::vector<Tensor>& saved, HeadsOptions& options, HeadFactors factors) {
-    HeadInputs inputs{saved[0], {}, {}, std::move(factors)};
+    HeadInputs inputs{saved[0], {}, OptionalTensors(), std::move(factors)};
     options.sample_weight = OptionalTensors();  // lists are shared, not copied
     options.class_weight = OptionalTensors();
     for (size_t next = 1; next < saved.size(); next += 5) {
@@ -334,7 +334,7 @@ void to_rows(HeadsOptions& options, const HeadInputs& inputs) {
 }
 
 // tensor.unbind(), without the dispatcher's overhead where no subclass and no mode has to see the call.
-std::vector<Tensor> unbind(const Tensor& tensor) {
+std::vector<Tensor> elements_of(const Tensor& tensor) {
   if (!is_plain(tensor) || c10::impl::dispatch_mode_enabled()) {
     return tensor.unbind();
   }
@@ -376,7 +376,7 @@ std::optional<LossAndLogits> heads_loss(
   }();
   auto head_losses = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return unbind(all_losses);
+    return elements_of(all_losses);
   }();
   if (any(recording)) {
     std::vector<size_t> heads(inputs->count());

@@ -202,7 +202,7 @@ bool accepts(const Tensor& z, at::TensorList weight, const OptionalTensors& bias
 
 std::optional<Tensor> hidden_layers(const Tensor& z, at::TensorList weight_, const OptionalTensors& bias_) {
   const Autocast cast(z.device().type());
-  HeadInputs inputs{z, {}, {}, {}};
+  HeadInputs inputs{z, {}, OptionalTensors(), {{}, OptionalTensors()}};
   for (size_t l = 0; l < weight_.size(); ++l) {
     inputs.weight.push_back(cast(weight_[l]));
     inputs.bias.push_back(cast(bias_.get(l)));

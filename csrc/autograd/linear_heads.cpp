@@ -37,7 +37,7 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
   variable_list apply(variable_list&& grads) override {
     const auto needs = this->needs();
     const GradientSlots slots{weight_.size()};
-    HeadInputs inputs{Tensor(), std::vector<Tensor>(weight_.size()), {}, factors_.get()};
+    HeadInputs inputs{Tensor(), std::vector<Tensor>(weight_.size()), OptionalTensors(), factors_.get()};
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (size_t h = 0; h < weight_.size(); ++h) {
@@ -72,7 +72,7 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
             needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) {
       const auto at_factors = saved.begin() + 1 + static_cast<std::ptrdiff_t>(heads);
       return gradients_of_heads(
-          grads, {saved[0], {saved.begin() + 1, at_factors}, {}, factors({at_factors, saved.end()})}, needs);
+          grads, {saved[0], {saved.begin() + 1, at_factors}, OptionalTensors(), factors({at_factors, saved.end()})}, needs);
     };
   }
 

@@ -39,7 +39,7 @@ class SavedFactors {
   // Makes the factors of a traced backward from the tensors that each_saved visits.
   std::function<HeadFactors(const std::vector<at::Tensor>& saved)> traced() const {
     return [values = constants()](const std::vector<at::Tensor>& saved) {
-      HeadFactors factors{values, {}};
+      HeadFactors factors{values, OptionalTensors()};
       for (const auto& tensor : saved) {
         factors.tensor.push_back(tensor.defined() ? std::optional(tensor) : std::nullopt);
       }
