@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent / "cuda_on_cpu"
+HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "cuda"
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = [pytest.mark.once, pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")]
 
 
 @pytest.fixture(scope="module")

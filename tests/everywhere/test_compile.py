@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from grl_ext import GRL, gradient_reversal
 
 pytestmark = [
+    pytest.mark.core,
     pytest.mark.usefixtures("path"),
     pytest.mark.filterwarnings(
         "ignore:`torch.jit.script_method` is deprecated"

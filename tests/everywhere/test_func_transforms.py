@@ -7,7 +7,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from grl_ext import GRL, gradient_reversal
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("path")]
 
 LAMBDA = 0.75  # a power of two times 3: products with it are exact
 

@@ -16,6 +16,7 @@ from torch.export.experimental import _export_forward_backward
 from grl_ext import GRL, GRLLinear, LambdaScheduler, gradient_reversal, grl_linear, schedules
 
 pytestmark = [
+    pytest.mark.core,
     pytest.mark.usefixtures("path"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),  # PyTorch's own notices that TorchScript is deprecated
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),

@@ -21,7 +21,7 @@ from torch import nn
 
 from grl_ext import AdversarialHeads, grl_linear
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 KINDS = ("classes", "soft", "mse")
 NETWORKS = {

@@ -10,6 +10,8 @@ from torch._dynamo import compiled_autograd
 from grl_ext import AdversarialHeads, GRLLinear, functional, grl_linear, heads_loss, linear_heads
 
 pytestmark = [
+    pytest.mark.core,
+    pytest.mark.sanitized,
     pytest.mark.usefixtures("path"),
     pytest.mark.filterwarnings(
         "ignore:`torch.jit.script_method` is deprecated"

@@ -25,9 +25,13 @@ from two_processes import TwoProcesses
 from grl_ext import GRL, AdversarialHeads, GRLLinear, gradient_reversal, linear_heads
 from grl_ext._backend import release
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no torch.distributed with gloo"
-)
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.sanitized,
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no torch.distributed with gloo"
+    ),
+]
 
 BEFORE_2_9 = release(torch.__version__) < (2, 9)
 needs_averages = pytest.mark.skipif(

@@ -7,7 +7,7 @@ from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, j
 
 from grl_ext import AdversarialHeads, grl_linear, linear_heads
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 OPERATIONS = ["grl_linear", "linear_heads", "heads_loss", "heads_loss, several layers"]
 KINDS = ("classes", "soft", "mse")

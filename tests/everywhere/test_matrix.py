@@ -14,10 +14,13 @@ from matrix.run import Runner, cells, path_here, start_pure_python
 WRITTEN = table.read()
 HOW = "python tests/matrix/write.py writes the tables again"
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this torch has no torch.distributed with gloo",
-)
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+        reason="this torch has no torch.distributed with gloo",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

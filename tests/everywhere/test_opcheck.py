@@ -7,7 +7,7 @@ from head_samples import SWITCH, sample_heads
 from samples import DTYPES, sample_inputs
 from torch.library import opcheck
 
-pytestmark = pytest.mark.usefixtures("compiled")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("compiled")]
 
 
 def gradient_reversal(device):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grl_ext import GRL, AdversarialHeads, GRLLinear, HeadsOutput
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 SIZES = {"digit": 3, "colour": 1, "domain": 2, "speaker": 4}
 

@@ -26,6 +26,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = [
+    pytest.mark.core,
+    pytest.mark.sanitized,
     pytest.mark.usefixtures("path"),
     pytest.mark.filterwarnings(
         "ignore:`torch.jit.script` is deprecated"

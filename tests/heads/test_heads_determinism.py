@@ -13,6 +13,8 @@ from samples import assert_same
 import grl_ext
 from grl_ext import grl_linear
 
+pytestmark = pytest.mark.sanitized
+
 
 @pytest.fixture
 def threads():

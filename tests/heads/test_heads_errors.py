@@ -6,6 +6,8 @@ from head_samples import sample_heads, sample_linear
 
 from grl_ext import grl_linear, heads_loss, linear_heads
 
+pytestmark = pytest.mark.sanitized
+
 NAN, INF = float("nan"), float("inf")
 META = torch.device("meta")
 LABELS = torch.zeros(5, dtype=torch.int64)

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from grl_ext import _reference_heads, functional
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 KINDS = ("classes", "soft", "mse")
 

@@ -8,7 +8,7 @@ from samples import assert_same
 
 from grl_ext import heads_loss
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.core, pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 SIZES = [(3, 1, 2), (SWITCH, 1, 2), ((4, 3), 1, (5, 2))]
 on_sizes = pytest.mark.parametrize("head_sizes", SIZES, ids=str)

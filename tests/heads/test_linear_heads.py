@@ -25,7 +25,7 @@ from samples import assert_same, case
 
 from grl_ext import grl_linear, linear_heads
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.core, pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 
 @pytest.mark.parametrize("head_sizes", HEAD_SIZES, ids=str)

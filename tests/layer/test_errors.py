@@ -9,6 +9,8 @@ from samples import assert_same
 
 from grl_ext import GRL, gradient_reversal
 
+pytestmark = pytest.mark.sanitized
+
 X = torch.Size([2, 3])
 
 # name: (lambda_, type of the error, its text)

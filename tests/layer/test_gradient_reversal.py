@@ -12,7 +12,7 @@ from samples import DTYPES, LAMBDAS, LAYOUTS, SHAPE, Emit, assert_same, case, de
 
 from grl_ext import gradient_reversal, grl_linear
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.core, pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 
 def gradient(x, lambda_, grad, unshared=True):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grl_ext import GRL, gradient_reversal
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 LAMBDA_SHAPES = [None, (), (3, 1), (4,), (3, 4)]
 

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 from grl_ext import GRL, GRLLinear, grl_linear
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.core, pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
 # Over x of shape (5, 7).
 LAMBDAS = {

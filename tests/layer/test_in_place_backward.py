@@ -19,6 +19,8 @@ from torch import Tensor
 
 from grl_ext import GRL, gradient_reversal
 
+pytestmark = [pytest.mark.core, pytest.mark.sanitized]
+
 LAMBDA = 0.75
 
 

@@ -9,6 +9,8 @@ from samples import assert_same
 
 from grl_ext import GRLLinear, gradient_reversal, grl_linear
 
+pytestmark = pytest.mark.core
+
 HOST_LAMBDAS = {
     "float64": lambda: torch.tensor(0.75, dtype=torch.float64),
     "bfloat16": lambda: torch.tensor(0.75, dtype=torch.bfloat16),

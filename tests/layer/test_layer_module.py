@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from grl_ext import GRL, AdversarialHeads, GRLLinear
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("path")]
 
 
 def reversal_of(layer: nn.Module, *args) -> float:

@@ -17,6 +17,8 @@ from pure_python import copy_package
 import grl_ext
 from grl_ext import __main__, _backend
 
+pytestmark = pytest.mark.core
+
 PACKAGE = Path(grl_ext.__file__).parent
 NAME = "_C_torch{}_{}".format(*_backend.release(torch.__version__))
 

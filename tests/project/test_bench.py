@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))  # the benchmark is a set of scripts, not part of the package
 
 import bandwidth  # noqa: E402
@@ -23,6 +23,8 @@ import founding  # noqa: E402
 import heads  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
+
+pytestmark = pytest.mark.once
 
 
 class FakeClock:

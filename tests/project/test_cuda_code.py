@@ -14,7 +14,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+pytestmark = pytest.mark.core
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 ARCHS = ("sm_80", "sm_90")
 REGISTERS = 65536  # of a multiprocessor, whose threads of a launched block must all have theirs
 PARAMETER_BYTES = 4096  # of a kernel, that every driver takes

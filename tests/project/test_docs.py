@@ -11,7 +11,7 @@ import torch.distributed as dist
 import grl_ext
 from grl_ext import functional, heads, modules, schedules
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 

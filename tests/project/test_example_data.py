@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # scripts, not part of the package
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # scripts, not part of the package
 
 from common import data  # noqa: E402
+
+pytestmark = pytest.mark.once
 
 
 def sentence(error: pytest.ExceptionInfo) -> str:

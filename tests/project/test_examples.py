@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import grl_ext
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # scripts, not part of the package
 
 import dann_digits  # noqa: E402
@@ -27,6 +27,8 @@ import market  # noqa: E402
 import moons  # noqa: E402
 import pair_digits  # noqa: E402
 from common import data, experiment  # noqa: E402
+
+pytestmark = pytest.mark.once
 
 FEW = {
     "moons": (moons, ["--seeds", "1", "--points", "40", "--steps", "5"]),

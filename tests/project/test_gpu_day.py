@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import compare  # noqa: E402
 import gpu  # noqa: E402
 import heads  # noqa: E402
+
+pytestmark = pytest.mark.once
 
 
 def part(code: str, limit: int = 60, needs: str = "") -> gpu.Part:

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # the build backend is part of the source tree, not of the package
 
 import build_backend  # noqa: E402
 from build_backend import Plan, Torch  # noqa: E402
+
+pytestmark = pytest.mark.once
 
 
 def run(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
