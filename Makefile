@@ -105,8 +105,6 @@ matrix: build .venv-matrix/.ready
 
 # The sanitizers' build is a copy of its own. Python and torch are not built with them: libasan goes first by LD_PRELOAD, leaks are
 # theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
-ASAN_TESTS = test_gradient_reversal.py test_grl_linear.py test_in_place_backward.py test_errors.py test_gradients_of_gradients.py \
-  test_adversarial_heads.py test_linear_heads.py test_heads_*.py fuzz/test_fuzz.py
 ASAN_FLAGS = -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 asan: env
 	rm -rf build/asan && mkdir -p build/asan && cp -r setup.py build_backend.py pyproject.toml README.md LICENSE csrc grl_ext tests build/asan/
@@ -114,18 +112,16 @@ asan: env
 	cd build/asan && CFLAGS="$(ASAN_FLAGS)" LDFLAGS="-fsanitize=address,undefined" GRL_EXT_BUILD=cpu $(PY) setup.py --quiet build_ext --inplace
 	cd build/asan/tests && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 GRL_EXT_REQUIRE_COMPILED=1 PYTHONPATH=$(CURDIR)/build/asan \
-	  $(PY) -m pytest -q -p no:cacheprovider $(ASAN_TESTS)
+	  $(PY) -m pytest -q -p no:cacheprovider -m sanitized
 
 # Builds what GRL_EXT_BUILD says into the environment $(1) and tests it there. The tests run from their own folder, so that they see the
-# installed package and not the source tree. Those of the examples, the benchmark, the emulation and the build do not depend on the build;
-# the matrix's tables are for one version of torch.
-# TESTS='test_compile.py test_opcheck.py' runs those only.
-TESTS ?=
+# installed package and not the source tree. The markers are those in pyproject.toml: TESTS='-m core' runs the core only,
+# TESTS=everywhere/test_compile.py a file.
+TESTS ?= -m 'not once'
 define test_installed
 	$(1)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	cd tests && $(abspath $(1))/bin/python -m grl_ext
-	cd tests && GRL_EXT_REQUIRE_COMPILED=1 $(abspath $(1))/bin/python -m pytest -q --ignore-glob='*example*' --ignore=test_bench.py \
-	  --ignore=test_gpu_day.py --ignore=test_cuda_on_cpu.py --ignore=test_install.py --ignore=test_matrix.py $(TESTS)
+	cd tests && GRL_EXT_REQUIRE_COMPILED=1 $(abspath $(1))/bin/python -m pytest -q $(TESTS)
 endef
 
 versions: version-oldest version-newest

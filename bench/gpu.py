@@ -113,9 +113,9 @@ def parts(folder: Path, capability: str) -> list[Part]:
         pytest_part(
             "graphs, streams, sizes",
             180,
-            "tests/test_cuda_device.py",
-            "tests/test_in_place_backward.py",
-            "tests/test_lambda_on_the_host.py",
+            "tests/everywhere/test_cuda_device.py",
+            "tests/layer/test_in_place_backward.py",
+            "tests/layer/test_lambda_on_the_host.py",
         ),
     ]
     cases = {dtype: cases_of(dtype) for dtype in DTYPES}
@@ -125,9 +125,9 @@ def parts(folder: Path, capability: str) -> list[Part]:
             "all tests",
             420,
             "tests",
-            "--ignore=tests/test_cuda_on_cpu.py",
-            "--ignore=tests/test_cuda_code.py",
-            "--ignore-glob=*example*",
+            "-m",
+            "not once",
+            "--ignore=tests/project",
         ),
         kernels_part("sanitizer memcheck", 180, ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]),
         kernels_part("sanitizer racecheck", 180, ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"]),

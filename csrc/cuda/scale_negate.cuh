@@ -105,7 +105,7 @@ __device__ uint4 scale_negate_vector(uint4 bits, Run run) {
 // The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all of
 // them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor).
 // __ldcg and __stcg are one instruction of 16 bytes each, past L1, where nothing is read twice. A plain assignment is
-// not: nvcc splits it into its elements where it sees them in registers. tests/test_cuda_code.py counts them in the
+// not: nvcc splits it into its elements where it sees them in registers. test_cuda_code.py counts them in the
 // compiled code.
 template <typename T, typename Lambda>
 __device__ void scale_negate_elements(

@@ -3,6 +3,8 @@
 import fuzz
 import pytest
 
+pytestmark = pytest.mark.sanitized
+
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_random_programs_do_as_in_plain_pytorch(path, kind):

@@ -1,0 +1,191 @@
+"""What nvcc makes of csrc/cuda: instructions in the PTX, registers and memory in ptxas's report. Needs no GPU.
+
+A kernel may be right and still not be what was written: a 16-byte store split into four, an array that lands in local
+memory, more registers than a launch of its size may have. None of that shows in a test of results.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.core
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+ARCHS = ("sm_80", "sm_90")
+REGISTERS = 65536  # of a multiprocessor, whose threads of a launched block must all have theirs
+PARAMETER_BYTES = 4096  # of a kernel, that every driver takes
+
+
+class Kernel(NamedTuple):
+    threads: int  # of a block, from its launch bounds; 0: it has none
+    parameter_bytes: int
+    body: list[str]
+
+
+class Report(NamedTuple):
+    registers: int
+    shared_bytes: int  # static
+    spilled_bytes: int
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    """nvcc's path and options, as the build gives them."""
+    sys.path.append(str(SOURCES.parents[1]))  # last, so that other tests' processes still import what is installed
+    from torch.utils.cpp_extension import include_paths
+
+    import build_backend
+
+    toolkit, obstacle = None, "a CUDA build of torch"
+    if torch.version.cuda is not None:
+        toolkit, obstacle = build_backend.find_toolkit(build_backend.Torch(torch.__version__, torch.version.cuda))
+    if toolkit is None:
+        reason = f"needs a CUDA toolkit and a torch to match: {obstacle}"
+        pytest.fail(reason) if os.environ.get("GRL_EXT_REQUIRE_CUDA_CODE") == "1" else pytest.skip(reason)
+    standard = "c++20" if build_backend.Torch(torch.__version__, None).release >= (2, 13) else "c++17"
+    includes = [f"-I{path}" for path in [*include_paths(), toolkit / "include"]]
+    return [str(toolkit / "bin" / "nvcc"), f"-std={standard}", "-O3", "--expt-relaxed-constexpr", *includes]
+
+
+@pytest.fixture(scope="module")
+def compiled_code(nvcc, tmp_path_factory):
+    """compiled_code(source, arch) -> (kernels by name from the PTX, reports by name from ptxas), each compiled once."""
+    folder = tmp_path_factory.mktemp("cuda_code")
+    done = {}
+
+    def compile_once(source: str, arch: str):
+        if (source, arch) not in done:
+            ptx = folder / f"{source}.{arch}.ptx"
+            subprocess.run([*nvcc, f"-arch={arch}", "--ptx", SOURCES / source, "-o", ptx], check=True, timeout=900)
+            ptxas = [Path(nvcc[0]).parent / "ptxas", "-O3", "-v", f"-arch={arch}", ptx, "-o", folder / "cubin"]
+            report = subprocess.run(ptxas, check=True, capture_output=True, text=True, timeout=900)
+            done[source, arch] = kernels_of(ptx.read_text()), reports_of(report.stdout + report.stderr)
+        return done[source, arch]
+
+    return compile_once
+
+
+def kernels_of(ptx: str) -> dict[str, Kernel]:
+    found = {}
+    for name, parameters, directives, body in re.findall(r"\.entry (\w+)\((.*?)\)\s*([^{]*?)\{\n(.*?)\n\}", ptx, re.S):
+        bounds = re.search(r"\.maxntid (\d+)", directives)
+        lines = [line.strip() for line in body.splitlines()]
+        found[name] = Kernel(int(bounds[1]) if bounds else 0, parameter_bytes_of(parameters), lines)
+    return found
+
+
+def parameter_bytes_of(parameters: str) -> int:
+    """From a list such as: .param .u64 a, .param .align 8 .b8 b[4000]."""
+    end = 0
+    for align, bits, count in re.findall(r"\.param (?:\.align (\d+) )?\.[a-z](\d+) \w+(?:\[(\d+)\])?", parameters):
+        size, alignment = int(bits) // 8, int(align or int(bits) // 8)
+        end = -(-end // alignment) * alignment + size * int(count or 1)
+    return end
+
+
+def reports_of(text: str) -> dict[str, Report]:
+    found = {}
+    for part in text.split("Compiling entry function '")[1:]:
+
+        def number(pattern: str, part: str = part) -> int:
+            match = re.search(pattern, part)
+            return int(match[1]) if match else 0
+
+        found[part.split("'")[0]] = Report(
+            registers=number(r"Used (\d+) registers"),
+            shared_bytes=number(r"(\d+) bytes smem"),
+            spilled_bytes=number(r"(\d+) bytes spill stores"),
+        )
+    return found
+
+
+def loops_of(body: list[str]) -> list[list[str]]:
+    """The lines of each loop that holds no other: from a label to the branch back to it."""
+    labels = {line[:-1]: i for i, line in enumerate(body) if re.fullmatch(r"\$\w+:", line)}
+    spans = []
+    for end, line in enumerate(body):
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
+        if branch and labels.get(branch[1], end) < end:
+            spans.append((labels[branch[1]], end))
+    inner = [
+        span
+        for span in spans
+        if not any(span[0] <= other[0] and other[1] <= span[1] for other in spans if other != span)
+    ]
+    return [body[begin:end] for begin, end in inner]
+
+
+def accesses_of(lines: list[str]) -> list[str]:
+    """Reads and writes of global memory, but for those through the read-only cache (.nc): lambda's."""
+    found = [re.match(r"(?:@!?%\w+ +)?((?:ld|st|atom|red)\.global[.\w:]*)", line) for line in lines]
+    return [match[1] for match in found if match and ".nc" not in match[1]]
+
+
+def is_vector(access: str) -> bool:
+    return access.endswith((".v4.u32", ".v4.b32", ".v4.f32", ".v2.u64", ".v2.b64", ".v2.f64"))
+
+
+def test_the_parser_sees_loops_and_split_stores():
+    body = """
+    $L0:
+    ld.global.cg.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1];
+    @%p1 st.global.f32 [%rd2], %f1;
+    ld.global.nc.f32 %f1, [%rd3];
+    @%p2 bra $L0;
+    ld.global.u16 %rs1, [%rd4];
+    bra.uni $L1;
+    $L1:
+    """
+    (loop,) = loops_of([line.strip() for line in body.splitlines()])
+    assert accesses_of(loop) == ["ld.global.cg.v4.u32", "st.global.f32"]
+    assert [is_vector(access) for access in accesses_of(loop)] == [True, False]
+
+
+FORMS = 5  # of lambda: a value, a float or a double on the device, a broadcast one with 32- or 64-bit indices
+FORMS_OF_LISTS = 3  # the first three
+TYPES = 4
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_scale_negate_moves_16_bytes_an_instruction(compiled_code, arch):
+    kernels, _ = compiled_code("scale_negate.cu", arch)
+    assert len(kernels) == (FORMS + FORMS_OF_LISTS) * TYPES
+    for name, kernel in kernels.items():
+        # Loops with a vector access: the main one, with several loads before its first store, and the one for the rest.
+        loops = [accesses for accesses in map(accesses_of, loops_of(kernel.body)) if any(map(is_vector, accesses))]
+        assert all(is_vector(access) for accesses in loops for access in accesses), f"{name}: {loops}"
+        kinds = sorted("".join(access[0] for access in accesses) for accesses in loops)  # l for a load, s for a store
+        assert kinds == ["llllssss", "ls"], f"{name}: {loops}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", sorted(path.name for path in SOURCES.glob("*.cu")))
+def test_kernels_can_be_launched_and_keep_their_numbers_in_registers(compiled_code, source, arch):
+    kernels, reports = compiled_code(source, arch)
+    assert kernels and kernels.keys() == reports.keys()
+    for name, report in reports.items():
+        assert kernels[name].threads > 0, f"{name} has no launch bounds"
+        # Registers are given out to warps in steps of 256, which is 8 a thread.
+        registers = -(-report.registers // 8) * 8
+        assert registers * kernels[name].threads <= REGISTERS, (name, report)
+        assert 0 < kernels[name].parameter_bytes <= PARAMETER_BYTES, (name, kernels[name].parameter_bytes)
+        sweep = "heads_sweep_kernel" in name
+        assert report.spilled_bytes <= (SPILLED_BYTES_OF_THE_SWEEP if sweep else SPILLED_BYTES), (name, report)
+        assert not sweep or report.shared_bytes <= static_bytes_planned_for(), (name, report)
+
+
+# What a thread keeps in memory for want of registers. The sweep fills its 128; what it puts away are addresses, between
+# tiles. The others have next to nothing: what lives across the call of the assertion.
+SPILLED_BYTES_OF_THE_SWEEP = 128
+SPILLED_BYTES = 16
+
+
+def static_bytes_planned_for() -> int:
+    """Beside its dynamic shared memory, by heads_plan.h's reckoning."""
+    return int(re.search(r"kStaticBytes = (\d+)", (SOURCES / "heads_plan.h").read_text())[1])

@@ -1,0 +1,99 @@
+"""The README's own lines pass mypy and pyright in strict mode, and a mistake in them does not."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What the README's lines take as given.
+GIVEN = """\
+from typing import Any
+
+import torch
+import grl_ext
+
+x = torch.ones(2, 3)
+model = torch.nn.Sequential(grl_ext.GRL())
+optimizer: Any = torch.optim.SGD(model.parameters())  # PyTorch's own step() is not typed strictly
+data = [x]
+total_steps = 10
+features = torch.ones(2, 1764)
+digits = domains = torch.zeros(2, dtype=torch.int64)
+
+"""
+
+WRONG = GIVEN + "grl_ext.GRL().lambda_ = 'a'\ngrl_ext.GRLLinear(2, 2)(1.0)\ngrl_ext.schedules.dann('a')\n"
+
+
+def readme() -> str:
+    """The blocks of Python that stand alone: those that name grl_ext and are not two columns, before and after."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    mine = [block for block in blocks if "grl_ext." in block and "# before" not in block]
+    assert len(mine) >= 2
+    return GIVEN + "\n".join(mine)
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if path is None:
+        pytest.skip(f"{name} is not installed: pip install {name}")
+    return path
+
+
+def mypy(file: Path) -> set[int]:
+    """The lines in which it finds an error."""
+    command = [
+        tool("mypy"),
+        "--strict",
+        "--python-executable",
+        sys.executable,
+        "--cache-dir",
+        str(ROOT / "build" / "mypy"),
+        str(file),
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=file.parent, env={**os.environ, "MYPYPATH": str(ROOT)}
+    )
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    return {int(line) for line in re.findall(rf"^{re.escape(file.name)}:(\d+): error", result.stdout, re.MULTILINE)}
+
+
+def pyright(file: Path) -> set[int]:
+    settings = {"typeCheckingMode": "strict", "extraPaths": [str(ROOT)], "include": [file.name]}
+    (file.parent / "pyrightconfig.json").write_text(json.dumps(settings))
+    # basedpyright is pyright in a wheel that brings all it needs; pyright's own fetches itself over the network.
+    command = [tool("basedpyright"), "--outputjson", "--pythonpath", sys.executable, "--project", str(file.parent)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=file.parent)
+    report = json.loads(result.stdout)
+    assert report["summary"]["filesAnalyzed"] == 1, result.stdout
+    return {d["range"]["start"]["line"] + 1 for d in report["generalDiagnostics"] if d["severity"] == "error"}
+
+
+@pytest.mark.parametrize("check", [mypy, pyright])
+def test_the_readmes_lines_pass(tmp_path, check):
+    file = tmp_path / "readme.py"
+    file.write_text(readme())
+    lines = file.read_text().splitlines()
+    # PyTorch's own backward() has no types.
+    assert [lines[number - 1] for number in sorted(check(file)) if ".backward()" not in lines[number - 1]] == []
+
+
+@pytest.mark.parametrize("check", [mypy, pyright])
+def test_wrong_types_are_found(tmp_path, check):
+    file = tmp_path / "wrong.py"
+    file.write_text(WRONG)
+    first = WRONG.count("\n") - 2
+    assert check(file) == {first, first + 1, first + 2}
+
+
+def test_the_package_says_that_it_is_typed():
+    import grl_ext
+
+    assert (Path(grl_ext.__file__).parent / "py.typed").exists()
