@@ -158,7 +158,7 @@ std::optional<at::Tensor> to_tensor(py::handle values) {
 
 // HeadsOptions from Python's, or the defaults from None.
 std::optional<HeadsOptions> to_options(py::handle given, py::handle targets, size_t heads) {
-  const auto option = [&](const char* name) -> py::object { return given.is_none() ? py::none() : given.attr(name); };
+  const auto option = [&](const char* name) { return given.is_none() ? py::object(py::none()) : py::object(given.attr(name)); };
   auto tensors = to_tensors(targets);
   auto sample_weight = to_optional_tensors(option("sample_weight"), heads);
   auto class_weight = to_optional_tensors(option("class_weight"), heads);

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from samples import assert_same, case
 from torch.profiler import ProfilerActivity, profile
 
-from grl_ext import _reference_heads, functional
+from grl_ext import _paths, functional
 
 pytestmark = [pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 
@@ -144,7 +144,7 @@ def test_equals_the_layers_and_the_reference_for_any_configuration(device, data)
 
 def _by_reference(sample, options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_linear_path", lambda: "reference")
+        patch.setattr(_paths, "of_heads", lambda *_: _paths.Path.PLAIN)
         return our_loss(sample, **options)
 
 
@@ -369,11 +369,6 @@ def test_a_frozen_head_has_no_gradient_computed(path, device):
         weight.requires_grad_(False)
         without = allocated(lambda: torch.autograd.grad(our_loss(sample).loss, sample.wanted))  # noqa: B023
         assert with_weight - without >= weight.nbytes
-
-
-def test_the_options_module_is_the_functions(path):
-    # What the module passes and what the function passes are one description.
-    assert functional.HeadsOptions is _reference_heads.HeadsOptions
 
 
 @pytest.mark.parametrize("head_sizes", [(10, 2), (3, 1, 5)], ids=str)
