@@ -4,8 +4,8 @@
 // so that tracing (torch.compile, make_fx, export) sees through them. The kernels, whose names begin with an
 // underscore, know no autograd; csrc/cpu and csrc/cuda implement them, and csrc/shapes.cpp says what they return.
 //
-// Element h of a list that describes heads belongs to head h. lambda_index[h] says which element of lambda_ is its own;
-// a predictor, which has none, has -1 there.
+// Element h of a list that describes heads belongs to head h. In the public operators lambda_index[h] says which
+// element of lambda_ is its own; a predictor, which has none, has -1 there.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -25,26 +25,24 @@ TORCH_LIBRARY(grl_ext, m) {
       "label_smoothing, "
       "int[] ignore_index, bool mean) -> (Tensor loss, Tensor[] head_losses, Tensor[] logits)");
 
-  // -lambda * grad; lambda is `value`, times `lambda_` if that has one element, or `lambda_` alone if it has more.
-  m.def("_scale_negate(Tensor grad, float value, Tensor? lambda_) -> Tensor");
-  m.def("_scale_negate_(Tensor(a!) grad, float value, Tensor? lambda_) -> ()");
-  // The same for several gradients of one dtype under one number: on CUDA one launch.
-  m.def("_scale_negate_list_(Tensor(a!)[] grads, float value, Tensor? lambda_) -> ()");
+  // grad * factor, times `tensor`, which has one element or broadcasts; zeros where that product is 0, whatever grad is.
+  m.def("_scale(Tensor grad, float factor, Tensor? tensor) -> Tensor");
+  m.def("_scale_(Tensor(a!) grad, float factor, Tensor? tensor) -> ()");
+  // The same for several gradients of one dtype and one number: on CUDA one launch.
+  m.def("_scale_list_(Tensor(a!)[] grads, float factor, Tensor? tensor) -> ()");
 
   // x is (N, D). `needs` says which gradients are needed: that of x, then those of the weights, then those of the
   // biases. The others come back empty. x may be left out where no weight needs a gradient, and weight where x needs
-  // none: nothing else reads them.
+  // none: nothing else reads them. factor[h] is the head's factor in the gradient of x: 1 for a predictor, -lambda for
+  // an adversary. Where the host does not know lambda, lambda_[h] holds it, 0-d, and factor[h] is -1.
   m.def("_heads_logits(Tensor x, Tensor[] weight, Tensor?[] bias) -> Tensor[]");
   m.def(
-      "_heads_gradients(Tensor[] grad_logits, Tensor? x, Tensor[] weight, Tensor lambda_, int[] lambda_index, bool[] "
-      "needs) "
-      "-> (Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
+      "_heads_gradients(Tensor[] grad_logits, Tensor? x, Tensor[] weight, float[] factor, Tensor?[] lambda_, "
+      "bool[] needs) -> (Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
   m.def(
-      "_heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] sample_weight, Tensor?[] "
-      "class_weight, "
-      "Tensor lambda_, int[] lambda_index, Tensor? loss_weight, int[] kind, float[] label_smoothing, int[] "
-      "ignore_index, "
-      "bool mean, bool[] needs) "
+      "_heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] sample_weight, "
+      "Tensor?[] class_weight, float[] factor, Tensor?[] lambda_, Tensor? loss_weight, int[] kind, "
+      "float[] label_smoothing, int[] ignore_index, bool mean, bool[] needs) "
       "-> (Tensor loss, Tensor head_losses, Tensor[] logits, Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
 }
 
@@ -56,8 +54,7 @@ TORCH_LIBRARY_IMPL(grl_ext, CompositeImplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(grl_ext, Autograd, m) {
-  for (const char* kernel :
-       {"_scale_negate", "_scale_negate_", "_scale_negate_list_", "_heads_logits", "_heads_gradients", "_heads_loss"}) {
+  for (const char* kernel : {"_scale", "_scale_", "_scale_list_", "_heads_logits", "_heads_gradients", "_heads_loss"}) {
     m.impl(kernel, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -11,13 +11,13 @@ namespace {
 
 using at::Tensor;
 
-Tensor scale_negate(const Tensor& grad, double, const std::optional<Tensor>&) {
+Tensor scale(const Tensor& grad, double, const std::optional<Tensor>&) {
   return at::empty_like(grad);
 }
 
-void scale_negate_(Tensor&, double, const std::optional<Tensor>&) {}
+void scale_(Tensor&, double, const std::optional<Tensor>&) {}
 
-void scale_negate_list_(at::TensorList, double, const std::optional<Tensor>&) {}
+void scale_list_(at::TensorList, double, const std::optional<Tensor>&) {}
 
 std::vector<Tensor> heads_logits(const Tensor& x, at::TensorList weight, const OptionalTensors&) {
   std::vector<Tensor> logits;
@@ -27,11 +27,9 @@ std::vector<Tensor> heads_logits(const Tensor& x, at::TensorList weight, const O
   return logits;
 }
 
-using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-
-Gradients heads_gradients(
-    at::TensorList grad_logits, const std::optional<Tensor>& x, at::TensorList weight, const Tensor&, at::IntArrayRef,
-    const c10::List<bool>& needs) {
+HeadsGradients heads_gradients(
+    at::TensorList grad_logits, const std::optional<Tensor>& x, at::TensorList weight, at::ArrayRef<double>,
+    const OptionalTensors&, const c10::List<bool>& needs) {
   const auto& like = grad_logits[0];
   const auto features = !weight.empty() ? weight[0].sym_size(1) : x ? x->sym_size(1) : c10::SymInt(0);
   const auto needed = [&](size_t slot, c10::SymIntArrayRef sizes) {
@@ -46,13 +44,13 @@ Gradients heads_gradients(
   return {needed(slots.x(), {like.sym_size(0), features}), dw, db};
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_loss(
+HeadsLossResult heads_loss(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::TensorList, const OptionalTensors&,
-    const OptionalTensors&, const Tensor& lambda, at::IntArrayRef lambda_index, const std::optional<Tensor>&,
+    const OptionalTensors&, at::ArrayRef<double> factor, const OptionalTensors& lambda, const std::optional<Tensor>&,
     at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>& needs) {
   const auto loss_options = x.options().dtype(arithmetic_type(x.scalar_type()));
   auto logits = heads_logits(x, weight, bias);
-  auto [dx, dw, db] = heads_gradients(logits, x, weight, lambda, lambda_index, needs);
+  auto [dx, dw, db] = heads_gradients(logits, x, weight, factor, lambda, needs);
   return {
       at::empty({}, loss_options), at::empty({static_cast<int64_t>(weight.size())}, loss_options), logits, dx, dw, db};
 }
@@ -60,9 +58,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std
 }  // namespace
 
 TORCH_LIBRARY_IMPL(grl_ext, Meta, m) {
-  m.impl("_scale_negate", scale_negate);
-  m.impl("_scale_negate_", scale_negate_);
-  m.impl("_scale_negate_list_", scale_negate_list_);
+  m.impl("_scale", scale);
+  m.impl("_scale_", scale_);
+  m.impl("_scale_list_", scale_list_);
   m.impl("_heads_logits", heads_logits);
   m.impl("_heads_gradients", heads_gradients);
   m.impl("_heads_loss", heads_loss);

@@ -49,7 +49,7 @@ def _flops_of_logits(x, weight, bias, out_shape=None, **_) -> int:
     return sum(2 * x[0] * columns * features for columns, features in weight)
 
 
-def _flops_of_gradients(grad_logits, x, weight, lambda_, lambda_index, needs, out_shape=None, **_) -> int:
+def _flops_of_gradients(grad_logits, x, weight, factor, lambda_, needs, out_shape=None, **_) -> int:
     """Of x for all heads together; of those weights whose gradient is needed."""
     rows, counts = grad_logits[0][0], [needs[0] + needs[1 + h] for h in range(len(weight))]
     return sum(2 * rows * columns * features * count for (columns, features), count in zip(weight, counts, strict=True))

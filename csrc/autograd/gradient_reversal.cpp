@@ -9,7 +9,7 @@
 #include "../checks.h"
 #include "../ops.h"
 #include "node.h"
-#include "scale_negate.h"
+#include "scale.h"
 
 namespace grl_ext {
 namespace {
@@ -18,7 +18,7 @@ using torch::autograd::variable_list;
 
 class GradientReversalBackward : public TraceableNode<GradientReversalBackward> {
  public:
-  explicit GradientReversalBackward(const Lambda& lambda) : lambda_(lambda) {}
+  explicit GradientReversalBackward(const Factor& factor) : factor_(factor) {}
 
   std::string name() const override { return "GradientReversalBackward"; }
 
@@ -27,30 +27,32 @@ class GradientReversalBackward : public TraceableNode<GradientReversalBackward> 
     if (!grad.defined() || !should_compute_output(0)) {
       return {at::Tensor()};
     }
-    return {scale_negate(std::move(grad), lambda_.unpack(mutex_))};
+    return {scale(std::move(grad), factor_.unpack(mutex_))};
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    lambda_.release();
+    factor_.release();
   }
 
   template <class Visit>
   void each_saved(Visit visit) {
-    lambda_.each_saved(visit);
+    factor_.each_saved(visit);
   }
-  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { lambda_.collect_constants(args); }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { factor_.collect_constants(args); }
   TracedBackward traced() const {
-    return [lambda = lambda_.traced()](const variable_list& grads, const variable_list& saved) -> variable_list {
-      return {grads[0].defined() ? scale_negate(grads[0], lambda(saved[0], saved[1])) : at::Tensor()};
+    return [factor = factor_.traced()](const variable_list& grads, const variable_list& saved) -> variable_list {
+      return {grads[0].defined() ? scale(grads[0], factor(saved[0], saved[1])) : at::Tensor()};
     };
   }
 
  private:
-  SavedLambda lambda_;
+  SavedFactor factor_;
 };
 
-at::Tensor reverse(const at::Tensor& x, const Lambda& lambda) {
+}  // namespace
+
+at::Tensor with_scaled_gradient(const at::Tensor& x, const Factor& factor) {
   const bool has_tangent = torch::autograd::isFwGradDefined(x);
   const bool needs_grad = at::GradMode::is_enabled() && x.requires_grad();
   if (!at::GradMode::is_enabled() && !has_tangent) {
@@ -68,26 +70,24 @@ at::Tensor reverse(const at::Tensor& x, const Lambda& lambda) {
       x, y, /*is_bw_differentiable=*/true, /*is_fw_differentiable=*/false, /*view_func=*/nullptr,
       /*rev_view_func=*/nullptr, torch::autograd::CreationMeta::IN_CUSTOM_FUNCTION);
   if (needs_grad) {
-    auto node = make_node<GradientReversalBackward>(lambda);
+    auto node = make_node<GradientReversalBackward>(factor);
     node->set_next_edges(torch::autograd::collect_next_edges(x));
     torch::autograd::set_history(y, node);
   }
   if (has_tangent) {
-    y._set_fw_grad(scale_negate_composite(x._fw_grad(/*level=*/0), lambda), /*level=*/0, /*is_inplace_op=*/false);
+    y._set_fw_grad(scale_composite(x._fw_grad(/*level=*/0), factor), /*level=*/0, /*is_inplace_op=*/false);
   }
   return y;
 }
 
-}  // namespace
-
 at::Tensor gradient_reversal_by_value(const at::Tensor& x, double lambda) {
-  return reverse(x, {lambda, std::nullopt});
+  return with_scaled_gradient(x, reversed(lambda));
 }
 
 at::Tensor gradient_reversal(const at::Tensor& x, const at::Tensor& lambda) {
   refuse_functorch();
   check_lambda(x, lambda);
-  return reverse(x, read_lambda(lambda));
+  return with_scaled_gradient(x, reversed(lambda));
 }
 
 }  // namespace grl_ext

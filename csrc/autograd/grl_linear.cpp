@@ -8,7 +8,7 @@
 #include "../ops.h"
 #include "linear.h"
 #include "node.h"
-#include "scale_negate.h"
+#include "scale.h"
 
 namespace grl_ext {
 namespace {
@@ -17,24 +17,24 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// -lambda * (grad @ weight)
-Tensor reversed_product(const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
-  if (!lambda.tensor && lambda.value != 0) {
+// factor * (grad @ weight)
+Tensor scaled_product(const Tensor& grad, const Tensor& weight, const Factor& factor) {
+  if (!factor.tensor && factor.value != 0) {
     // With beta = 0 the values of the first argument are ignored. Under vmap they are multiplied all the same, hence
     // zeros.
-    return at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+    return at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/factor.value);
   }
-  if (!lambda.tensor && !at::GradMode::is_enabled()) {  // gradients of gradients need the graph, of zeros too
+  if (!factor.tensor && !at::GradMode::is_enabled()) {  // gradients of gradients need the graph, of zeros too
     return grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)});
   }
   // A matrix product cannot take its factor from a tensor. Scaling an operand instead of the result would be less work,
-  // but would give NaN instead of 0 where lambda is 0 and the other operand holds an infinity.
-  return scale_negate(grad.mm(weight), lambda, Made::kByThisNode);
+  // but would give NaN instead of 0 where the factor is 0 and the other operand holds an infinity.
+  return scale(grad.mm(weight), factor, Made::kByThisNode);
 }
 
 // (dx, dw, db) as far as they are needed
 variable_list gradients(
-    const Tensor& grad, const Lambda& lambda, const Tensor& x, const Tensor& weight, const std::vector<bool>& needs) {
+    const Tensor& grad, const Factor& factor, const Tensor& x, const Tensor& weight, const std::vector<bool>& needs) {
   variable_list result(needs.size());
   if (!grad.defined()) {
     return result;
@@ -42,15 +42,11 @@ variable_list gradients(
   // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (needs[0]) {
-    result[0] = reversed_product(grad, weight, lambda);
+    result[0] = scaled_product(grad, weight, factor);
   }
   if (needs[1]) {
     // A gradient of this gradient reaches x through the reversal, as it would layer by layer.
-    const bool twice = at::GradMode::is_enabled();
-    result[1] = grad.t().mm(
-        !twice              ? x
-            : lambda.tensor ? gradient_reversal(x, *lambda.tensor)
-                            : gradient_reversal_by_value(x, lambda.value));
+    result[1] = grad.t().mm(at::GradMode::is_enabled() ? with_scaled_gradient(x, factor) : x);
   }
   if (needs.size() > 2 && needs[2]) {
     result[2] = grad.sum(0);
@@ -60,7 +56,7 @@ variable_list gradients(
 
 class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
  public:
-  GrlLinearBackward(const Tensor& x, const Tensor& weight, const Lambda& lambda) : lambda_(lambda) {
+  GrlLinearBackward(const Tensor& x, const Tensor& weight, const Factor& factor) : factor_(factor) {
     if (weight.requires_grad()) {
       x_ = SavedVariable(x, /*is_output=*/false);
     }
@@ -74,30 +70,30 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
   variable_list apply(variable_list&& grads) override {
     const auto needs = this->needs();
     // Unpacking raises an error if lambda was modified since the forward. Where it is not read, that must be no error.
-    const bool reads_lambda = needs[0] || (needs[1] && at::GradMode::is_enabled());
+    const bool reads_factor = needs[0] || (needs[1] && at::GradMode::is_enabled());
     return gradients(
-        grads[0], reads_lambda ? lambda_.unpack(mutex_) : Lambda(), needs[1] ? unpack(x_) : Tensor(),
+        grads[0], reads_factor ? factor_.unpack(mutex_) : Factor(), needs[1] ? unpack(x_) : Tensor(),
         needs[0] ? unpack(weight_) : Tensor(), needs);
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    lambda_.release();
+    factor_.release();
     x_.reset_data();
     weight_.reset_data();
   }
 
   template <class Visit>
   void each_saved(Visit visit) {
-    lambda_.each_saved(visit);
+    factor_.each_saved(visit);
     visit(x_);
     visit(weight_);
   }
-  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { lambda_.collect_constants(args); }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { factor_.collect_constants(args); }
   TracedBackward traced() const {
-    return [lambda = lambda_.traced(), needs = needs_when_traced()](
+    return [factor = factor_.traced(), needs = needs_when_traced()](
                const variable_list& grads, const variable_list& saved) {
-      return gradients(grads[0], lambda(saved[0], saved[1]), saved[2], saved[3], needs);
+      return gradients(grads[0], factor(saved[0], saved[1]), saved[2], saved[3], needs);
     };
   }
 
@@ -107,12 +103,12 @@ class GrlLinearBackward : public TraceableNode<GrlLinearBackward> {
     return saved.unpack();
   }
 
-  SavedLambda lambda_;
+  SavedFactor factor_;
   SavedVariable x_, weight_;
 };
 
 Tensor reversed_linear(
-    const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Lambda& lambda) {
+    const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, const Factor& factor) {
   refuse_forward_mode(x_, weight_, bias_);
   const Autocast cast(x_.device().type());
   const auto inputs_x = cast(x_), weight = cast(weight_);
@@ -126,7 +122,7 @@ Tensor reversed_linear(
     y = at::linear(x, weight, bias);
   }
   if (any_requires_grad(x, weight, bias)) {
-    auto node = make_node<GrlLinearBackward>(x, weight, lambda);
+    auto node = make_node<GrlLinearBackward>(x, weight, factor);
     node->set_next_edges(
         bias ? torch::autograd::collect_next_edges(x, weight, *bias) : torch::autograd::collect_next_edges(x, weight));
     torch::autograd::set_history(y, node);
@@ -138,19 +134,19 @@ Tensor reversed_linear(
 
 at::Tensor grl_linear_by_value(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double lambda) {
-  return reversed_linear(x, weight, bias, {lambda, std::nullopt});
+  return reversed_linear(x, weight, bias, reversed(lambda));
 }
 
 at::Tensor grl_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lambda) {
   refuse_functorch();
   check_lambda(x, lambda);
   if (lambda.dim() == 0) {
-    return reversed_linear(x, weight, bias, read_lambda(lambda));
+    return reversed_linear(x, weight, bias, reversed(lambda));
   }
   // One value per row, (..., 1), becomes a column beside the rows.
   auto sizes = x.sym_sizes().vec();
   sizes.back() = lambda.sym_size(-1);
-  return reversed_linear(x, weight, bias, read_lambda(as_rows(lambda.expand_symint(sizes))));
+  return reversed_linear(x, weight, bias, reversed(as_rows(lambda.expand_symint(sizes))));
 }
 
 }  // namespace grl_ext

@@ -65,8 +65,27 @@ Tensor numbers_now(const Tensor& values) {
   return copy;
 }
 
-Tensor lambda_of(const Tensor& lambda, int64_t index) {
-  return index < 0 ? at::scalar_tensor(-1.0, at::kDouble) : lambda.select(0, index);
+Factor factor_of(const Tensor& lambda, int64_t index) {
+  if (index < 0) {
+    return {};
+  }
+  if (lambda.is_cpu() && is_plain(lambda) && lambda.is_contiguous() && lambda.scalar_type() == at::kDouble &&
+      !c10::impl::dispatch_mode_enabled()) {
+    return reversed(lambda.const_data_ptr<double>()[index]);  // without the dispatcher's overhead
+  }
+  return reversed(lambda.select(0, index));
+}
+
+KernelFactors kernel_factors(const Tensor& lambda, at::IntArrayRef lambda_index) {
+  KernelFactors factors;
+  factors.factor.reserve(lambda_index.size());
+  factors.lambda.reserve(lambda_index.size());
+  for (const auto index : lambda_index) {
+    const auto factor = factor_of(lambda, index);
+    factors.factor.push_back(factor.value);
+    factors.lambda.push_back(factor.tensor);
+  }
+  return factors;
 }
 
 c10::List<bool> to_list(const std::vector<bool>& values) {

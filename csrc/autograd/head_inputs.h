@@ -9,6 +9,7 @@
 
 #include "../heads_options.h"
 #include "linear.h"
+#include "scale.h"
 
 namespace grl_ext {
 
@@ -36,8 +37,15 @@ torch::autograd::edge_list edges_of(const at::Tensor& x, const HeadLayers& layer
 // the tensor itself: kernels read what it holds when they run.
 at::Tensor numbers_now(const at::Tensor& values);
 
-// A head's lambda, 0-d. For a predictor -1, which leaves the gradient as it is.
-at::Tensor lambda_of(const at::Tensor& lambda, int64_t index);
+// A head's factor in the features' gradient: -lambda for an adversary, 1 for a predictor, whose index is -1.
+Factor factor_of(const at::Tensor& lambda, int64_t index);
+
+// The same for all heads, as the kernels take it.
+struct KernelFactors {
+  std::vector<double> factor;
+  OptionalTensors lambda;
+};
+KernelFactors kernel_factors(const at::Tensor& lambda, at::IntArrayRef lambda_index);
 
 c10::List<bool> to_list(const std::vector<bool>& values);
 

@@ -75,18 +75,18 @@ void gradients_of_layers(
   }
 }
 
-void add_reversed_product(Tensor& dx, const Tensor& grad, const Tensor& weight, const Lambda& lambda) {
+void add_scaled_product(Tensor& dx, const Tensor& grad, const Tensor& weight, const Factor& factor) {
   const bool add_in_place = in_place(grad) && (!dx.defined() || in_place(dx));
-  if (!lambda.tensor && lambda.value == 0) {  // not multiplied by 0: the weight may be infinite
+  if (!factor.tensor && factor.value == 0) {  // not multiplied by 0: the weight may be infinite
     dx = dx.defined() ? dx : grad.new_zeros_symint({grad.sym_size(0), weight.sym_size(1)});
-  } else if (!lambda.tensor && dx.defined()) {
-    dx = add_in_place ? dx.addmm_(grad, weight, 1, -lambda.value) : dx.addmm(grad, weight, 1, -lambda.value);
-  } else if (!lambda.tensor) {
+  } else if (!factor.tensor && dx.defined()) {
+    dx = add_in_place ? dx.addmm_(grad, weight, 1, factor.value) : dx.addmm(grad, weight, 1, factor.value);
+  } else if (!factor.tensor) {
     // With beta = 0 the values of the first argument are ignored. Under vmap they are multiplied all the same, hence
     // zeros.
-    dx = at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/-lambda.value);
+    dx = at::addmm(grad.new_zeros({1, 1}), grad, weight, /*beta=*/0, /*alpha=*/factor.value);
   } else {
-    const auto part = scale_negate(grad.mm(weight), lambda, Made::kByThisNode);
+    const auto part = scale(grad.mm(weight), factor, Made::kByThisNode);
     dx = !dx.defined() ? part : add_in_place ? dx.add_(part) : dx + part;
   }
 }

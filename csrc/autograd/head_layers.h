@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "scale_negate.h"
+#include "scale.h"
 
 namespace grl_ext {
 
@@ -39,7 +39,7 @@ void gradients_of_layers(
     GradientsOfLayers& gradients, at::Tensor grad, std::vector<at::Tensor> inputs, const LayersOfHead& layers,
     size_t depth);
 
-// Adds -lambda * grad weight to dx, which may be undefined.
-void add_reversed_product(at::Tensor& dx, const at::Tensor& grad, const at::Tensor& weight, const Lambda& lambda);
+// Adds factor * grad weight to dx, which may be undefined.
+void add_scaled_product(at::Tensor& dx, const at::Tensor& grad, const at::Tensor& weight, const Factor& factor);
 
 }  // namespace grl_ext

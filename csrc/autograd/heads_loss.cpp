@@ -21,7 +21,7 @@
 #include "heads_loss_backward.h"
 #include "heads_loss_forward.h"
 #include "node.h"
-#include "scale_negate.h"
+#include "scale.h"
 
 namespace grl_ext {
 namespace {
@@ -161,15 +161,13 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
 
   // The forward's gradients times the loss's incoming gradient; in place where this is their last use.
   static variable_list scaled(const Tensor& grad, const std::vector<bool>& needs, bool last, variable_list& gradients) {
-    Lambda lambda = read_lambda(grad);
-    lambda.value *= -1;
     variable_list result(needs.size());
     for (size_t i = 0; i < needs.size(); ++i) {
       if (needs[i]) {
         result[i] = last ? std::move(gradients[i]) : gradients[i];
       }
     }
-    scale_negate_list(result, lambda);
+    scale_list(result, read_factor(grad));
     return result;
   }
 

@@ -9,7 +9,7 @@
 #include "grad_logits_composite.h"
 #include "linear_heads.h"
 #include "node.h"
-#include "scale_negate.h"
+#include "scale.h"
 
 namespace grl_ext {
 
@@ -105,10 +105,10 @@ void add_layers(
   const auto& options = heads.options();
   const auto layers = heads.layers_of(h, needs);
   const auto index = options.lambda_index[h];
-  const auto lambda = index < 0 ? Lambda{-1.0, std::nullopt} : read_lambda(options.lambda.select(0, index));
+  const auto factor = factor_of(options.lambda, index);
   // A gradient of a weight's gradient reaches x through the reversal, as it would layer by layer.
   const bool twice = at::GradMode::is_enabled();
-  const auto seen = twice && index >= 0 ? gradient_reversal(x, lambda_of(options.lambda, index)) : x;
+  const auto seen = twice && index >= 0 ? with_scaled_gradient(x, factor) : x;
   const auto inputs = inputs_of_layers(seen, layers);
   const auto top = layers.depth() - 1;
   const auto dz = grad_logits(incoming, options, h, at::linear(inputs[top], layers.weight[top], layers.bias[top]));
@@ -119,7 +119,7 @@ void add_layers(
     result[heads.slots().bias(heads.first(h) + l)] = gradients.db[l];
   }
   if (needs[heads.slots().x()]) {
-    add_reversed_product(result[heads.slots().x()], gradients.first, layers.weight[0], lambda);
+    add_scaled_product(result[heads.slots().x()], gradients.first, layers.weight[0], factor);
   }
 }
 

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <iterator>
 #include <numeric>
-#include <tuple>
 
 #include "node.h"
 
@@ -16,23 +15,20 @@ namespace {
 
 using at::Tensor;
 
-// loss, head_losses, logits, dx, dw, db
-using Output = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-
-Output call_kernel(
+HeadsLossResult call_kernel(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, const HeadsOptions& options,
     const std::optional<Tensor>& loss_weight, const std::vector<bool>& needs) {
   static const auto kernel =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("grl_ext::_heads_loss", "")
-          .typed<Output(
+          .typed<HeadsLossResult(
               const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
-              const OptionalTensors&, const Tensor&, at::IntArrayRef, const std::optional<Tensor>&, at::IntArrayRef,
-              at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
+              const OptionalTensors&, at::ArrayRef<double>, const OptionalTensors&, const std::optional<Tensor>&,
+              at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
+  const auto factors = kernel_factors(options.lambda, options.lambda_index);
   return kernel.call(
-      x, weight, bias, options.targets, options.sample_weight, options.class_weight, options.lambda,
-      options.lambda_index, loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean,
-      to_list(needs));
+      x, weight, bias, options.targets, options.sample_weight, options.class_weight, factors.factor, factors.lambda,
+      loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, to_list(needs));
 }
 
 // tensor.unbind(), without the dispatcher's overhead where no subclass and no mode has to see the call.
@@ -141,7 +137,7 @@ HeadsOfLoss::Result HeadsOfLoss::compute(
 void HeadsOfLoss::compute_linear(
     Result& result, const std::vector<size_t>& heads, const Tensor& x, const std::optional<Tensor>& loss_weight,
     const std::vector<bool>& needs) const {
-  const auto call_for_some = [&]() -> Output {
+  const auto call_for_some = [&]() -> HeadsLossResult {
     std::vector<bool> own_needs{needs[slots().x()]};
     std::vector<Tensor> weight;
     OptionalTensors bias;
@@ -207,9 +203,8 @@ void HeadsOfLoss::compute_layers(
     result.gradients[slots().bias(first(h) + l)] = std::move(gradients.db[l]);
   }
   if (needs[slots().x()]) {
-    const auto index = options_.lambda_index[h];
-    const auto lambda = index < 0 ? Lambda{-1.0, std::nullopt} : read_lambda(options_.lambda.select(0, index));
-    add_reversed_product(result.gradients[slots().x()], gradients.first, layers.weight[0], lambda);
+    const auto factor = factor_of(options_.lambda, options_.lambda_index[h]);
+    add_scaled_product(result.gradients[slots().x()], gradients.first, layers.weight[0], factor);
   }
 }
 

@@ -13,7 +13,7 @@
 #include "head_inputs.h"
 #include "linear_heads.h"
 #include "node.h"
-#include "scale_negate.h"
+#include "scale.h"
 
 namespace grl_ext {
 namespace {
@@ -22,11 +22,9 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-
 // Head by head, as separate layers would do it, so that gradients of gradients pass through each head's reversal as
 // they would there.
-Gradients heads_gradients_composite(
+HeadsGradients heads_gradients_composite(
     const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
     const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
   const auto heads = grad_logits.size();
@@ -36,14 +34,14 @@ Gradients heads_gradients_composite(
   for (size_t h = 0; h < heads; ++h) {
     const auto& dz = grad_logits[h];
     const bool adversary = lambda_index[h] >= 0;
-    const auto own = lambda_of(lambda, lambda_index[h]);
+    const auto factor = factor_of(lambda, lambda_index[h]);
     if (needs[slots.x()]) {
       const auto part = dz.mm(weight[h]);
-      const auto scaled = adversary ? scale_negate_composite(part, {1.0, own}) : part;
+      const auto scaled = adversary ? scale_composite(part, factor) : part;
       dx = dx.defined() ? dx + scaled : scaled;
     }
     if (needs[slots.weight(h)]) {
-      dw[h] = dz.t().mm(adversary && at::GradMode::is_enabled() ? gradient_reversal(x, own) : x);
+      dw[h] = dz.t().mm(adversary && at::GradMode::is_enabled() ? with_scaled_gradient(x, factor) : x);
     }
     if (needs[slots.bias(h)]) {
       db[h] = dz.sum(0);
@@ -155,20 +153,22 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
 
 }  // namespace
 
-Gradients heads_gradients(
+HeadsGradients heads_gradients(
     const std::vector<Tensor>& grad_logits, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& lambda,
     const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs) {
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_gradients", "")
-                                 .typed<Gradients(
-                                     at::TensorList, const std::optional<Tensor>&, at::TensorList, const Tensor&,
-                                     at::IntArrayRef, const c10::List<bool>&)>();
+                                 .typed<HeadsGradients(
+                                     at::TensorList, const std::optional<Tensor>&, at::TensorList, at::ArrayRef<double>,
+                                     const OptionalTensors&, const c10::List<bool>&)>();
   if (at::GradMode::is_enabled() || std::any_of(grad_logits.begin(), grad_logits.end(), is_batched)) {
     return heads_gradients_composite(grad_logits, x, weight, lambda, lambda_index, needs);
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto factors = kernel_factors(lambda, lambda_index);
   auto [dx, dw, db] = kernel.call(
-      grad_logits, x.defined() ? std::optional(x) : std::nullopt, weight, lambda, lambda_index, to_list(needs));
+      grad_logits, x.defined() ? std::optional(x) : std::nullopt, weight, factors.factor, factors.lambda,
+      to_list(needs));
   const GradientSlots slots{grad_logits.size()};
   dx = needs[slots.x()] ? dx : Tensor();
   for (size_t h = 0; h < slots.layers; ++h) {

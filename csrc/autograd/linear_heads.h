@@ -3,8 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <tuple>
 #include <vector>
+
+#include "../heads_options.h"
 
 namespace grl_ext {
 
@@ -12,7 +13,7 @@ namespace grl_ext {
 // its -lambda. Computed by the kernel; by ATen operators for gradients of gradients and for batches of gradients. A
 // gradient that is not needed comes back undefined. x may be undefined where no weight needs a gradient, and weight
 // empty where x needs none.
-std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> heads_gradients(
+HeadsGradients heads_gradients(
     const std::vector<at::Tensor>& grad_logits, const at::Tensor& x, const std::vector<at::Tensor>& weight,
     const at::Tensor& lambda, const std::vector<int64_t>& lambda_index, const std::vector<bool>& needs);
 

@@ -116,7 +116,7 @@ bool has_kernel(const at::Tensor& tensor);
 void refuse_functorch();
 
 // Whether on the host only `tensor` itself refers to its memory, now and later. It says nothing about kernels that are
-// still queued: see Made in scale_negate.h.
+// still queued: see Made in scale.h.
 bool is_unshared(const at::Tensor& tensor);
 
 }  // namespace grl_ext

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../gradient_slots.h"
+#include "../heads_options.h"
 #include "heads_limits.h"
 #include "kernels.h"
 
@@ -160,21 +161,21 @@ class Needs {
   const GradientSlots slots_;
 };
 
-// The factor of each head's part in the features' gradient: -lambda for an adversary, 1 for a predictor.
-inline std::vector<double> head_scales(const Tensor& lambda, at::IntArrayRef lambda_index) {
-  const auto values = lambda.scalar_type() == at::kDouble ? lambda.contiguous() : lambda.to(at::kDouble).contiguous();
-  std::vector<double> scales;
-  scales.reserve(lambda_index.size());
-  for (const auto index : lambda_index) {
-    scales.push_back(index < 0 ? 1.0 : -values.const_data_ptr<double>()[index]);
+// The factor of each head's part in the features' gradient.
+inline std::vector<double> head_factors(at::ArrayRef<double> factor, const OptionalTensors& lambda) {
+  auto factors = factor.vec();
+  for (size_t h = 0; h < factors.size(); ++h) {
+    if (const auto tensor = lambda.get(h)) {
+      factors[h] *= tensor->item<double>();
+    }
   }
-  return scales;
+  return factors;
 }
 
-// Adds scale * g W to dx by a matrix product. `dx_begun`: whether dx holds values yet.
-inline void add_features_gradient(Tensor& dx, bool& dx_begun, const Tensor& g, const Tensor& weight, double scale) {
-  if (scale != 0) {  // not multiplied by 0: the weight may be infinite
-    at::addmm_out(dx, dx, g, weight, /*beta=*/dx_begun ? 1 : 0, /*alpha=*/scale);
+// Adds factor * g W to dx by a matrix product. `dx_begun`: whether dx holds values yet.
+inline void add_features_gradient(Tensor& dx, bool& dx_begun, const Tensor& g, const Tensor& weight, double factor) {
+  if (factor != 0) {  // not multiplied by 0: the weight may be infinite
+    at::addmm_out(dx, dx, g, weight, /*beta=*/dx_begun ? 1 : 0, /*alpha=*/factor);
     dx_begun = true;
   }
 }

@@ -16,8 +16,8 @@ namespace {
 template <class T>
 class Losses {
  public:
-  Losses(at::TensorList weight, const HeadsOptions& options, const std::vector<double>& scales, int64_t threads)
-      : scales_(scales), sums_(threads * weight.size()) {
+  Losses(at::TensorList weight, const HeadsOptions& options, const std::vector<double>& factors, int64_t threads)
+      : factors_(factors), sums_(threads * weight.size()) {
     heads_.reserve(weight.size());
     const auto loss_weights = options.loss_weight ? options.loss_weight->to(at::kDouble).contiguous() : Tensor();
     for (size_t h = 0; h < weight.size(); ++h) {
@@ -42,7 +42,7 @@ class Losses {
   }
 
   // Adds a head's losses in a block of rows to the thread's sum. Writes the gradient of its logits, and the same times
-  // the head's scale. All three matrices have their columns kMaxBlockRows apart.
+  // the head's factor. All three matrices have their columns kMaxBlockRows apart.
   void block(int64_t thread, int64_t h, int64_t row, int64_t rows, const T* logits, T* grad_logits, T* scaled) {
     const Head& head = heads_[h];
     std::array<Integer<T>, kMaxBlockRows> labels{};
@@ -71,7 +71,7 @@ class Losses {
         .class_weight = head.class_weight,
         .smoothing = head.smoothing,
         .grad_factor = head.norm == 0 ? 0.0 : head.loss_weight / head.norm,
-        .scale = scales_[h]};
+        .factor = factors_[h]};
     const auto loss = head.squared ? heads_kernels<T>().squared_error : heads_kernels<T>().cross_entropy;
     sums_[thread * heads_.size() + h] += loss(block);
   }
@@ -137,7 +137,7 @@ class Losses {
     return total;
   }
 
-  const std::vector<double>& scales_;
+  const std::vector<double>& factors_;
   std::vector<Head> heads_;
   std::vector<double> sums_;  // per thread and head
 };
@@ -152,10 +152,10 @@ struct Result {
 template <class T>
 void fused(
     Result& result, Losses<T>& losses, const HeadColumns& columns, int64_t threads, const Tensor& x,
-    at::TensorList weight, const OptionalTensors& bias, const std::vector<double>& scales, const Needs& needs) {
+    at::TensorList weight, const OptionalTensors& bias, const std::vector<double>& factors, const Needs& needs) {
   const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
   const Parameters<T> parameters(columns, weight, bias);
-  const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
+  const auto dx_columns = columns.runs([&](int64_t head) { return factors[head] != 0; });
   for (int64_t i = 0; i < columns.count(); ++i) {
     result.logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
   }
@@ -206,7 +206,7 @@ void fused(
 template <class T>
 void by_products(
     Result& result, bool& dx_begun, Losses<T>& losses, int64_t h, int64_t threads, const Tensor& x,
-    const Tensor& weight, const std::optional<Tensor>& bias, double scale, const Needs& needs) {
+    const Tensor& weight, const std::optional<Tensor>& bias, double factor, const Needs& needs) {
   const int64_t n = x.size(0), k = weight.size(0);
   const auto logits = at::linear(x, weight, bias);
   auto grad_logits = at::empty_like(logits);
@@ -223,7 +223,7 @@ void by_products(
   });
   result.logits[h] = logits;
   if (needs.x()) {
-    add_features_gradient(result.dx, dx_begun, grad_logits, weight, scale);
+    add_features_gradient(result.dx, dx_begun, grad_logits, weight, factor);
   }
   if (needs.weight(h)) {
     result.dw[h] = grad_logits.t().mm(x);
@@ -233,21 +233,18 @@ void by_products(
   }
 }
 
-using Output = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-
-Output heads_loss(
+HeadsLossResult heads_loss(
     const Tensor& x_, at::TensorList weight, const OptionalTensors& bias, at::TensorList targets,
-    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, const Tensor& lambda,
-    at::IntArrayRef lambda_index, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
+    const OptionalTensors& sample_weight, const OptionalTensors& class_weight, at::ArrayRef<double> factor,
+    const OptionalTensors& lambda, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
     at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs_) {
-  const HeadsOptions options{targets.vec(),      sample_weight, class_weight, lambda,
-                             lambda_index.vec(), loss_weight,   kind.vec(),   label_smoothing.vec(),
-                             ignore_index.vec(), mean};
+  const HeadsOptions options{targets.vec(), sample_weight,         class_weight,       {},  {}, loss_weight,
+                             kind.vec(),    label_smoothing.vec(), ignore_index.vec(), mean};
   const auto x = x_.contiguous();
   const Needs needs(needs_);
   const auto heads = weight.size();
   const auto division = divide(heads, [&](int64_t h) { return weight[h].size(0); });
-  const auto scales = head_scales(lambda, lambda_index);
+  const auto factors = head_factors(factor, lambda);
   int64_t columns = 0;
   for (const auto& matrix : weight) {
     columns += matrix.size(0);
@@ -263,16 +260,16 @@ Output heads_loss(
     result.dw.push_back(needs.weight(h) ? Tensor() : none());
     result.db.push_back(needs.bias(h) ? Tensor() : none());
   }
-  return dispatch_arithmetic(x.scalar_type(), [&](auto zero) -> Output {
-    Losses<decltype(zero)> losses(weight, options, scales, threads);
+  return dispatch_arithmetic(x.scalar_type(), [&](auto zero) -> HeadsLossResult {
+    Losses<decltype(zero)> losses(weight, options, factors, threads);
     bool dx_begun = division.fused.count() > 0;
     if (dx_begun) {
-      fused(result, losses, division.fused, threads, x, weight, bias, scales, needs);
+      fused(result, losses, division.fused, threads, x, weight, bias, factors, needs);
     } else if (needs.x()) {
       result.dx = empty(x.sizes(), x.scalar_type());
     }
     for (const auto h : division.by_products) {
-      by_products(result, dx_begun, losses, h, threads, x, weight[h], bias.get(h), scales[h], needs);
+      by_products(result, dx_begun, losses, h, threads, x, weight[h], bias.get(h), factors[h], needs);
     }
     if (needs.x() && !dx_begun) {
       result.dx.zero_();

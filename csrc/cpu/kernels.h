@@ -7,11 +7,11 @@
 
 namespace grl_ext::cpu {
 
-// out[i] = -lambda * grad[i] for a number, or with lambda[i] for `scale_each`; zero where lambda is zero. out may be
-// grad. Lambda and the arithmetic are double for double, float otherwise; half types are 16-bit patterns.
+// out[i] = grad[i] * factor, in scale_each times each[i]; zero where the factor, or that product, is zero. out may be
+// grad. `each` and the arithmetic are double for double, float otherwise; half types are 16-bit patterns.
 struct ScaleKernels {
-  void (*scale)(void* out, const void* grad, long n, double lambda);
-  void (*scale_each)(void* out, const void* grad, long n, const void* lambda);
+  void (*scale)(void* out, const void* grad, long n, double factor);
+  void (*scale_each)(void* out, const void* grad, long n, double factor, const void* each);
 };
 
 // The most rows that the heads' kernels take at a time. It is also the distance between two columns of a block's
@@ -42,7 +42,7 @@ template <class T>
 struct HeadBlock {
   const T* logits;
   T* grad_logits;
-  T* scaled;  // grad_logits times scale
+  T* scaled;  // grad_logits times factor
   long rows, columns;
   const Integer<T>* label;  // each row's class; null: read target instead
   const T* target;  // a matrix of probabilities or values
@@ -50,7 +50,7 @@ struct HeadBlock {
   const T* class_weight;  // null: all 1
   double smoothing;
   double grad_factor;  // of a row of weight 1 in the total loss: loss_weight / norm
-  double scale;  // the head's factor in the features' gradient: -lambda, or 1 for a predictor
+  double factor;  // the head's, in the features' gradient
 };
 
 // What a block's gradients are computed from. A gradient whose pointer is null is not computed.

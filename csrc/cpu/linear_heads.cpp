@@ -63,13 +63,13 @@ struct Gradients {
 template <class T>
 void fused_gradients(
     Gradients& gradients, const HeadColumns& columns, at::TensorList grad_logits, const Tensor& x,
-    at::TensorList weight, const std::vector<double>& scales, const Needs& needs, int64_t d) {
+    at::TensorList weight, const std::vector<double>& factors, const Needs& needs, int64_t d) {
   const auto dtype = grad_logits[0].scalar_type();
   const int64_t n = grad_logits[0].size(0), k = columns.total(), step = block_rows(d),
                 threads = thread_count(n, d, 2 * k);
   const auto parameters = needs.x() ? std::optional<Parameters<T>>(std::in_place, columns, weight, OptionalTensors())
                                     : std::nullopt;
-  const auto dx_columns = columns.runs([&](int64_t head) { return scales[head] != 0; });
+  const auto dx_columns = columns.runs([&](int64_t head) { return factors[head] != 0; });
   ParameterGradients<T> of_parameters(gradients.dw, gradients.db, columns, threads, d, dtype, needs);
   if (needs.x()) {
     gradients.dx = empty({n, d}, dtype);  // after all others: see empty()
@@ -82,9 +82,9 @@ void fused_gradients(
       const int64_t rows = std::min(step, end - r);
       incoming.read(g.data(), r, rows);
       for (int64_t i = 0; needs.x() && i < columns.count(); ++i) {
-        const T scale = static_cast<T>(scales[columns.head(i)]);
+        const T factor = static_cast<T>(factors[columns.head(i)]);
         for (int64_t j = columns.begin(i) * kMaxBlockRows; j < columns.begin(i + 1) * kMaxBlockRows; ++j) {
-          scaled[j] = g[j] * scale;
+          scaled[j] = g[j] * factor;
         }
       }
       if (needs.x() || needs.any_weight()) {
@@ -112,13 +112,13 @@ void fused_gradients(
   of_parameters.total();
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
-    at::TensorList grad_logits_, const std::optional<Tensor>& x_, at::TensorList weight, const Tensor& lambda,
-    at::IntArrayRef lambda_index, const c10::List<bool>& needs_) {
+HeadsGradients heads_gradients(
+    at::TensorList grad_logits_, const std::optional<Tensor>& x_, at::TensorList weight, at::ArrayRef<double> factor,
+    const OptionalTensors& lambda, const c10::List<bool>& needs_) {
   const Needs needs(needs_);
   const auto heads = grad_logits_.size();
   const int64_t n = grad_logits_[0].size(0), d = !weight.empty() ? weight[0].size(1) : x_ ? x_->size(1) : 0;
-  const auto scales = head_scales(lambda, lambda_index);
+  const auto factors = head_factors(factor, lambda);
   std::vector<Tensor> grad_logits;
   for (const auto& g : grad_logits_) {
     grad_logits.push_back(g.contiguous());
@@ -129,14 +129,14 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> heads_gradients(
   bool dx_begun = division.fused.count() > 0;
   if (dx_begun) {
     dispatch_arithmetic(grad_logits[0].scalar_type(), [&](auto zero) {
-      fused_gradients<decltype(zero)>(gradients, division.fused, grad_logits, x, weight, scales, needs, d);
+      fused_gradients<decltype(zero)>(gradients, division.fused, grad_logits, x, weight, factors, needs, d);
     });
   } else if (needs.x()) {
     gradients.dx = empty({n, d}, grad_logits[0].scalar_type());
   }
   for (const auto h : division.by_products) {
     if (needs.x()) {
-      add_features_gradient(gradients.dx, dx_begun, grad_logits[h], weight[h], scales[h]);
+      add_features_gradient(gradients.dx, dx_begun, grad_logits[h], weight[h], factors[h]);
     }
     if (needs.weight(h)) {
       gradients.dw[h] = grad_logits[h].t().mm(x);

@@ -7,13 +7,13 @@ inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
   return y == 0 ? Vector<T>{} : y * z;
 }
 
-// Stores the gradient of one column of logits, and the same times the head's scale, which is what goes into dx.
+// Stores the gradient of one column of logits, and the same times the head's factor, which is what goes into dx.
 template <class T>
 inline void store_gradient(const HeadBlock<T>& head, long c, long r, Vector<T> weight, Vector<T> dz) {
   const Vector<T> zero = {};
   dz = weight != 0 ? dz * weight * static_cast<T>(head.grad_factor) : zero;
   store(head.grad_logits + c * kMaxBlockRows + r, dz);
-  store(head.scaled + c * kMaxBlockRows + r, head.scale == 0 ? zero : dz * static_cast<T>(head.scale));
+  store(head.scaled + c * kMaxBlockRows + r, head.factor == 0 ? zero : dz * static_cast<T>(head.factor));
 }
 
 // Softmax cross entropy (columns == 1: binary, the softmax over the logits 0 and z). For each row, with y the one-hot

@@ -5,7 +5,7 @@
 namespace grl_ext::cpu {
 namespace {
 #include "convert.h"
-#include "scale_negate.h"
+#include "scale.h"
 #include "vector.h"
 // Comments keep clang-format from sorting the includes: heads_tiles.h needs vector.h,
 #include "heads_tiles.h"

@@ -1,4 +1,5 @@
-// -lambda * grad for the nodes: the kernel in place, the kernel into a new tensor, or ATen operators.
+// A gradient times a factor, for the nodes: the kernel in place, the kernel into a new tensor, or ATen operators. The
+// factor of a reversal is -lambda; its minus is made here, in reversed(), and nowhere else.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,11 +13,22 @@
 
 namespace grl_ext {
 
-// lambda = value * tensor. Without a tensor it is value. If the tensor has several elements, value is 1.
-struct Lambda {
-  double value = 1.0;
+// value * tensor; without a tensor, value.
+struct Factor {
+  double value = 1;
   std::optional<at::Tensor> tensor;
 };
+
+// The factor as a node keeps it. A 0-d CPU tensor becomes a number now: reading it is cheap, and later changes of the
+// tensor do not reach a graph already built. Where its value cannot be read (a tracer, a subclass), a copy does the
+// same. A tensor that requires grad stays a tensor, because gradients of gradients need it. Its value is read when the
+// backward runs, from the host if it is there: copying it to a GPU would wait for the GPU, and fail during the capture
+// of a CUDA graph.
+Factor read_factor(const at::Tensor& factor);
+
+// -lambda, in the same form.
+Factor reversed(const at::Tensor& lambda);
+Factor reversed(double lambda);
 
 // Who made a gradient. On this depends whether it may be overwritten when it has a single owner on the host.
 //
@@ -37,37 +49,33 @@ enum class Made {
 };
 
 // Takes `grad` over: pass it by std::move, so that its use count is true and it can be scaled in place.
-at::Tensor scale_negate(at::Tensor grad, const Lambda& lambda, Made made = Made::kElsewhere);
+at::Tensor scale(at::Tensor grad, const Factor& factor, Made made = Made::kElsewhere);
 
-// The same for all gradients that a node has made, by one lambda. They have one dtype, and some may be undefined. Those
+// The same for all gradients that a node has made, by one factor. They have one dtype, and some may be undefined. Those
 // that may be overwritten are scaled in one call, which on CUDA is one launch.
-void scale_negate_list(std::vector<at::Tensor>& grads, const Lambda& lambda);
+void scale_list(std::vector<at::Tensor>& grads, const Factor& factor);
 
 // The same in ATen operators, as in _reference.scale_negate: differentiable, traceable, for every device and layout.
-at::Tensor scale_negate_composite(const at::Tensor& grad, const Lambda& lambda);
+at::Tensor scale_composite(const at::Tensor& grad, const Factor& factor);
 
-// The lambda as a node keeps it. A 0-d CPU tensor becomes a number now: reading it is cheap, and later changes of the
-// tensor do not reach a graph already built. Where its value cannot be read (a tracer, a subclass), a copy does the
-// same. A lambda that requires grad stays a tensor, because gradients of gradients need it. Its value is read when the
-// backward runs, from the host if it is there: copying it to a GPU would wait for the GPU, and fail during the capture
-// of a CUDA graph.
-Lambda read_lambda(const at::Tensor& lambda);
+// x, whose gradient will be multiplied by the factor. Defined beside gradient_reversal.
+at::Tensor with_scaled_gradient(const at::Tensor& x, const Factor& factor);
 
-// A node's lambda between forward and backward.
-class SavedLambda {
+// A node's factor between forward and backward.
+class SavedFactor {
  public:
-  explicit SavedLambda(const Lambda& lambda) : value_(lambda.value), has_tensor_(lambda.tensor.has_value()) {
+  explicit SavedFactor(const Factor& factor) : value_(factor.value), has_tensor_(factor.tensor.has_value()) {
     if (has_tensor_) {
       // A 0-d tensor is a setting that may change, like a capturable optimizer's learning rate: the kernel reads what
       // it holds when it runs, also in a replayed CUDA graph. Saved with a version counter of its own, so that a change
       // raises no error. Any other tensor is data, which must not change.
-      const auto& tensor = *lambda.tensor;
+      const auto& tensor = *factor.tensor;
       const bool live = tensor.dim() == 0 && !tensor.requires_grad();
       tensor_ = torch::autograd::SavedVariable(live ? tensor.variable_data() : tensor, /*is_output=*/false);
     }
   }
 
-  Lambda unpack(std::mutex& mutex) const {
+  Factor unpack(std::mutex& mutex) const {
     if (!has_tensor_) {
       return {value_, std::nullopt};
     }
@@ -90,10 +98,10 @@ class SavedLambda {
       args.collect(value_);
     }
   }
-  // Makes the lambda of a traced backward from the two tensors that each_saved visits.
-  std::function<Lambda(const at::Tensor& tensor, const at::Tensor& number)> traced() const {
-    return [value = value_, has_tensor = has_tensor_](const at::Tensor& tensor, const at::Tensor& number) -> Lambda {
-      return has_tensor ? Lambda{value, tensor} : Lambda{1.0, number};
+  // Makes the factor of a traced backward from the two tensors that each_saved visits.
+  std::function<Factor(const at::Tensor& tensor, const at::Tensor& number)> traced() const {
+    return [value = value_, has_tensor = has_tensor_](const at::Tensor& tensor, const at::Tensor& number) -> Factor {
+      return has_tensor ? Factor{value, tensor} : Factor{1, number};
     };
   }
 
