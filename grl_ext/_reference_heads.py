@@ -285,7 +285,8 @@ def weights_of_rows(
     if kind == SQUARED_ERROR:
         norm = norm * size
     elif class_weight is not None and labels:
-        norm = (weights * class_weight.to(dtype)[target.masked_fill(~valid, 0)]).sum()
+        of_target = class_weight.to(dtype)[target.masked_fill(~valid, 0)]
+        norm = torch.where(valid, weights * of_target, weights.new_zeros(())).sum()
     return weights, norm
 
 
@@ -315,6 +316,8 @@ def head_loss(
         ignore_index=ignore_index,
     )
     valid, zero = row_weight != 0, z.new_zeros(())
+    if mean:
+        valid = valid & (norm != 0)  # without a norm no row counts
     z = torch.where(valid[:, None], z, zero)
     if kind == SQUARED_ERROR:
         losses = (z - torch.where(valid[:, None], target.to(z.dtype), zero)).square().sum(1)
@@ -330,7 +333,8 @@ def head_loss(
             wanted = torch.where(valid[:, None], torch.cat([1 - given, given], 1) if size == 1 else given, zero)
         wanted = wanted * (1 - label_smoothing) + label_smoothing / classes
         if class_weight is not None:
-            wanted = wanted * class_weight.to(z.dtype)
+            # The weight of a class that is not wanted may be infinite.
+            wanted = torch.where(valid[:, None] & (wanted != 0), wanted * class_weight.to(z.dtype), zero)
         # A class that is not wanted at all adds nothing, though its logit be -infinity.
         losses = -torch.where(wanted == 0, zero, wanted * z.log_softmax(1)).sum(1)
     total = (row_weight * losses).sum()
