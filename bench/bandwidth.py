@@ -1,4 +1,4 @@
-"""scale-and-negate alone, against the copy that any such pass must cost: the CUDA kernel in each of its forms."""
+"""The scaling of a gradient alone, against the copy that any such pass must cost: the CUDA kernel in each of its forms."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,8 +26,8 @@ def _build(numel: int, settings: Settings) -> Work:
         for _ in range(turns(numel * settings.dtype.itemsize) if settings.device == "cuda" else 2)
     ]
     out = torch.empty(numel, **kwargs)
-    host, device = (COEFF, None), (1.0, torch.tensor(COEFF, device=settings.device))
-    scale, scale_ = torch.ops.grl_ext._scale_negate, torch.ops.grl_ext._scale_negate_
+    host, device = (-COEFF, None), (-1.0, torch.tensor(COEFF, device=settings.device))
+    scale, scale_ = torch.ops.grl_ext._scale, torch.ops.grl_ext._scale_
 
     def in_turns(step: Callable[[Tensor], object]) -> Callable[[], object]:
         turn = cycle(grads)
@@ -38,7 +38,7 @@ def _build(numel: int, settings: Settings) -> Work:
         Row("tuned: one mul", "peer", in_turns(lambda grad: grad * -COEFF)),
         Row("out of place, lambda on the host", "ours", in_turns(lambda grad: scale(grad, *host))),
         Row("out of place, lambda on the device", "ours", in_turns(lambda grad: scale(grad, *device))),
-        # Lambda 1 and -1 by turns would leave the numbers in range; a constant keeps the kernel from skipping its work,
+        # The factors 1 and -1 by turns would leave the numbers in range; a constant keeps the kernel from skipping its work,
         # and what the buffers become, zeros at last, takes as long to move.
         Row("in place, lambda on the host", "ours", in_turns(lambda grad: scale_(grad, *host))),
         Row("in place, lambda on the device", "ours", in_turns(lambda grad: scale_(grad, *device))),
@@ -48,11 +48,11 @@ def _build(numel: int, settings: Settings) -> Work:
     def check() -> None:
         grad = grads[0]
         expected = [grad * -COEFF]
-        for value, lambda_ in (host, device):
+        for factor, tensor in (host, device):
             written = grad.clone()
-            scale_(written, value, lambda_)
+            scale_(written, factor, tensor)
             check_gradients("in place", [written], expected, 0)
-            check_gradients("out of place", [scale(grad, value, lambda_)], expected, 0)
+            check_gradients("out of place", [scale(grad, factor, tensor)], expected, 0)
 
     return Work(rows, check, "yardstick: one copy, which reads and writes as much")
 

@@ -15,10 +15,15 @@ struct LambdaLayout {
   int64_t inner;
 };
 
-// The layout of a lambda of `lambda_sizes` under a gradient of `sizes`; nothing when the lambda varies along dimensions
-// that are not neighbours, such as (N, 1, H) over (N, C, H): no single period describes that.
+// The layout of a lambda of `lambda_sizes` under a gradient of `sizes`; nothing where it does not broadcast, and where
+// it varies along dimensions that are not neighbours, such as (N, 1, H) over (N, C, H): no single period describes that.
 inline std::optional<LambdaLayout> lambda_layout(c10::IntArrayRef sizes, c10::IntArrayRef lambda_sizes) {
   const auto offset = static_cast<int64_t>(sizes.size()) - static_cast<int64_t>(lambda_sizes.size());
+  for (int64_t d = 0; d < static_cast<int64_t>(lambda_sizes.size()); ++d) {
+    if (lambda_sizes[d] != 1 && (d + offset < 0 || lambda_sizes[d] != sizes[d + offset])) {
+      return std::nullopt;
+    }
+  }
   int64_t period = 1;
   int64_t inner = 1;
   bool closed = false;  // a broadcast dimension stands left of a varying one: no further dimension may vary

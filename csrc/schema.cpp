@@ -34,15 +34,12 @@ TORCH_LIBRARY(grl_ext, m) {
   // an adversary. Where the host does not know lambda, lambda_[h] holds it, 0-d, and factor[h] is -1.
   m.def("_heads_logits(Tensor x, Tensor[] weight, Tensor?[] bias) -> Tensor[]");
   m.def(
-      "_heads_gradients(Tensor[] grad_logits, Tensor? x, Tensor[] weight, float[] factor, Tensor?[] lambda_, bool[] "
-      "needs) "
-      "-> (Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
+      "_heads_gradients(Tensor[] grad_logits, Tensor? x, Tensor[] weight, float[] factor, Tensor?[] lambda_, "
+      "bool[] needs) -> (Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
   m.def(
-      "_heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] sample_weight, Tensor?[] "
-      "class_weight, float[] factor, Tensor?[] lambda_, Tensor? loss_weight, int[] kind, float[] label_smoothing, "
-      "int[] "
-      "ignore_index, "
-      "bool mean, bool[] needs) "
+      "_heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] sample_weight, "
+      "Tensor?[] class_weight, float[] factor, Tensor?[] lambda_, Tensor? loss_weight, int[] kind, "
+      "float[] label_smoothing, int[] ignore_index, bool mean, bool[] needs) "
       "-> (Tensor loss, Tensor head_losses, Tensor[] logits, Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
 }
 
@@ -91,8 +88,7 @@ TORCH_LIBRARY_IMPL(grl_ext, CompositeImplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(grl_ext, Autograd, m) {
-  for (const char* kernel :
-       {"_scale", "_scale_", "_scale_list_", "_heads_logits", "_heads_gradients", "_heads_loss"}) {
+  for (const char* kernel : {"_scale", "_scale_", "_scale_list_", "_heads_logits", "_heads_gradients", "_heads_loss"}) {
     m.impl(kernel, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -157,6 +157,8 @@ def head_loss(
         ignore_index=ignore_index,
     )
     valid, zero = row_weight != 0, z.new_zeros(())
+    if mean:
+        valid = valid & (norm != 0)  # without a norm no row counts
     z = torch.where(valid[:, None], z, zero)
     if kind == SQUARED_ERROR:
         losses = (z - torch.where(valid[:, None], target.to(z.dtype), zero)).square().sum(1)
@@ -171,8 +173,8 @@ def head_loss(
             given = target.to(z.dtype)
             wanted = torch.where(valid[:, None], torch.cat([1 - given, given], 1) if size == 1 else given, zero)
         wanted = wanted * (1 - label_smoothing) + label_smoothing / classes
-        if class_weight is not None:  # an infinite weight of a class that is not wanted is not multiplied by 0
-            wanted = torch.where(wanted == 0, zero, wanted * class_weight.to(z.dtype))
+        if class_weight is not None:  # the weight of a class that is not wanted may be infinite
+            wanted = torch.where(valid[:, None] & (wanted != 0), wanted * class_weight.to(z.dtype), zero)
         # A class that is not wanted at all adds nothing, though its logit be -infinity.
         losses = -torch.where(wanted == 0, zero, wanted * z.log_softmax(1)).sum(1)
     total = torch.where(valid, row_weight * losses, zero).sum()

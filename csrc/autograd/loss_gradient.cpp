@@ -29,29 +29,35 @@ Tensor loss_gradient(const Tensor& logits, const HeadsOptions& options, size_t h
   const bool labels = target.scalar_type() == at::kLong;
   const auto zero = at::zeros({}, wide.options());
   const auto given = options.sample_weight.get(h);
+  const auto class_weight = options.class_weight.get(h);
   auto row_weight = given ? *given : at::ones_symint({logits.sym_size(0)}, wide.options());
   auto valid = row_weight.ne(0);
   if (labels) {
     valid = valid.logical_and(target.ne(options.ignore_index[h]));
   }
   row_weight = at::where(valid, row_weight, zero);
+  auto norm = row_weight.sum();
+  if (options.kind[h] == kSquaredError) {
+    norm = norm * size;
+  } else if (labels && class_weight) {
+    const auto of_target = class_weight->index_select(0, target.masked_fill(valid.logical_not(), 0));
+    norm = at::where(valid, row_weight * of_target, zero).sum();
+  }
+  if (options.mean) {
+    valid = valid.logical_and(norm.ne(0));  // without a norm no row counts
+  }
   const auto column = valid.unsqueeze(1);
   auto z = at::where(column, wide, zero);
-  auto norm = row_weight.sum();
   Tensor dz;
   if (options.kind[h] == kSquaredError) {
     dz = 2 * (z - at::where(column, target, zero));
-    norm = norm * size;
   } else {
     if (size == 1) {
       z = at::cat({at::zeros_like(z), z}, 1);  // binary: the softmax over 0 and z
     }
     auto wanted = probabilities(target, valid, size, options.label_smoothing[h], z.scalar_type());
-    if (const auto class_weight = options.class_weight.get(h)) {
-      wanted = wanted * *class_weight;
-      if (labels) {
-        norm = (row_weight * class_weight->index_select(0, target.masked_fill(valid.logical_not(), 0))).sum();
-      }
+    if (class_weight) {  // that of a class that is not wanted may be infinite
+      wanted = at::where(column.logical_and(wanted.ne(0)), wanted * *class_weight, zero);
     }
     dz = wanted.sum(1, /*keepdim=*/true) * z.softmax(1) - wanted;
     dz = size == 1 ? dz.narrow(1, 1, 1) : dz;

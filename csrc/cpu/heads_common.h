@@ -1,13 +1,13 @@
-// What the heads' operators on the CPU share: which heads the fused kernels take, how rows are divided among the
-// threads and into blocks, and which gradients are needed. heads_rows.h reads and writes rows, heads_parameters.h
-// weights and biases.
+// What the heads' operators on the CPU share: which heads the sweep takes, which gradients are needed, and the tensors
+// that hold those. heads_rows.h reads and writes rows, heads_parameters.h weights and biases; heads_sweep.h is the loop
+// around them.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "../gradient_slots.h"
@@ -18,31 +18,6 @@
 namespace grl_ext::cpu {
 
 using at::Tensor;
-
-// Multiply-adds below which another thread costs more than it saves.
-constexpr int64_t kWorkPerThread = 1 << 20;
-
-inline int64_t thread_count(int64_t rows, int64_t features, int64_t columns) {
-  const int64_t useful = rows * features * columns / kWorkPerThread;
-  return std::max<int64_t>(1, std::min({static_cast<int64_t>(at::get_num_threads()), useful, (rows + 3) / 4}));
-}
-
-// Elements of a block of features. Such a block and one of their gradient fit into the L2 cache with room to spare.
-constexpr int64_t kBlockElements = 1 << 15;
-
-inline int64_t block_rows(int64_t features) {
-  return std::clamp<int64_t>(kBlockElements / std::max<int64_t>(1, features) / 4 * 4, 8, kMaxBlockRows);
-}
-
-// f(thread, first row, last row) on as many threads as given, in parallel.
-template <class F>
-void for_each_thread(int64_t threads, int64_t rows, const F& f) {
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      f(t, rows * t / threads, rows * (t + 1) / threads);
-    }
-  });
-}
 
 // f(T()) with the type that a dtype is computed in.
 template <class F>
@@ -72,15 +47,20 @@ inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_cpu(sizes, dtype);
 }
 
+// The factor of each head's part in the features' gradient.
+inline std::vector<double> head_factors(at::ArrayRef<double> factor, const OptionalTensors& lambda) {
+  auto factors = factor.vec();
+  for (size_t h = 0; h < factors.size(); ++h) {
+    if (const auto tensor = lambda.get(h)) {
+      factors[h] *= tensor->item<double>();
+    }
+  }
+  return factors;
+}
+
 // Some of the operator's heads, their columns side by side: which heads they are, and the columns of each.
 class HeadColumns {
  public:
-  explicit HeadColumns(int64_t most) {
-    heads_.reserve(most);
-    begin_.reserve(most + 1);
-    begin_.push_back(0);
-  }
-
   void add(int64_t head, int64_t size) {
     heads_.push_back(head);
     begin_.push_back(total() + size);
@@ -114,28 +94,34 @@ class HeadColumns {
   }
 
  private:
-  std::vector<int64_t> heads_, begin_;
+  std::vector<int64_t> heads_, begin_{0};
 };
 
-// The heads that the fused kernels take, which is each one for which there is still room, and those left to matrix
+// Makes the swept heads' logits.
+inline void make_logits(std::vector<Tensor>& logits, const HeadColumns& columns, const Tensor& x) {
+  for (int64_t i = 0; i < columns.count(); ++i) {
+    logits[columns.head(i)] = empty({x.size(0), columns.size(i)}, x.scalar_type());
+  }
+}
+
+// The heads that a sweep takes together, which is each one for which there is still room, and those left to matrix
 // products.
 struct Division {
-  HeadColumns fused;
+  HeadColumns swept;
   std::vector<int64_t> by_products;
-};
 
-template <class F>
-Division divide(int64_t heads, const F& size_of) {
-  Division division{HeadColumns(heads), {}};
-  for (int64_t h = 0; h < heads; ++h) {
-    if (division.fused.total() + size_of(h) <= kMaxFusedColumns) {
-      division.fused.add(h, size_of(h));
-    } else {
-      division.by_products.push_back(h);
+  // size_of(head): its columns.
+  template <class F>
+  Division(size_t heads, const F& size_of) {
+    for (size_t h = 0; h < heads; ++h) {
+      if (swept.total() + size_of(h) <= kMaxFusedColumns) {
+        swept.add(static_cast<int64_t>(h), size_of(h));
+      } else {
+        by_products.push_back(static_cast<int64_t>(h));
+      }
     }
   }
-  return division;
-}
+};
 
 // Which gradients an operator has to compute: that of x, those of the H weights, those of the H biases.
 class Needs {
@@ -161,23 +147,49 @@ class Needs {
   const GradientSlots slots_;
 };
 
-// The factor of each head's part in the features' gradient.
-inline std::vector<double> head_factors(at::ArrayRef<double> factor, const OptionalTensors& lambda) {
-  auto factors = factor.vec();
-  for (size_t h = 0; h < factors.size(); ++h) {
-    if (const auto tensor = lambda.get(h)) {
-      factors[h] *= tensor->item<double>();
+// The gradients that an operator returns.
+struct Gradients {
+  const Needs needs;
+  const std::vector<double> factors;
+  const at::ScalarType dtype;
+  Tensor x;
+  std::vector<Tensor> weight, bias;
+  bool x_has_values = false;
+
+  // Those that are not needed become an empty tensor each: results must not share memory.
+  Gradients(const c10::List<bool>& needs_, std::vector<double> factors_, at::ScalarType dtype_)
+      : needs(needs_), factors(std::move(factors_)), dtype(dtype_) {
+    const auto none_unless = [&](bool needed) { return needed ? Tensor() : empty({0}, dtype); };
+    x = none_unless(needs.x());
+    for (size_t h = 0; h < factors.size(); ++h) {
+      weight.push_back(none_unless(needs.weight(h)));
+      bias.push_back(none_unless(needs.bias(h)));
     }
   }
-  return factors;
-}
 
-// Adds factor * g W to dx by a matrix product. `dx_begun`: whether dx holds values yet.
-inline void add_features_gradient(Tensor& dx, bool& dx_begun, const Tensor& g, const Tensor& weight, double factor) {
-  if (factor != 0) {  // not multiplied by 0: the weight may be infinite
-    at::addmm_out(dx, dx, g, weight, /*beta=*/dx_begun ? 1 : 0, /*alpha=*/factor);
-    dx_begun = true;
+  // The gradients of head h by matrix products. `features` is read if the weight's gradient is needed.
+  void add_products(int64_t h, const Tensor& grad_logits, const Tensor& features, at::TensorList weights) {
+    if (needs.x() && factors[h] != 0) {  // not multiplied by 0: the weight may be infinite
+      if (!x.defined()) {
+        x = empty({grad_logits.size(0), weights[h].size(1)}, dtype);
+      }
+      at::addmm_out(x, x, grad_logits, weights[h], /*beta=*/x_has_values ? 1 : 0, /*alpha=*/factors[h]);
+      x_has_values = true;
+    }
+    if (needs.weight(h)) {
+      weight[h] = grad_logits.t().mm(features);
+    }
+    if (needs.bias(h)) {
+      bias[h] = grad_logits.sum(0);
+    }
   }
-}
+
+  // After the last head: of (rows, features) zeros if no head has added to them.
+  void finish(int64_t rows, int64_t features) {
+    if (!x.defined()) {
+      x = empty({rows, features}, dtype).zero_();
+    }
+  }
+};
 
 }  // namespace grl_ext::cpu

@@ -1,22 +1,21 @@
-// _heads_loss on the CPU: logits, losses and all gradients block by block, while a block of features is in the cache.
-// Heads too wide for that are computed by matrix products, with the losses between them.
+// _heads_loss on the CPU: narrow heads together, in one sweep; each wide one by matrix products, with its loss between
+// them.
 #include <torch/library.h>
 
 #include <array>
 #include <cmath>
 
-#include "../heads_options.h"
-#include "heads_common.h"
-#include "heads_parameters.h"
-#include "heads_rows.h"
+#include "heads_sweep.h"
 
 namespace grl_ext::cpu {
 namespace {
 
-inline void check_class(int64_t label, size_t, int64_t classes, int64_t ignore_index) {
-  TORCH_CHECK_INDEX(label == ignore_index || (label >= 0 && label < classes), "a class is out of range");
+// The words come from Python, which checks the same before. Here the checks keep the kernels from reading elsewhere.
+void check_class(int64_t label, int64_t classes) {
+  TORCH_CHECK_INDEX(label >= 0 && label < classes, "a class is out of range");
 }
-inline void check_sample_weight(double weight, size_t) {
+
+void check_sample_weight(double weight) {
   TORCH_CHECK_VALUE(weight >= 0 && std::isfinite(weight), "a sample weight is negative or not finite");
 }
 
@@ -30,7 +29,7 @@ class Losses {
     const auto loss_weights = options.loss_weight ? options.loss_weight->to(at::kDouble).contiguous() : Tensor();
     for (size_t h = 0; h < weight.size(); ++h) {
       const auto& target = options.targets[h];
-      Head head;
+      Target head;
       head.size = weight[h].size(0);
       head.squared = options.kind[h] == kSquaredError;
       head.smoothing = options.label_smoothing[h];
@@ -43,7 +42,7 @@ class Losses {
       }
       head.sample_weight = pointer(options.sample_weight.get(h));
       head.class_weight = pointer(options.class_weight.get(h));
-      const auto total = total_weight(head, h, target.size(0));
+      const auto total = total_weight(head, target.size(0));
       head.norm = !options.mean ? 1.0 : head.squared ? total * static_cast<double>(head.size) : total;
       heads_.push_back(head);
     }
@@ -52,10 +51,10 @@ class Losses {
   // Adds a head's losses in a block of rows to the thread's sum. Writes the gradient of its logits, and the same times
   // the head's factor. All three matrices have their columns kMaxBlockRows apart.
   void block(int64_t thread, int64_t h, int64_t row, int64_t rows, const T* logits, T* grad_logits, T* scaled) {
-    const Head& head = heads_[h];
+    const Target& head = heads_[h];
     std::array<Integer<T>, kMaxBlockRows> labels{};
     std::array<T, kMaxBlockRows> row_weights{};
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < rows && head.norm != 0; ++i) {  // without a norm no row counts
       row_weights[i] = head.sample_weight ? head.sample_weight[row + i] : T(1);
       if (head.labels) {
         const auto label = head.labels[row + i];
@@ -94,9 +93,9 @@ class Losses {
       for (size_t i = h; i < sums_.size(); i += heads_.size()) {
         sum += sums_[i];
       }
-      const double own = heads_[h].norm == 0 ? 0.0 : sum / heads_[h].norm;
-      head_losses.template data_ptr<T>()[h] = static_cast<T>(own);
-      loss += heads_[h].loss_weight * own;
+      const double of_head = heads_[h].norm == 0 ? 0.0 : sum / heads_[h].norm;
+      head_losses.template data_ptr<T>()[h] = static_cast<T>(of_head);
+      loss += heads_[h].loss_weight * of_head;
     }
     auto total = empty({}, dtype);
     *total.template mutable_data_ptr<T>() = static_cast<T>(loss);
@@ -104,7 +103,8 @@ class Losses {
   }
 
  private:
-  struct Head {
+  // What one head's loss is computed from.
+  struct Target {
     int64_t size = 0;
     const int64_t* labels = nullptr;  // classes (rows); or else
     const T* values = nullptr;  // probabilities or values (rows, size)
@@ -120,170 +120,85 @@ class Losses {
   }
 
   // The sum of the rows' weights. Needed before the first gradient, which is divided by it. Refuses invalid targets and
-  // weights.
-  static double total_weight(const Head& head, size_t h, int64_t rows) {
+  // weights. The weight of a class that no row has is not read: it may be infinite.
+  static double total_weight(const Target& head, int64_t rows) {
     const int64_t classes = classes_of(head.size);
-    const auto takes_part = [&](int64_t r) { return !head.labels || head.labels[r] != head.ignore_index; };
+    const bool weighted = head.sample_weight || (head.labels && head.class_weight);
     int64_t count = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (head.labels) {
-        check_class(head.labels[r], h, classes, head.ignore_index);
-      }
-      count += takes_part(r);
-    }
-    if (!head.sample_weight && !(head.labels && head.class_weight)) {
-      return static_cast<double>(count);
-    }
     double total = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      const double weight = head.sample_weight ? head.sample_weight[r] : 1.0;
-      check_sample_weight(weight, h);
-      if (takes_part(r)) {
-        total += head.labels && head.class_weight ? weight * head.class_weight[head.labels[r]] : weight;
+      double weight = head.sample_weight ? head.sample_weight[r] : 1.0;
+      check_sample_weight(weight);
+      if (head.labels) {
+        const auto label = head.labels[r];
+        if (label == head.ignore_index) {
+          continue;
+        }
+        check_class(label, classes);
+        weight *= head.class_weight && weight != 0 ? head.class_weight[label] : 1.0;
       }
+      ++count;
+      total += weighted ? weight : 0.0;
     }
-    return total;
+    return weighted ? total : static_cast<double>(count);
   }
 
   const std::vector<double>& factors_;
-  std::vector<Head> heads_;
+  std::vector<Target> heads_;
   std::vector<double> sums_;  // per thread and head
 };
-
-struct Result {
-  std::vector<Tensor> logits;
-  Tensor dx;
-  std::vector<Tensor> dw, db;
-};
-
-// The heads that the fused kernels take, in one pass over the features.
-template <class T>
-void fused(
-    Result& result, Losses<T>& losses, const HeadColumns& columns, int64_t threads, const Tensor& x,
-    at::TensorList weight, const OptionalTensors& bias, const std::vector<double>& factors, const Needs& needs) {
-  const int64_t n = x.size(0), d = x.size(1), k = columns.total(), step = block_rows(d);
-  const Parameters<T> parameters(columns, weight, bias);
-  const auto dx_columns = columns.runs([&](int64_t head) { return factors[head] != 0; });
-  for (int64_t i = 0; i < columns.count(); ++i) {
-    result.logits[columns.head(i)] = empty({n, columns.size(i)}, x.scalar_type());
-  }
-  ParameterGradients<T> of_parameters(result.dw, result.db, columns, threads, d, x.scalar_type(), needs);
-  if (needs.x()) {
-    result.dx = empty(x.sizes(), x.scalar_type());  // after all others: see empty()
-  }
-  for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
-    Rows<T> features(x, d), gradient(result.dx, d);
-    HeadRows<T> out(columns, result.logits);
-    std::vector<T> z(k * kMaxBlockRows), g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
-    for (int64_t r = begin; r < end; r += step) {
-      const int64_t rows = std::min(step, end - r);
-      const T* block = features.read(r, rows);
-      const T* next = features.ahead(std::min(r + rows, end - 1));
-      heads_kernels<T>().logits(z.data(), block, next, parameters.weight(), parameters.bias(), rows, d, k);
-      out.write(z.data(), r, rows);
-      for (int64_t i = 0; i < columns.count(); ++i) {
-        const int64_t at = columns.begin(i) * kMaxBlockRows;
-        losses.block(t, columns.head(i), r, rows, z.data() + at, g.data() + at, scaled.data() + at);
-      }
-      if (needs.x() || needs.any_weight()) {
-        heads_kernels<T>().gradients(
-            {.dx = needs.x() ? gradient.write(r) : nullptr,
-             .dw = of_parameters.weight(t),
-             .grad_logits = g.data(),
-             .scaled = scaled.data(),
-             .x = block,
-             .weight = parameters.weight(),
-             .rows = rows,
-             .features = d,
-             .columns = k,
-             .dx_columns = dx_columns.data(),
-             .dx_runs = static_cast<long>(dx_columns.size()),
-             .dw_columns = of_parameters.weight_columns().data(),
-             .dw_runs = static_cast<long>(of_parameters.weight_columns().size())});
-      }
-      if (needs.x()) {
-        gradient.written(r, rows);
-      }
-      of_parameters.end_block(t, g.data(), rows);
-    }
-  });
-  of_parameters.total();
-}
-
-// One head by matrix products, with its losses between them.
-template <class T>
-void by_products(
-    Result& result, bool& dx_begun, Losses<T>& losses, int64_t h, int64_t threads, const Tensor& x,
-    const Tensor& weight, const std::optional<Tensor>& bias, double factor, const Needs& needs) {
-  const int64_t n = x.size(0), k = weight.size(0);
-  const auto logits = at::linear(x, weight, bias);
-  auto grad_logits = at::empty_like(logits);
-  for_each_thread(threads, n, [&](int64_t t, int64_t begin, int64_t end) {
-    Rows<T> in(logits, k), out(grad_logits, k);
-    std::vector<T> z(k * kMaxBlockRows), g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
-    for (int64_t r = begin; r < end; r += kMaxBlockRows) {
-      const int64_t rows = std::min<int64_t>(kMaxBlockRows, end - r);
-      to_columns(z.data(), in.read(r, rows), rows, k);
-      losses.block(t, h, r, rows, z.data(), g.data(), scaled.data());
-      to_rows(out.write(r), g.data(), rows, k);
-      out.written(r, rows);
-    }
-  });
-  result.logits[h] = logits;
-  if (needs.x()) {
-    add_features_gradient(result.dx, dx_begun, grad_logits, weight, factor);
-  }
-  if (needs.weight(h)) {
-    result.dw[h] = grad_logits.t().mm(x);
-  }
-  if (needs.bias(h)) {
-    result.db[h] = grad_logits.sum(0);
-  }
-}
 
 HeadsLossResult heads_loss(
     const Tensor& x_, at::TensorList weight, const OptionalTensors& bias, at::TensorList targets,
     const OptionalTensors& sample_weight, const OptionalTensors& class_weight, at::ArrayRef<double> factor,
     const OptionalTensors& lambda, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
-    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs_) {
-  const HeadsOptions options{targets.vec(), sample_weight, class_weight, loss_weight, kind.vec(), label_smoothing.vec(), ignore_index.vec(), mean};
+    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs) {
+  const HeadsOptions options{
+      .targets = targets.vec(),
+      .sample_weight = sample_weight,
+      .class_weight = class_weight,
+      .loss_weight = loss_weight,
+      .kind = kind.vec(),
+      .label_smoothing = label_smoothing.vec(),
+      .ignore_index = ignore_index.vec(),
+      .mean = mean};
   const auto x = x_.contiguous();
-  const Needs needs(needs_);
-  const auto heads = weight.size();
-  const auto division = divide(heads, [&](int64_t h) { return weight[h].size(0); });
-  const auto factors = head_factors(factor, lambda);
+  const int64_t n = x.size(0), d = x.size(1);
+  const Division division(weight.size(), [&](size_t h) { return weight[h].size(0); });
+  Gradients gradients(needs, head_factors(factor, lambda), x.scalar_type());
   int64_t columns = 0;
   for (const auto& matrix : weight) {
     columns += matrix.size(0);
   }
-  const int64_t threads = thread_count(x.size(0), x.size(1), (needs.any() ? 3 : 1) * columns);
-  const auto none = [&] {
-    return empty({0}, x.scalar_type());
-  };  // a new tensor each time: results must not share memory
-  Result result{std::vector<Tensor>(heads), needs.x() ? Tensor() : none(), {}, {}};
-  result.dw.reserve(heads);
-  result.db.reserve(heads);
-  for (size_t h = 0; h < heads; ++h) {
-    result.dw.push_back(needs.weight(h) ? Tensor() : none());
-    result.db.push_back(needs.bias(h) ? Tensor() : none());
-  }
+  const auto threads = thread_count(n, d, columns, /*passes=*/gradients.needs.any() ? 3 : 1);
+  std::vector<Tensor> logits(weight.size());
   return dispatch_arithmetic(x.scalar_type(), [&](auto zero) -> HeadsLossResult {
-    Losses<decltype(zero)> losses(weight, options, factors, threads);
-    bool dx_begun = division.fused.count() > 0;
-    if (dx_begun) {
-      fused(result, losses, division.fused, threads, x, weight, bias, factors, needs);
-    } else if (needs.x()) {
-      result.dx = empty(x.sizes(), x.scalar_type());
+    using T = decltype(zero);
+    Losses<T> losses(weight, options, gradients.factors, threads);
+    if (division.swept.count() > 0) {
+      const Parameters<T> parameters(division.swept, weight, bias);
+      make_logits(logits, division.swept, x);
+      Sweep<T> sweep{division.swept, n, d, threads, x, &parameters, logits};
+      sweep.loss = [&](auto... block) { losses.block(block...); };
+      sweep.gradients = gradients.needs.any() ? &gradients : nullptr;
+      sweep.run();
     }
-    for (const auto h : division.by_products) {
-      by_products(result, dx_begun, losses, h, threads, x, weight[h], bias.get(h), factors[h], needs);
+    for (const auto h : division.by_products) {  // with the losses between the products
+      logits[h] = at::linear(x, weight[h], bias.get(h));
+      const auto grad_logits = at::empty_like(logits[h]);
+      HeadColumns only;
+      only.add(0, weight[h].size(0));
+      Sweep<T> sweep{only, n, /*features=*/0, threads, x};
+      sweep.logits = logits[h];
+      sweep.loss = [&](int64_t thread, int64_t, auto... block) { losses.block(thread, h, block...); };
+      sweep.grad_logits = grad_logits;
+      sweep.run();
+      gradients.add_products(h, grad_logits, x, weight);
     }
-    if (needs.x() && !dx_begun) {
-      result.dx.zero_();
-    }
+    gradients.finish(n, d);
     auto [loss, head_losses] = losses.total();
-    return {std::move(loss),      std::move(head_losses), std::move(result.logits),
-            std::move(result.dx), std::move(result.dw),   std::move(result.db)};
+    return {std::move(loss),        std::move(head_losses),      std::move(logits),
+            std::move(gradients.x), std::move(gradients.weight), std::move(gradients.bias)};
   });
 }
 

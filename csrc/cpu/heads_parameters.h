@@ -1,4 +1,4 @@
-// The weights and biases of the heads that the fused kernels take, and the sums that become their gradients. The
+// The weights and biases of the heads that a sweep takes, and the sums that become their gradients. The
 // threads' sums are added in the threads' order, so that the result depends on the number of threads and on nothing
 // else.
 #pragma once
@@ -17,7 +17,7 @@
 
 namespace grl_ext::cpu {
 
-// The heads' parameters as T, one below the other: a single head's own memory, or a copy.
+// The heads' parameters as T, one below the other: a single head's memory as it is, or a copy.
 template <class T>
 class Parameters {
  public:
@@ -62,28 +62,26 @@ class Parameters {
   std::vector<T> bias_;
 };
 
-// After this many blocks a thread puts its sums aside and begins new ones. A float32 sum over millions of rows, one
-// after the other, would lose four digits.
+// After this many blocks a thread adds its sums to its totals and begins new ones. A float32 sum over millions of rows,
+// one after the other, would lose four digits.
 constexpr int64_t kBlocksPerSum = 256;
 
 // The gradients of weights and biases: each thread's sums, and their total.
 template <class T>
 class ParameterGradients {
  public:
-  // Makes those elements of dw and db that are needed; total() fills them.
-  ParameterGradients(
-      std::vector<Tensor>& dw, std::vector<Tensor>& db, const HeadColumns& columns, int64_t threads, int64_t features,
-      at::ScalarType dtype, const Needs& needs)
-      : dw_(dw), db_(db), columns_(columns), features_(features), needs_(needs),
-        weight_runs_(columns.runs([&](int64_t head) { return needs.weight(head); })),
+  // Makes the tensors that are needed; total() fills them.
+  ParameterGradients(Gradients& gradients, const HeadColumns& columns, int64_t threads, int64_t features)
+      : gradients_(gradients), columns_(columns), features_(features),
+        weight_runs_(columns.runs([&](int64_t head) { return gradients.needs.weight(head); })),
         weights_(weight_runs_.empty() ? 0 : columns.total() * features), threads_(threads) {
     for (int64_t i = 0; i < columns.count(); ++i) {
       const auto head = columns.head(i), size = columns.size(i);
-      if (needs.weight(head)) {
-        dw[head] = empty({size, features}, dtype);
+      if (gradients.needs.weight(head)) {
+        gradients.weight[head] = empty({size, features}, gradients.dtype);
       }
-      if (needs.bias(head)) {
-        db[head] = empty({size}, dtype);
+      if (gradients.needs.bias(head)) {
+        gradients.bias[head] = empty({size}, gradients.dtype);
       }
     }
     for (auto& thread : threads_) {
@@ -99,31 +97,31 @@ class ParameterGradients {
 
   // Adds a block's sums for the biases. The block's last step.
   void end_block(int64_t thread, const T* grad_logits, int64_t rows) {
-    auto& own = threads_[thread];
+    auto& [sums, totals, blocks] = threads_[thread];
     for (int64_t c = 0; c < columns_.total(); ++c) {
-      own.sums[weights_ + c] += sum(grad_logits + c * kMaxBlockRows, rows);
+      sums[weights_ + c] += sum(grad_logits + c * kMaxBlockRows, rows);
     }
-    if (++own.blocks == kBlocksPerSum) {
-      own.blocks = 0;
-      own.put_aside();
+    if (++blocks == kBlocksPerSum) {
+      blocks = 0;
+      threads_[thread].add_to_totals();
     }
   }
 
   // Adds the threads' sums up.
   void total() {
     for (auto& thread : threads_) {
-      if (!thread.aside.empty()) {
-        thread.put_aside();
-        thread.sums = std::move(thread.aside);
+      if (!thread.totals.empty()) {
+        thread.add_to_totals();
+        thread.sums = std::move(thread.totals);
       }
     }
     for (int64_t i = 0; i < columns_.count(); ++i) {
       const auto head = columns_.head(i), begin = columns_.begin(i);
-      if (needs_.weight(head)) {
-        sum_of_threads(dw_[head], begin * features_);
+      if (gradients_.needs.weight(head)) {
+        sum_of_threads(gradients_.weight[head], begin * features_);
       }
-      if (needs_.bias(head)) {
-        sum_of_threads(db_[head], weights_ + begin);
+      if (gradients_.needs.bias(head)) {
+        sum_of_threads(gradients_.bias[head], weights_ + begin);
       }
     }
   }
@@ -132,17 +130,17 @@ class ParameterGradients {
   using Sums = std::vector<T>;  // of the weights, then of the biases
 
   struct Thread {
-    Sums sums, aside;
+    Sums sums, totals;
     int64_t blocks = 0;
 
-    void put_aside() {
-      if (aside.empty()) {
-        aside.swap(sums);
-        sums.resize(aside.size());
+    void add_to_totals() {
+      if (totals.empty()) {
+        totals.swap(sums);
+        sums.resize(totals.size());
         return;
       }
       for (size_t i = 0; i < sums.size(); ++i) {
-        aside[i] += sums[i];
+        totals[i] += sums[i];
       }
       std::fill(sums.begin(), sums.end(), T(0));
     }
@@ -181,11 +179,9 @@ class ParameterGradients {
     }
   }
 
-  std::vector<Tensor>& dw_;
-  std::vector<Tensor>& db_;
+  Gradients& gradients_;
   const HeadColumns& columns_;
   const int64_t features_;
-  const Needs& needs_;
   const std::vector<Columns> weight_runs_;
   const int64_t weights_;  // elements of all heads' weights; 0 if none needs a gradient
   std::vector<Thread> threads_;

@@ -12,7 +12,7 @@ inline const ConvertKernels* convert_kernels(at::ScalarType dtype) {
   return dtype == at::kHalf ? &kernels().half : dtype == at::kBFloat16 ? &kernels().bfloat16 : nullptr;
 }
 
-// Rows of `tensor` as T: its own memory, or a converted copy.
+// Rows of `tensor` as T: where they are, or a converted copy.
 template <class T>
 class Rows {
  public:
@@ -75,25 +75,25 @@ void to_rows(T* rows, const T* columns, int64_t height, int64_t width) {
   }
 }
 
-// The heads' (N, size) matrices, such as their logits, and a block of their rows as the kernels' columns.
+// The heads' (N, size) matrices, such as their logits, or none; and a block of their rows as the kernels' columns.
 template <class T>
 class HeadRows {
  public:
   HeadRows(const HeadColumns& columns, at::TensorList matrices) : columns_(columns) {
     rows_.reserve(columns.count());
-    for (int64_t i = 0; i < columns.count(); ++i) {
+    for (int64_t i = 0; i < columns.count() && !matrices.empty(); ++i) {
       rows_.emplace_back(matrices[columns.head(i)], columns.size(i));
     }
   }
 
   void read(T* block, int64_t row, int64_t rows) {
-    for (int64_t i = 0; i < columns_.count(); ++i) {
+    for (size_t i = 0; i < rows_.size(); ++i) {
       to_columns(block + columns_.begin(i) * kMaxBlockRows, rows_[i].read(row, rows), rows, columns_.size(i));
     }
   }
 
   void write(const T* block, int64_t row, int64_t rows) {
-    for (int64_t i = 0; i < columns_.count(); ++i) {
+    for (size_t i = 0; i < rows_.size(); ++i) {
       to_rows(rows_[i].write(row), block + columns_.begin(i) * kMaxBlockRows, rows, columns_.size(i));
       rows_[i].written(row, rows);
     }

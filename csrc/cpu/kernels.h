@@ -46,7 +46,7 @@ struct HeadBlock {
   long rows, columns;
   const Integer<T>* label;  // each row's class; null: read target instead
   const T* target;  // a matrix of probabilities or values
-  const T* row_weight;  // 0 in rows that take no part
+  const T* row_weight;  // 0 in rows that do not count
   const T* class_weight;  // null: all 1
   double smoothing;
   double grad_factor;  // of a row of weight 1 in the total loss: loss_weight / norm

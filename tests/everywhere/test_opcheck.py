@@ -20,23 +20,23 @@ def gradient_reversal(device):
                     yield x, lambda_
 
 
-def scale_negate(device):
+def scale(device):
     for dtype in DTYPES:
         grad = torch.randn(2, 3, 4, dtype=dtype, device=device)
         wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-        yield grad, 0.3, None
+        yield grad, -0.3, None
         yield grad.transpose(0, 2).contiguous().transpose(0, 2), 0.0, None
-        yield grad, 1.0, torch.tensor(0.3, dtype=wide, device=device)
+        yield grad, -1.0, torch.tensor(0.3, dtype=wide, device=device)
         for shape in [(2, 1, 1), (3, 1), (4,), (2, 3, 4)]:
-            yield grad, 1.0, torch.randn(shape, dtype=wide, device=device)
+            yield grad, -1.0, torch.randn(shape, dtype=wide, device=device)
     yield torch.empty(0, 3, device=device), 0.3, None
 
 
-def scale_negate_list(device):
+def scale_list(device):
     for dtype in DTYPES:
         grads = [torch.randn(shape, dtype=dtype, device=device) for shape in [(5, 4), (3, 4), (3,), (0,)]]
-        yield grads, 0.3, None
-        yield grads, 1.0, torch.tensor(0.3, device=device)
+        yield grads, -0.3, None
+        yield grads, -1.0, torch.tensor(0.3, device=device)
 
 
 def heads(device, requires_grad, flat=False):
@@ -61,6 +61,13 @@ def numbers(device):
     yield torch.tensor([0.3], device=device), [-1, 0]
     yield torch.tensor([0.3, -2.0], dtype=torch.float64), [1, 0]
     yield torch.empty(0, dtype=torch.float64), [-1, -1]
+
+
+def factors(device):
+    """factor and lambda_ for two heads, as the kernels take them."""
+    yield [1.0, -1.0], [None, torch.tensor(0.3, device=device)]
+    yield [2.0, -1.0], [None, torch.tensor(0.3, dtype=torch.float64, device=device)]
+    yield [1.0, 0.0], [None, None]
 
 
 def grl_linear(device):
@@ -134,11 +141,11 @@ def _heads_gradients(device):
     for sample in heads(device, requires_grad=False, flat=True):
         weight, _ = sample.linear
         grads = [sample.x.new_ones(len(sample.x), len(w)) for w in weight]
-        for lambda_, index in numbers(device):
+        for factor, lambda_ in factors(device):
             for needs in NEEDS:
-                yield grads, sample.x, weight, lambda_, index, needs
-        yield grads, None, weight, lambda_, index, NEEDS[1]
-        yield grads, sample.x, [], lambda_, index, NEEDS[2]
+                yield grads, sample.x, weight, factor, lambda_, needs
+        yield grads, None, weight, factor, lambda_, NEEDS[1]
+        yield grads, sample.x, [], factor, lambda_, NEEDS[2]
 
 
 def _heads_loss(device):
@@ -147,7 +154,7 @@ def _heads_loss(device):
         wide = torch.promote_types(sample.x.dtype, torch.float32)
         targets = [t if t.dtype == torch.int64 else t.to(wide) for t in sample.targets]
         rows = torch.rand(len(sample.x), dtype=wide, device=device)
-        for lambda_, index in numbers(device):
+        for factor, lambda_ in factors(device):
             for needs in [*NEEDS, [False] * 5]:
                 yield (
                     sample.x,
@@ -155,8 +162,8 @@ def _heads_loss(device):
                     targets,
                     [None, rows],
                     no,
+                    factor,
                     lambda_,
-                    index,
                     None,
                     [0, 0],
                     [0.1, 0.0],
@@ -171,9 +178,9 @@ SAMPLES = {
     "grl_linear": grl_linear,
     "linear_heads": linear_heads,
     "heads_loss": heads_loss,
-    "_scale_negate": scale_negate,
-    "_scale_negate_": scale_negate,
-    "_scale_negate_list_": scale_negate_list,
+    "_scale": scale,
+    "_scale_": scale,
+    "_scale_list_": scale_list,
     "_heads_logits": _heads_logits,
     "_heads_gradients": _heads_gradients,
     "_heads_loss": _heads_loss,

@@ -384,5 +384,5 @@ def test_a_step_is_one_kernel_and_one_scaling_whatever_the_number_of_heads(path,
     begin = names.index("grl_ext::_heads_loss")  # before are our_loss's own lists and numbers
     assert [name for name in names[begin:] if name not in reading] == [
         "grl_ext::_heads_loss",
-        "grl_ext::_scale_negate_list_",
+        "grl_ext::_scale_list_",
     ]

@@ -304,6 +304,134 @@ def test_class_weights_weigh_the_classes(device, head_sizes, kinds, label_smooth
         check_loss(sample, class_weight=weights, label_smoothing=label_smoothing, reduction=reduction, **options)
 
 
+NOT_FINITE = pytest.mark.parametrize("odd", [float("inf"), float("-inf"), float("nan")], ids=str)
+ASKED = pytest.mark.parametrize("asked", ["loss", "all", "twice"])
+
+
+def gradients_of(result, inputs, asked):
+    """By the forward's gradients, by the kernel in the backward, and by differentiable operators."""
+    if asked == "loss":
+        return gradients(result.loss, inputs)
+    if asked == "all":
+        return gradients(result.loss * 0.5 + 0.5 * sum(result.head_losses), inputs)
+    return [g.detach() for g in torch.autograd.grad(result.loss, inputs, create_graph=True)]
+
+
+def assert_the_same_loss(ours, expected, inputs, asked):
+    torch.testing.assert_close(ours.loss, expected.loss)
+    assert expected.loss.isfinite(), "or the test tests nothing"
+    a, b = (gradients_of(result, inputs, asked) for result in (ours, expected))
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@NOT_FINITE
+@ASKED
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("head_sizes", [(3, 1), (SWITCH + 1, 1), ((4, 3), 1)], ids=str)
+def test_the_weight_of_a_class_that_no_row_has_does_not_count(device, head_sizes, odd, asked, reduction):
+    sample = sample_of(device, head_sizes)
+    for target in sample.targets:
+        target.copy_(torch.where(target == 0, 1, target))
+        target[::7] = -100
+    plain = [torch.rand(classes(sample, h), device=device) + 0.5 for h in range(2)]
+    unread = [torch.cat([torch.full_like(weight[:1], odd), weight[1:]]) for weight in plain]
+    rows = torch.rand(70, device=device)
+    rows[::4] = 0
+    for options in ({}, {"sample_weight": rows}):
+        ours, expected = (our_loss(sample, class_weight=w, reduction=reduction, **options) for w in (unread, plain))
+        assert_the_same_loss(ours, expected, sample.inputs, asked)
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_weight_of_a_class_that_no_row_has_is_as_in_f_cross_entropy(device, odd, reduction):
+    sample = sample_heads(device, torch.float64, (70,), head_sizes=(4,))
+    sample.targets[0].clamp_(min=1)
+    weight = torch.tensor([odd, 0.5, 2.0, 1.0], dtype=torch.float64, device=device)
+    inputs = [sample.x, sample.weight[0][0], sample.bias[0][0]]
+    expected = F.cross_entropy(F.linear(*inputs), sample.targets[0], weight, reduction=reduction)
+    ours = our_loss(sample._replace(lambda_=[None]), class_weight=[weight], reduction=reduction).loss
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(*(torch.autograd.grad(loss, inputs) for loss in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_the_weight_of_a_class_that_is_wanted_counts_as_in_f_cross_entropy(device, odd, reduction, label_smoothing):
+    """Smoothing wants every class: the loss of F.cross_entropy is not finite then, and neither is ours."""
+    sample = sample_heads(device, torch.float64, (70,), head_sizes=(4,))
+    sample.targets[0].clamp_(min=0 if label_smoothing == 0 else 1)
+    assert label_smoothing or (sample.targets[0] == 0).any()
+    weight = torch.tensor([odd, 0.5, 2.0, 1.0], dtype=torch.float64, device=device)
+    z = F.linear(sample.x, sample.weight[0][0], sample.bias[0][0])
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    expected = F.cross_entropy(z, sample.targets[0], weight, **options)
+    ours = our_loss(sample, class_weight=[weight], **options).loss
+    assert not expected.isfinite()
+    torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+@NOT_FINITE
+@ASKED
+@pytest.mark.parametrize("head_sizes", [(3, 1), (SWITCH + 1, 1), ((4, 3), 1)], ids=str)
+def test_the_weight_of_a_class_of_probability_zero_does_not_count(device, head_sizes, odd, asked):
+    sample = sample_of(device, head_sizes, ("soft",))
+    for h, target in enumerate(sample.targets):
+        if classes(sample, h) > 2:
+            target[:, 0] = 0
+            target /= target.sum(1, keepdim=True)
+        else:
+            target.fill_(1)  # of class 1: class 0 has none
+    plain = [torch.rand(classes(sample, h), device=device) + 0.5 for h in range(2)]
+    unread = [torch.cat([torch.full_like(weight[:1], odd), weight[1:]]) for weight in plain]
+    ours, expected = (our_loss(sample, class_weight=w) for w in (unread, plain))
+    assert_the_same_loss(ours, expected, sample.inputs, asked)
+
+
+@NOT_FINITE
+@ASKED
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("how", ["ignored", "sample_weight"])
+def test_the_weight_of_a_class_that_only_rows_without_weight_have_does_not_count(
+    device, odd, asked, label_smoothing, how
+):
+    """Whether it is the class of the ignored row, or the class that stands in for its label."""
+    sample = sample_of(device, (3, 1))
+    rows = torch.ones(70, device=device)
+    rows[3] = 0
+    for target in sample.targets:
+        target.copy_(torch.where(target == 0, 1, target))
+        target[3] = -100 if how == "ignored" else 0
+    given = {"label_smoothing": label_smoothing} | ({"sample_weight": rows} if how == "sample_weight" else {})
+    plain = [torch.rand(classes(sample, h), device=device) + 0.5 for h in range(2)]
+    unread = [torch.cat([torch.full_like(weight[:1], odd), weight[1:]]) for weight in plain]
+    if label_smoothing == 0:
+        ours, expected = (our_loss(sample, class_weight=w, **given) for w in (unread, plain))
+        assert_the_same_loss(ours, expected, sample.inputs, asked)
+    else:  # every row that counts wants the class; the row without weight still has no gradient
+        dx = gradients_of(our_loss(sample, class_weight=unread, **given), sample.inputs, asked)[0]
+        assert not dx[3].any() and not dx[4].isfinite().all()
+
+
+@ASKED
+@pytest.mark.parametrize("head_sizes", [(3, 1), WIDE], ids=str)
+def test_a_head_whose_weights_sum_to_zero_has_no_loss_though_its_logits_are_nan(device, head_sizes, asked):
+    sample = sample_of(device, head_sizes)
+    for h in range(2):
+        weight = [torch.zeros(classes(sample, i), device=device) if i == h else None for i in range(2)]
+        sample.weight[h][-1].data[0] = float("nan")
+        result = our_loss(sample._replace(lambda_=[None, None]), class_weight=weight)
+        assert result.logits[h].isnan().any(), "or the test tests nothing"
+        assert result.head_losses[h] == 0
+        parameters = [*sample.weight[h], *sample.bias[h]]
+        for t, gradient in zip(parameters, gradients_of(result, parameters, asked), strict=True):
+            assert_same(gradient, torch.zeros_like(t))
+        sample.weight[h][-1].data[0] = 0
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5, 1.0, [0.0, 0.3, 1.0]], ids=str)
 @on_sizes
 @pytest.mark.parametrize("kind", ["classes", "soft"])

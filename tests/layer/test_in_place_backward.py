@@ -3,7 +3,7 @@
 The first half lets others keep that gradient, or the memory under it, in every way there is: what they hold must not
 change, and the layer's own result must be right. The second half proves that the gradient *is* overwritten where nobody
 does: on the CPU. On CUDA a kernel queued on another stream may still read it, of which nothing on the host knows
-    (csrc/autograd/scale_negate.h).
+    (csrc/autograd/scale.h).
 """
 
 import mmap
@@ -521,7 +521,7 @@ def profile_backward(loss: Tensor) -> LayerBackward:
         events.append(below.pop())
         below.extend(events[-1].cpu_children)
     allocated = sum(max(0, event.self_cpu_memory_usage) + max(0, event.self_device_memory_usage) for event in events)
-    return LayerBackward("grl_ext::_scale_negate_" in [event.name for event in events], allocated)
+    return LayerBackward("grl_ext::_scale_" in [event.name for event in events], allocated)
 
 
 def overwritten(x: Tensor) -> LayerBackward:

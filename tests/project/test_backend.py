@@ -125,20 +125,20 @@ def report(name, result):
 
 torch.manual_seed(0)
 patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-scale = torch.ops.grl_ext._scale_negate
+scale = torch.ops.grl_ext._scale
 for dtype in (torch.float16, torch.bfloat16):
-    for value in (0.3, -1.0, 0.0, 65504.0, 6e-8):
-        report(f"{dtype}, all patterns, {value}", scale(patterns.view(dtype), value, None))
-    report(f"{dtype}, all patterns, each", scale(patterns.view(dtype), 1.0, torch.randn(2**16)))
+    for factor in (-0.3, 1.0, 0.0, -65504.0, -6e-8):
+        report(f"{dtype}, all patterns, {factor}", scale(patterns.view(dtype), factor, None))
+    report(f"{dtype}, all patterns, each", scale(patterns.view(dtype), -1.0, torch.randn(2**16)))
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128):
     wide = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
     for size in (1, 7, 31, 33, 1000):  # none a multiple of every vector
         grad = torch.randn(3, size, dtype=dtype) * torch.logspace(-30, 30, size)
         grad[0, 0] = float("inf")
         grad[1, size // 2] = float("nan")
-        report(f"{dtype}, {size}, value", scale(grad, 0.3, None))
+        report(f"{dtype}, {size}, number", scale(grad, -0.3, None))
         for shape in ((3, 1), (size,), (3, size)):
-            report(f"{dtype}, {size}, {shape}", scale(grad, 1.0, torch.randn(shape, dtype=wide)))
+            report(f"{dtype}, {size}, {shape}", scale(grad, -1.0, torch.randn(shape, dtype=wide)))
 """
 
 

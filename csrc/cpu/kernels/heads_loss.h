@@ -1,7 +1,7 @@
 // The losses of one head over a block of rows, with the gradient of its logits. A row of weight 0 has no loss and no
 // gradient, even where its logits or targets are NaN.
 
-// y * z, and 0 where y is 0, even if z is infinite.
+// y * z, and 0 where y is 0, even if z is infinite or NaN.
 template <class T>
 inline Vector<T> weighted(Vector<T> y, Vector<T> z) {
   return y == 0 ? Vector<T>{} : y * z;
@@ -20,7 +20,8 @@ inline void store_gradient(const HeadBlock<T>& head, long c, long r, Vector<T> w
 // class or the given probabilities:
 //   u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes),   mass = sum_c u[c]
 //   loss = mass log sum_c exp(z[c] - top) - sum_c u[c] (z[c] - top),        dz[c] = mass softmax(z)[c] - u[c]
-// with top the row's largest logit. A class with u = 0 adds nothing to the loss, even if its logit is -infinity.
+// with top the row's largest logit. A class with u = 0 adds nothing to the loss, even if its logit is -infinity. A
+// class that is not wanted has u = 0, even if its weight is infinite or NaN.
 // Returns sum_r row_weight[r] loss[r], summed in T.
 template <class T, bool kLabels>
 double cross_entropy_of(const HeadBlock<T>& head) {
@@ -48,7 +49,7 @@ double cross_entropy_of(const HeadBlock<T>& head) {
         const Vector<T> given = load(head.target + (binary ? 0 : c) * kMaxBlockRows + r);
         y = smoothing_per_class + one_minus_smoothing * (binary && c == 0 ? 1 - given : given);
       }
-      return head.class_weight ? y * head.class_weight[c] : y;
+      return head.class_weight ? weighted<T>(y, broadcast(head.class_weight[c])) : y;
     };
     const long first = binary ? 1 : 0;  // the class of the first column
     Vector<T> top = binary ? zero : load(head.logits + r);
@@ -77,7 +78,9 @@ double cross_entropy_of(const HeadBlock<T>& head) {
     for (long c = 0; c < head.columns; ++c) {
       store_gradient(head, c, r, weight, load(head.grad_logits + c * kMaxBlockRows + r) * per_exp - wanted(c + first));
     }
-    loss += weight != 0 ? weight * (mass * log_at_least_one(sum) - expected) : zero;
+    // An infinite mass, of an infinite class weight, is the loss; expected is infinite too, or NaN.
+    const Vector<T> of_row = mass - mass == 0 ? mass * log_at_least_one(sum) - expected : mass;
+    loss += weight != 0 ? weight * of_row : zero;
   }
   return sum_lanes<T>(loss);
 }
