@@ -44,7 +44,8 @@ def _load() -> tuple[ModuleType | None, str]:
         built = " and ".join(other.removeprefix("_C_torch").replace("_", ".") for other in present)
         reason = f"the compiled extension was built for torch {built}, this is torch {torch.__version__}"
     warnings.warn(
-        f"grl_ext runs without its kernels: {reason}. Rebuild it for this torch: pip install --force-reinstall --no-deps --no-cache-dir .",
+        f"grl_ext runs without its kernels: {reason}. Rebuild it for this torch: "
+        "pip install --force-reinstall --no-deps --no-cache-dir .",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,4 +1,4 @@
-"""Every refusal and its text. The compiled functions decline what they do not take, without words; then these checks run."""
+"""Every refusal and its text. The compiled functions decline what they do not take; then these checks say why."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -102,9 +102,7 @@ def check_lambda(x: Tensor, lambda_: Tensor | float) -> Tensor | float:
         )
     offset = x.dim() - lambda_.dim()
     if offset < 0 or any(size not in (1, x.shape[offset + d]) for d, size in enumerate(lambda_.shape)):
-        raise ValueError(
-            f"lambda_ of shape {list(lambda_.shape)} does not broadcast to x of shape {list(x.shape)}"
-        )
+        raise ValueError(f"lambda_ of shape {list(lambda_.shape)} does not broadcast to x of shape {list(x.shape)}")
     _check_finite("lambda_", lambda_)
     return lambda_
 
@@ -148,9 +146,7 @@ def _check_bias(name: str, bias: Tensor, weight: Tensor, x: Tensor, names: Names
         raise TypeError(f"{name} must have {names.of_features} dtype {x.dtype}, got {bias.dtype}")
 
 
-def check_operands(
-    x: object, weight: Sequence[object], bias: Sequence[object | None], names: Names = NUMBERED
-) -> None:
+def check_operands(x: object, weight: Sequence[object], bias: Sequence[object | None], names: Names = NUMBERED) -> None:
     """Features and layers of heads, before autocast."""
     check_operand(names.features, x)
     for argument, tensors in (("weight", weight), ("bias", bias)):
@@ -159,9 +155,7 @@ def check_operands(
                 check_operand(names.of(argument, h), tensor)
 
 
-def check_heads(
-    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], names: Names = NUMBERED
-) -> None:
+def check_heads(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], names: Names = NUMBERED) -> None:
     """The same after autocast."""
     if x.dim() == 0:
         raise ValueError(f"{names.features} must have at least one dimension, got shape []")
@@ -206,9 +200,7 @@ def check_lambdas(x: Tensor, lambda_: Sequence[Tensor | float | None], names: Na
             if value.device.type != "cpu":
                 _check_device(name, value, x, names)
             if value.requires_grad:
-                raise ValueError(
-                    f"{name} requires a gradient, which the heads do not give: pass {name}.detach()"
-                )
+                raise ValueError(f"{name} requires a gradient, which the heads do not give: pass {name}.detach()")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +328,7 @@ def _check_weights(name: str, x: Tensor, weights: Tensor | None, sizes: list[int
 def _check_values(
     h: int, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int, names: Names
 ) -> None:
-    """Values are only looked at where that costs no synchronisation and they exist; in a compiled graph, when it runs."""
+    """Values are looked at where they exist and that costs no synchronisation; in a compiled graph, when it runs."""
     in_graph = torch.compiler.is_compiling() and target.device.type == "cpu" and not torch.compiler.is_exporting()
     if not in_graph and not _paths.are_readable(target, sample_weight):
         return

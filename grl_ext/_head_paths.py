@@ -17,7 +17,7 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why a module may not be computed as PyTorch's own module of that kind; None if it may."""
     own = type(module)
     if not isinstance(module, kind) or own.forward is not _FORWARD[kind]:
-        # Parametrised layers (weight norm, spectral norm, pruning, LoRA of torch.nn.utils.parametrize) keep the forward.
+        # Parametrised layers (weight norm, spectral norm, LoRA of torch.nn.utils.parametrize) keep the forward.
         if own is kind:
             return f"nn.{kind.__name__}.forward was replaced"
         name = own.__name__

@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch, layer by layer: the fallback where nothing is compiled, and the oracle of the tests.
+"""The operations in plain PyTorch, layer by layer: the fallback where nothing is compiled, and the oracle of the tests.
 
 The rules are the compiled operations' own: same results, same errors, same gradients of gradients. It also serves where
 C++ autograd nodes cannot go: `torch.func` transforms, and devices for which no kernel is compiled.

@@ -11,7 +11,7 @@ from grl_ext._paths import Path
 
 
 def scale(grad: Tensor, factor: Tensor | float) -> Tensor:
-    """factor * grad in grad's dtype, rounded once, and exact zeros where the factor is 0 (even of an infinite gradient)."""
+    """factor * grad in its dtype, rounded once, and exact zeros where the factor is 0 (even of an infinite gradient)."""
     if isinstance(grad, MaskedTensor):  # torch.where would take the mask of the zeros
         return as_masked_tensor(scale(grad.get_data(), factor), grad.get_mask())
     if grad.is_complex():  # by parts: the product with a complex number would make NaN of infinity times 0
@@ -21,9 +21,7 @@ def scale(grad: Tensor, factor: Tensor | float) -> Tensor:
             return scale(grad.to_dense(), factor)
         entries = grad.coalesce()
         values = scale(entries.values(), factor.reshape(()) if isinstance(factor, Tensor) else factor)
-        return torch.sparse_coo_tensor(
-            entries.indices(), values, grad.shape, is_coalesced=True, check_invariants=False
-        )
+        return torch.sparse_coo_tensor(entries.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
     if not isinstance(factor, Tensor):
         # Not zeros_like: gradients of gradients need the graph.
         off = torch.ones((), dtype=torch.bool, device=grad.device)

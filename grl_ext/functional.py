@@ -350,9 +350,7 @@ def heads_loss(
     )
     check_numbers(options)
     if all(len(own) == 1 for own in weights):
-        return HeadsLoss(
-            *run_heads_loss(x, [w for (w,) in weights], [b for (b,) in biases], targets, lambda_, options)
-        )
+        return HeadsLoss(*run_heads_loss(x, [w for (w,) in weights], [b for (b,) in biases], targets, lambda_, options))
     return HeadsLoss(*_layered_heads_loss(x, weights, biases, targets, lambda_, options))
 
 
@@ -379,8 +377,7 @@ def _layered_heads_loss(
         parts.append((x, linear, [lambda_[h] for h in linear]))
     if deep := [h for h, own in enumerate(weight) if len(own) > 1]:
         of_first = [weight[h][0] for h in deep], [bias[h][0] for h in deep], [lambda_[h] for h in deep]
-        outputs = run_linear_heads(x, *of_first, NUMBERED.some(deep))
-        outputs.reverse()
+        outputs = run_linear_heads(x, *of_first, NUMBERED.some(deep))[::-1]
         for h in deep:
             hidden = hidden_layers(outputs.pop(), weight[h][1:-1], bias[h][1:-1])
             parts.append((hidden, [h], [None]))

@@ -66,9 +66,8 @@ class _Adversaries(nn.ModuleDict):
 
 
 def _no_reversal(name: str) -> str:
-    return (
-        f"adversaries[{name!r}] has no lambda_: add an adversary with heads.add_adversary({name!r}, module, lambda_=...)"
-    )
+    add = f"heads.add_adversary({name!r}, module, lambda_=...)"
+    return f"adversaries[{name!r}] has no lambda_: add an adversary with {add}"
 
 
 class AdversarialHeads(nn.Module):
@@ -357,8 +356,7 @@ class AdversarialHeads(nn.Module):
             weights, biases = weights_and_biases([heads[h].first for h in joined])
             lambdas = [heads[h].lambda_ for h in joined]
             names = Names("features", [heads[h].name for h in joined])
-            firsts = functional.run_linear_heads(self._last(features), weights, biases, lambdas, names)
-            firsts.reverse()
+            firsts = functional.run_linear_heads(self._last(features), weights, biases, lambdas, names)[::-1]
             for h in joined:
                 outputs[h].append(firsts.pop())
                 if hidden := heads[h].hidden:
@@ -388,7 +386,9 @@ class AdversarialHeads(nn.Module):
     @staticmethod
     def _checked(head: HeadPath, logits: object) -> Tensor:
         if not isinstance(logits, Tensor):
-            raise TypeError(f"a head must return one tensor, its logits; {head.name!r} returned {type(logits).__name__}")
+            raise TypeError(
+                f"a head must return one tensor, its logits; {head.name!r} returned {type(logits).__name__}"
+            )
         return logits
 
     def _is_moved(self, features: Tensor) -> bool:
@@ -544,9 +544,7 @@ def _module_of(kind: str, name: str, head: Head, in_features: int, bias: bool, d
     if isinstance(head, nn.Module):
         first = head[0] if isinstance(head, nn.Sequential) and len(head) else head
         if why_not_plain(first, nn.Linear) is None and first.in_features != in_features:
-            raise ValueError(
-                f"{kind}[{name!r}] takes {first.in_features} features, but in_features is {in_features}"
-            )
+            raise ValueError(f"{kind}[{name!r}] takes {first.in_features} features, but in_features is {in_features}")
         return head
     sizes = [head] if isinstance(head, int) else head
     valid = isinstance(sizes, Sequence) and not isinstance(sizes, str) and len(sizes) > 0

@@ -188,7 +188,8 @@ class GRLLinear(LambdaModule):
         TypeError, ValueError: as :func:`grl_ext.grl_linear`.
 
     Example:
-        >>> adversary = torch.nn.Sequential(grl_ext.GRLLinear(8, 16, lambda_=0.3), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> first = grl_ext.GRLLinear(8, 16, lambda_=0.3)
+        >>> adversary = torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Linear(16, 2))
         >>> adversary(torch.randn(4, 8)).shape
         torch.Size([4, 2])
     """
@@ -224,5 +225,5 @@ class GRLLinear(LambdaModule):
             return functional.grl_linear(x, self.weight, self.bias, self._buffers["lambda_"])
 
     def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, lambda_={self._shown_lambda()}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, lambda_={self._shown_lambda()}"

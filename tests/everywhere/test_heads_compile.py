@@ -7,7 +7,7 @@ from head_samples import DEEP, gradients, our_logits, our_loss, sample_heads, sa
 from torch import nn
 from torch._dynamo import compiled_autograd
 
-from grl_ext import AdversarialHeads, GRLLinear, functional, grl_linear, heads_loss, linear_heads
+from grl_ext import AdversarialHeads, GRLLinear, _paths, grl_linear, heads_loss, linear_heads
 
 pytestmark = [
     pytest.mark.core,
@@ -223,8 +223,7 @@ def test_autocast_inside_the_graph(device):
 def test_numbers_on_the_cpu_may_be_traced_beside_features_elsewhere(path, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(functional, "_linear_path", lambda: "traced")
-    monkeypatch.setattr(functional, "_in_graph", lambda *_: True)
+    monkeypatch.setattr(_paths, "of_heads", lambda *_: _paths.Path.OPERATOR)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weight = (
             torch.empty(4, 8, device="cuda"),

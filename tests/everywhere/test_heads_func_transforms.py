@@ -123,13 +123,13 @@ def test_functional_call_of_the_heads_with_another_lambda(device, adversary):
     def loss(x, lambda_):
         state = {
             **dict(heads.named_parameters()),
-            "lambda_": torch.tensor([lambda_], dtype=torch.float64, device=device),
+            "reversals.domain.lambda_": torch.tensor(lambda_, dtype=torch.float64, device=device),
         }
         return functional_call(heads, state, (x,))["domain"].log_softmax(1).gather(1, target[:, None]).mean()
 
     one, half = (grad(loss)(x, value) for value in (1.0, 0.5))
     torch.testing.assert_close(half, one / 2)
-    assert heads.lambda_.item() == 1.0
+    assert heads.lambda_["domain"].item() == 1.0
     gradient, value = grad_and_value(lambda x: heads(x, {"domain": target}).loss)(x)
     torch.testing.assert_close(gradient, -one)
     torch.testing.assert_close(value, -loss(x, 1.0))

@@ -56,11 +56,11 @@ def heads(device, requires_grad, flat=False):
         yield sample.of([t.requires_grad_(requires_grad) for t in sample.inputs])
 
 
-def numbers(device):
-    """lambda_ and lambda_index for two heads."""
-    yield torch.tensor([0.3], device=device), [-1, 0]
-    yield torch.tensor([0.3, -2.0], dtype=torch.float64), [1, 0]
-    yield torch.empty(0, dtype=torch.float64), [-1, -1]
+def lambdas(device):
+    """Of two heads, as the public operators take them."""
+    yield [None, torch.tensor(0.3, device=device)]
+    yield [torch.tensor(-2.0, dtype=torch.float64), torch.tensor(0.3)]
+    yield [None, None]
 
 
 def factors(device):
@@ -79,54 +79,22 @@ def grl_linear(device):
 
 def linear_heads(device):
     for sample in heads(device, requires_grad=True):
-        for lambda_, index in numbers(device):
-            yield sample.x, *sample.linear, lambda_, index
+        for lambda_ in lambdas(device):
+            yield sample.x, *sample.linear, lambda_
 
 
 def heads_loss(device):
     no = [None, None]
     for sample in heads(device, requires_grad=True):
-        (lambda_, index), (others, both), _ = numbers(device)
-        leading = sample.x.shape[:-1]
-        rows = torch.rand(leading, device=device)
+        first, second, _ = lambdas(device)
+        rows = torch.rand(sample.x.shape[:-1], device=device)
         of_classes = torch.rand(max(2, sample.weight[0][0].shape[0]), device=device)
-        yield (
-            sample.x,
-            *sample.linear,
-            [1, 1],
-            sample.targets,
-            no,
-            no,
-            lambda_,
-            index,
-            None,
-            [0, 0],
-            [0.0, 0.0],
-            [-100, -100],
-            True,
-        )
-        yield (
-            *(sample.x, *sample.linear, [1, 1], sample.targets, [rows, None], [of_classes, None], others, both),
-            *(torch.tensor([0.5, 2.0]), [0, 0], [0.1, 0.2], [-100, 0], False),
-        )
-    sample = sample_heads(device, head_sizes=((4, 3), 2), kinds=("classes", "mse"))
-    weight, bias = ([t for layers in own for t in layers] for own in (sample.weight, sample.bias))
-    yield (
-        sample.x,
-        weight,
-        bias,
-        [2, 1],
-        sample.targets,
-        no,
-        no,
-        lambda_,
-        index,
-        None,
-        [0, 1],
-        [0.1, 0.0],
-        [-100, -100],
-        True,
-    )
+        given = (sample.x, *sample.linear, sample.targets)
+        yield (*given, first, no, no, None, [0, 0], [0.0, 0.0], [-100, -100], True)
+        weights = [rows, None], [of_classes, None], torch.tensor([0.5, 2.0])
+        yield (*given, second, *weights, [0, 0], [0.1, 0.2], [-100, 0], False)
+    sample = sample_heads(device, head_sizes=(3, 2), kinds=("classes", "mse"))
+    yield sample.x, *sample.linear, sample.targets, first, no, no, None, [0, 1], [0.1, 0.0], [-100, -100], True
 
 
 def _heads_logits(device):

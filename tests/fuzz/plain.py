@@ -1,6 +1,6 @@
 """The operations in plain PyTorch, as a user would write them: what the fuzzer's programs are compared with.
 
-Written apart from `grl_ext._reference`, so that no mistake of that is repeated here.
+Written apart from `grl_ext._plain`, so that no mistake of that is repeated here.
 """
 
 from types import SimpleNamespace
