@@ -28,19 +28,19 @@ SHAPES = {
 }
 
 
-def scale_negate(dtype: torch.dtype) -> None:
+def scale(dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for grad in (torch.randn(70003, device="cuda").to(dtype), torch.randn(70004, device="cuda").to(dtype)[1:]):
-        for value, lambda_ in (
-            (0.5, None),
-            (1.0, torch.tensor(0.5, device="cuda")),
-            (1.0, torch.tensor(0.5, device="cuda", dtype=torch.float64)),
-            (1.0, torch.rand(grad.numel(), device="cuda").to(wide)),
+        for tensor in (
+            None,
+            torch.tensor(0.5, device="cuda"),
+            torch.tensor(0.5, device="cuda", dtype=torch.float64),
+            torch.rand(grad.numel(), device="cuda").to(wide),
         ):
-            torch.ops.grl_ext._scale_negate(grad, value, lambda_)
-            torch.ops.grl_ext._scale_negate_(grad.clone(), value, lambda_)
-            if lambda_ is None or lambda_.dim() == 0:
-                torch.ops.grl_ext._scale_negate_list_([grad.clone(), grad[:3].clone()], value, lambda_)
+            torch.ops.grl_ext._scale(grad, -0.5, tensor)
+            torch.ops.grl_ext._scale_(grad.clone(), -0.5, tensor)
+            if tensor is None or tensor.dim() == 0:
+                torch.ops.grl_ext._scale_list_([grad.clone(), grad[:3].clone()], -0.5, tensor)
 
 
 def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) -> None:
@@ -77,7 +77,7 @@ def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) 
 def work() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for dtype in DTYPES:
-        found[f"{dtype}: scale_negate"] = lambda dtype=dtype: scale_negate(dtype)
+        found[f"{dtype}: scale"] = lambda dtype=dtype: scale(dtype)
         for name, shape in SHAPES.items():
             found[f"{dtype}: heads, {name}"] = lambda dtype=dtype, shape=shape: heads(dtype, *shape)
     return found

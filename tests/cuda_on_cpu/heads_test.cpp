@@ -587,7 +587,7 @@ void launches() {
 }
 
 // A step at a small size is two launches, the sweep and the sum of what its blocks left; the backward is one more
-// (scale_negate_test.cpp). Numbers on the device change nothing in that: the kernels read them where they are.
+// (scale_test.cpp). Numbers on the device change nothing in that: the kernels read them where they are.
 template <typename T>
 void count_launches() {
   for (const auto& sizes : {std::vector<int>{10, 2}, std::vector<int>{2, 2}}) {
