@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,12 @@ struct HeadsOptions {
   std::vector<int64_t> ignore_index;
   bool mean = true;  // over the rows; false: their sum
 };
+
+// What the operators return: the gradients of the features, of each head's weight and of each head's bias,
+using HeadsGradients = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
+// and the loss, each head's loss, each head's logits, and then those gradients.
+using HeadsLossResult = std::tuple<
+    at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
 inline int64_t classes_of(int64_t head_size) {
   return head_size > 1 ? head_size : 2;

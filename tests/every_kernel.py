@@ -49,11 +49,12 @@ def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) 
     x = torch.randn(rows, features, device="cuda").to(dtype)
     weight = [torch.randn(size, features, device="cuda").to(dtype) / features for size in sizes]
     bias = [torch.zeros(size, device="cuda", dtype=dtype) if h % 2 == 0 else None for h, size in enumerate(sizes)]
-    lambda_ = torch.tensor([0.5], device="cuda")
-    index = [h % 2 - 1 for h in range(count)]
+    factor = [1.0 if h % 2 == 0 else -1.0 for h in range(count)]
+    stored = {1: torch.tensor(0.5, device="cuda"), 3: torch.tensor(0.5, device="cuda", dtype=torch.float64)}
+    lambda_ = [stored.get(h % 4) for h in range(count)]
     needs = [True] * (1 + 2 * count)
     logits = torch.ops.grl_ext._heads_logits(x, weight, bias)
-    torch.ops.grl_ext._heads_gradients([z / rows for z in logits], x, weight, lambda_, index, needs)
+    torch.ops.grl_ext._heads_gradients([z / rows for z in logits], x, weight, factor, lambda_, needs)
     for kind in ("classes", "probabilities", "values"):
         targets: list[Tensor] = []
         for size in sizes:
@@ -69,8 +70,8 @@ def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) 
             for h, size in enumerate(sizes)
         ]
         torch.ops.grl_ext._heads_loss(
-            x, weight, bias, targets, sample_weight, class_weight, lambda_, index, torch.ones(count), [int(squared)] * count,
-            [0.0 if squared else 0.1] * count, [-1] * count, kind != "probabilities", needs,
+            x, weight, bias, targets, sample_weight, class_weight, factor, lambda_, torch.ones(count),
+            [int(squared)] * count, [0.0 if squared else 0.1] * count, [-1] * count, kind != "probabilities", needs,
         )  # fmt: skip
 
 
