@@ -54,13 +54,13 @@ HeadsLossResult heads_loss_cuda(
     const auto call = call_of(sizes, x, gradients.dx, all_heads);
     const auto plan = plan_heads(problem_with_loss(call, mean), stream.device);
     if (plan.form != HeadsForm::kProducts) {
-      return heads_loss(call, plan, mean, outputs, stream, Scratch(x));
+      return heads_loss(call, plan, mean, outputs, stream, allocator_like(x));
     }
     HeadsProducts<T> products(sizes, all_heads, x.options());
     products.compute_logits(x, stream);
     products.prepare_gradients(gradients, stream);
     heads_loss_between_products(
-        products.buffers(), all_heads, static_cast<int>(sizes.heads.size()), mean, outputs, stream, Scratch(x));
+        products.buffers(), all_heads, static_cast<int>(sizes.heads.size()), mean, outputs, stream, allocator_like(x));
     products.write_gradients(gradients, x);
   });
   C10_CUDA_CHECK(stream.status);

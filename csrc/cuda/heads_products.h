@@ -17,16 +17,8 @@ class HeadsProducts {
       : sizes_(sizes), all_heads_(all_heads), options_(options) {}
 
   Products<T> buffers() const {
-    return {
-        sizes_.rows,
-        static_cast<int>(sizes_.features),
-        static_cast<int>(sizes_.columns),
-        static_cast<int>(pitch_),
-        data<T>(weight_),
-        data<T>(bias_),
-        data<T>(z_),
-        data<T>(g_),
-        data<T>(scaled_)};
+    return {sizes_.rows,    sizes_.features, sizes_.columns, pitch_,          data<T>(weight_),
+            data<T>(bias_), data<T>(z_),     data<T>(g_),    data<T>(scaled_)};
   }
 
   // z of all heads.
@@ -86,7 +78,7 @@ class HeadsProducts {
   const Sizes& sizes_;
   const std::vector<Heads<T>>& all_heads_;
   const at::TensorOptions options_;
-  const int64_t pitch_ = round_up(sizes_.columns, kProductColumns);
+  const int pitch_ = static_cast<int>(round_up(sizes_.columns, kProductColumns));
   Tensor weight_, bias_, z_, g_, scaled_;  // as in Products; undefined where not needed
 };
 

@@ -50,7 +50,7 @@ void gather_gradients(const Products<T>& in, const HeadsList& all_heads, Stream&
 template <typename T, typename HeadsList, typename Allocate>
 void heads_loss_between_products(
     const Products<T>& in, const HeadsList& all_heads, int heads_count, bool mean,
-    const LossOutputs<typename Arithmetic<T>::type>& outputs, Stream& stream, const Allocate& allocate) {
+    const LossOutputs<typename Arithmetic<T>::type>& outputs, Stream& stream, Allocate allocate) {
   const int norm_blocks = mean ? norm_blocks_for(in.rows * heads_count) : 0;
   const dim3 grid = grid_of_elements(in.rows * in.pitch / heads_count + 1, 1, stream.device);
   const int blocks = in.rows == 0 ? 0 : static_cast<int>(grid.x);

@@ -52,7 +52,7 @@ class Workspace {
 // Calls place(workspace) twice: to add up the pieces it takes, and to hand them out. allocate(bytes) returns memory on
 // the device.
 template <typename Allocate, typename Place>
-void place_in_workspace(const Allocate& allocate, const Place& place) {
+void place_in_workspace(Allocate& allocate, const Place& place) {
   Workspace measured;
   place(measured);
   if (measured.bytes() > 0) {

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         }
       }
     }
-    cp_async_commit();
+    __pipeline_commit();  // this tile's copies are one group
   };
   const auto start_slice = [&](int slice, int head_of_lane) {
     for (int c = warp_id(); reads_weight && c < in.columns; c += kWarps) {
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
       if (sweep.stages == 2) {
         stage ^= 1;
         start_tile(slice, stage, row + sweep.tile_rows);
-        cp_async_wait<1>();
+        __pipeline_wait_prior(1);  // all but the latest group of this thread; the barrier: of the others too
       } else {
-        cp_async_wait<0>();
+        __pipeline_wait_prior(0);
       }
       __syncthreads();
 

@@ -127,7 +127,7 @@ void run_total(
 }
 
 template <typename T, typename Allocate>
-void heads_logits(const HeadsCall<T>& call, Stream& stream, const Allocate& allocate) {
+void heads_logits(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
   const Sweep plan = plan_sweep(logits_problem(problem_of(call)), stream.device);
   auto sweep = logits_pass(sweep_arguments(Pass::kLogits, call, plan), plan);
   place_in_workspace(allocate, [&](Workspace& w) {
@@ -137,7 +137,7 @@ void heads_logits(const HeadsCall<T>& call, Stream& stream, const Allocate& allo
 }
 
 template <typename T, typename Allocate>
-void heads_gradients(const HeadsCall<T>& call, Stream& stream, const Allocate& allocate) {
+void heads_gradients(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
   auto sweep = sweep_arguments(Pass::kGradients, call, plan_sweep(problem_of(call), stream.device));
   place_in_workspace(allocate, [&](Workspace& w) { sweep.partial = take_partial(w, sweep); });
   run_sweep<false>(stream, sweep);
@@ -148,7 +148,7 @@ void heads_gradients(const HeadsCall<T>& call, Stream& stream, const Allocate& a
 template <typename T, typename Allocate>
 void heads_loss(
     const HeadsCall<T>& call, const HeadsPlan& plan, bool mean,
-    const LossOutputs<typename Arithmetic<T>::type>& outputs, Stream& stream, const Allocate& allocate) {
+    const LossOutputs<typename Arithmetic<T>::type>& outputs, Stream& stream, Allocate allocate) {
   auto sweep = sweep_arguments(Pass::kLoss, call, plan.gradients);
   place_targets(sweep.heads);
   double* parts = nullptr;

@@ -31,20 +31,14 @@ inline Stream current_stream(const Tensor& x) {
   return stream;
 }
 
-// Scratch memory of one operator: PyTorch may give it to the next one on this stream as soon as this one is enqueued.
-class Scratch {
- public:
-  explicit Scratch(const Tensor& x) : options_(x.options().dtype(at::kByte)) {}
-
-  void* operator()(int64_t bytes) const {
-    memory_ = at::empty({bytes}, options_);
-    return memory_.mutable_data_ptr();
-  }
-
- private:
-  const at::TensorOptions options_;
-  mutable Tensor memory_;
-};
+// Allocates the workspace of one operator: PyTorch may give it to the next one on this stream as soon as this one is
+// enqueued.
+inline auto allocator_like(const Tensor& x) {
+  return [options = x.options().dtype(at::kByte), memory = Tensor()](int64_t bytes) mutable {
+    memory = at::empty({bytes}, options);
+    return memory.mutable_data_ptr();
+  };
+}
 
 // Null for a tensor that is not there or has no elements: one that is not needed.
 template <typename T>
@@ -92,16 +86,18 @@ inline void set_number(Number& number, NumberForm& form, const std::optional<Ten
 }
 
 struct Sizes {
-  int64_t rows, features, columns = 0;
+  int64_t rows;
+  int features, columns = 0;
   std::vector<int64_t> heads;
 
   // A head's size is that of its tensor along `dim`.
-  Sizes(int64_t rows, int64_t features, at::TensorList head_tensors, int64_t dim) : rows(rows), features(features) {
+  Sizes(int64_t rows, int64_t features, at::TensorList head_tensors, int64_t dim)
+      : rows(rows), features(static_cast<int>(features)) {
     TORCH_CHECK_VALUE(
         features <= kMaxFeatures, "x has ", features, " features; the CUDA kernels take up to ", kMaxFeatures);
     for (const auto& tensor : head_tensors) {
       heads.push_back(tensor.size(dim));
-      columns += heads.back();
+      columns += static_cast<int>(heads.back());
     }
   }
 };
@@ -154,8 +150,7 @@ std::vector<Heads<T>> describe_heads(const Sizes& sizes, const Describe& describ
 
 template <typename T>
 HeadsCall<T> call_of(const Sizes& sizes, const Tensor& x, const Tensor& dx, const std::vector<Heads<T>>& all_heads) {
-  return {const_data<T>(x), data<T>(dx), sizes.rows, static_cast<int>(sizes.features), static_cast<int>(sizes.columns),
-          all_heads[0]};
+  return {const_data<T>(x), data<T>(dx), sizes.rows, sizes.features, sizes.columns, all_heads[0]};
 }
 
 }  // namespace grl_ext

@@ -23,7 +23,7 @@ std::vector<Tensor> heads_logits_cuda(const Tensor& x_, at::TensorList weight_, 
       head.logits = data<T>(logits[h]);
     });
     if (sizes.columns <= kMaxSweepColumns) {
-      return heads_logits(call_of(sizes, x, Tensor(), all_heads), stream, Scratch(x));
+      return heads_logits(call_of(sizes, x, Tensor(), all_heads), stream, allocator_like(x));
     }
     HeadsProducts<T> products(sizes, all_heads, x.options());
     products.compute_logits(x, stream);
@@ -56,7 +56,7 @@ HeadsGradients heads_gradients_cuda(
       set_number(head.lambda, head.lambda_form, lambda.get(h));
     });
     if (sizes.columns <= kMaxSweepColumns) {
-      return heads_gradients(call_of(sizes, x, gradients.dx, all_heads), stream, Scratch(like));
+      return heads_gradients(call_of(sizes, x, gradients.dx, all_heads), stream, allocator_like(like));
     }
     HeadsProducts<T> products(sizes, all_heads, like.options());
     products.prepare_gradients(gradients, stream);
