@@ -28,19 +28,19 @@ SHAPES = {
 }
 
 
-def scale_negate(dtype: torch.dtype) -> None:
+def scale(dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for grad in (torch.randn(70003, device="cuda").to(dtype), torch.randn(70004, device="cuda").to(dtype)[1:]):
-        for value, lambda_ in (
-            (0.5, None),
-            (1.0, torch.tensor(0.5, device="cuda")),
-            (1.0, torch.tensor(0.5, device="cuda", dtype=torch.float64)),
-            (1.0, torch.rand(grad.numel(), device="cuda").to(wide)),
+        for tensor in (
+            None,
+            torch.tensor(0.5, device="cuda"),
+            torch.tensor(0.5, device="cuda", dtype=torch.float64),
+            torch.rand(grad.numel(), device="cuda").to(wide),
         ):
-            torch.ops.grl_ext._scale_negate(grad, value, lambda_)
-            torch.ops.grl_ext._scale_negate_(grad.clone(), value, lambda_)
-            if lambda_ is None or lambda_.dim() == 0:
-                torch.ops.grl_ext._scale_negate_list_([grad.clone(), grad[:3].clone()], value, lambda_)
+            torch.ops.grl_ext._scale(grad, -0.5, tensor)
+            torch.ops.grl_ext._scale_(grad.clone(), -0.5, tensor)
+            if tensor is None or tensor.dim() == 0:
+                torch.ops.grl_ext._scale_list_([grad.clone(), grad[:3].clone()], -0.5, tensor)
 
 
 def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) -> None:
@@ -49,11 +49,12 @@ def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) 
     x = torch.randn(rows, features, device="cuda").to(dtype)
     weight = [torch.randn(size, features, device="cuda").to(dtype) / features for size in sizes]
     bias = [torch.zeros(size, device="cuda", dtype=dtype) if h % 2 == 0 else None for h, size in enumerate(sizes)]
-    lambda_ = torch.tensor([0.5], device="cuda")
-    index = [h % 2 - 1 for h in range(count)]
+    factor = [1.0 if h % 2 == 0 else -1.0 for h in range(count)]
+    stored = {1: torch.tensor(0.5, device="cuda"), 3: torch.tensor(0.5, device="cuda", dtype=torch.float64)}
+    lambda_ = [stored.get(h % 4) for h in range(count)]
     needs = [True] * (1 + 2 * count)
     logits = torch.ops.grl_ext._heads_logits(x, weight, bias)
-    torch.ops.grl_ext._heads_gradients([z / rows for z in logits], x, weight, lambda_, index, needs)
+    torch.ops.grl_ext._heads_gradients([z / rows for z in logits], x, weight, factor, lambda_, needs)
     for kind in ("classes", "probabilities", "values"):
         targets: list[Tensor] = []
         for size in sizes:
@@ -69,15 +70,15 @@ def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) 
             for h, size in enumerate(sizes)
         ]
         torch.ops.grl_ext._heads_loss(
-            x, weight, bias, targets, sample_weight, class_weight, lambda_, index, torch.ones(count), [int(squared)] * count,
-            [0.0 if squared else 0.1] * count, [-1] * count, kind != "probabilities", needs,
+            x, weight, bias, targets, sample_weight, class_weight, factor, lambda_, torch.ones(count),
+            [int(squared)] * count, [0.0 if squared else 0.1] * count, [-1] * count, kind != "probabilities", needs,
         )  # fmt: skip
 
 
 def work() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for dtype in DTYPES:
-        found[f"{dtype}: scale_negate"] = lambda dtype=dtype: scale_negate(dtype)
+        found[f"{dtype}: scale"] = lambda dtype=dtype: scale(dtype)
         for name, shape in SHAPES.items():
             found[f"{dtype}: heads, {name}"] = lambda dtype=dtype, shape=shape: heads(dtype, *shape)
     return found

@@ -19,28 +19,46 @@ enum class TargetKind : uint8_t {
   kValues,         // A (rows, size): squared error
 };
 
+// A number that the host knows, or where the device holds it: then it is read when the kernel runs, so that nothing
+// waits for it and a replayed CUDA graph sees its changes.
+union Number {
+  double value;
+  const float* float_at;
+  const double* double_at;
+};
+
+enum class NumberForm : uint8_t { kValue, kFloatAt, kDoubleAt };
+
+__device__ inline double read(Number number, NumberForm form) {
+  return form == NumberForm::kValue  ? number.value
+      : form == NumberForm::kFloatAt ? double{*number.float_at}
+                                     : *number.double_at;
+}
+
 template <typename T>
 struct Head {
   using A = typename Arithmetic<T>::type;
-  const T* weight;         // (size, features)
-  const T* bias;           // (size), or null
-  T* logits;               // (rows, size)
-  const T* grad_logits;    // (rows, size), for the gradients alone; then there are no targets
-  T* grad_weight;          // null where not needed
-  T* grad_bias;            // null where not needed
+  const T* weight;  // (size, features)
+  const T* bias;    // (size), or null
+  union {           // (rows, size)
+    T* logits;
+    const T* grad_logits;  // for the gradients alone: then there are neither logits nor targets
+  };
+  T* grad_weight;  // null where not needed
+  T* grad_bias;    // null where not needed
   const void* target;
   const A* sample_weight;  // (rows), or null: 1
   const A* class_weight;   // (classes), or null: 1
   int64_t ignore_index;
   double smoothing;
-  double scale;  // the head's factor in dx: 1 for a predictor, -lambda for an adversary; not read if the device holds
-                 // lambda
-  double loss_weight;  // not read if the device holds it
+  double factor;   // in dx, times `lambda`: 1 for a predictor, -lambda for an adversary
+  Number lambda;   // 1 where `factor` says all
+  Number loss_weight;
   int begin, end;  // columns, among those of all heads
-  int16_t lambda_index;  // in `lambda` of the launch; -1 for a predictor
   uint16_t target_at;  // bytes from the beginning of a row's targets to this head's, in the sweep's tiles
   uint16_t weight_at;  // the same for its sample weight
   TargetKind kind;
+  NumberForm lambda_form, loss_weight_form;
 
   __host__ __device__ int size() const { return end - begin; }
   // A head of one column is binary: its softmax is over 0 and z, and the column stands for class 1.
@@ -49,33 +67,15 @@ struct Head {
   __host__ __device__ int target_bytes() const {  // of a row
     return kind == TargetKind::kNone ? 0 : kind == TargetKind::kClasses ? 8 : size() * static_cast<int>(sizeof(A));
   }
-};
-
-// Numbers that the device holds, or null. They are read when the kernel runs, so that nothing waits for them and a
-// replayed CUDA graph sees their changes.
-struct DeviceNumbers {
-  const float* floats;
-  const double* doubles;
-  int stride;  // 0: one number for all
-
-  __device__ bool exist() const { return floats || doubles; }
-  __device__ double operator[](int i) const { return doubles ? doubles[i * stride] : double{floats[i * stride]}; }
+  __device__ double factor_in_dx() const { return factor * read(lambda, lambda_form); }
+  __device__ double weight_in_loss() const { return read(loss_weight, loss_weight_form); }
 };
 
 template <typename T>
 struct Heads {
   int count;
   int first;  // the index of head[0] among the heads of all launches
-  DeviceNumbers lambda;  // of all adversaries
-  DeviceNumbers loss_weight;  // of the heads of all launches
   Head<T> head[kHeadsPerLaunch];
-
-  __device__ double scale_of(int h) const {
-    return head[h].lambda_index >= 0 && lambda.exist() ? -lambda[head[h].lambda_index] : head[h].scale;
-  }
-  __device__ double loss_weight_of(int h) const {
-    return loss_weight.exist() ? loss_weight[first + h] : head[h].loss_weight;
-  }
 };
 
 }  // namespace grl_ext

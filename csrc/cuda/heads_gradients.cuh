@@ -1,4 +1,4 @@
-// The gradients from a tile of rows in shared memory: dx = (g * scale) W, dW = g^T x.
+// The gradients from a tile of rows in shared memory: dx = (g * factor) W, dW = g^T x.
 #pragma once
 
 #include "heads_tiles.cuh"
@@ -6,7 +6,7 @@
 namespace grl_ext {
 
 // dx[r] = sum_c scaled[c][r] w[c], over the columns whose bit is set in `dx_columns`: not over those of a head with
-// scale 0, whose weight may hold an infinity. A thread takes kRowGroup rows of a piece. For each c it loads a piece of
+// factor 0, whose weight may hold an infinity. A thread takes kRowGroup rows of a piece. For each c it loads a piece of
 // w, another one in each lane, and kRowGroup numbers of `scaled`, the same in all lanes, for 32 multiply-adds.
 template <typename T, typename A>
 __device__ void write_feature_gradient(

@@ -11,9 +11,9 @@ namespace grl_ext {
 
 // Where the sweep finds the norms.
 struct Norms {
-  bool mean;            // false: the loss is a sum, and every norm is 1
-  const double*
-      parts;  // (blocks, heads of the launch), by heads_norm_kernel; null: each block adds the rows' weights up itself
+  bool mean;  // false: the loss is a sum, and every norm is 1
+  // (blocks, heads of the launch), by heads_norm_kernel. Null: each block adds the rows' weights up itself.
+  const double* parts;
   int blocks;
 };
 

@@ -44,8 +44,7 @@ constexpr int kNormThreads = 256;
 constexpr int kMaxNormBlocks = 128;
 constexpr int kProductThreads = 256;
 constexpr int kTotalThreads = 256;
-constexpr int kSmallBlocksPerSm =
-    8;  // 8 blocks of 256 threads (the three constants above) fill a multiprocessor's 2048
+constexpr int kSmallBlocksPerSm = 8;  // of 256 threads (the three constants above): a multiprocessor's 2048
 
 // The most static shared memory of the sweep, which describes columns and heads. A block's memory is this and the
 // dynamic part.

@@ -6,11 +6,25 @@
 // narrow head.
 #pragma once
 
-#include "heads_loss.cuh"
+#include "row_loss.cuh"
 
 namespace grl_ext {
 
-// The lanes that work on one row, a power of two, and which rows this thread takes part in.
+// The buffers that the products read and write. Null: not needed.
+template <typename T>
+struct Products {
+  int64_t rows;
+  int features;
+  int columns;
+  int pitch;
+  T* weight;  // (pitch, features)
+  T* bias;  // (pitch)
+  T* z;  // (rows, pitch), like the next two
+  T* g;
+  T* scaled;  // g, with each head's factor
+};
+
+// The lanes that work on one row, a power of two, and which rows this thread works on.
 struct LanesOfRow {
   int lanes;
   int lane;  // this thread's, among them
@@ -40,165 +54,158 @@ struct LanesOfRow {
 // The end of the columns that head h fills in a buffer: its own, and for the last head of all also the padding after
 // them.
 template <typename T>
-__device__ int padded_end(const Heads<T>& heads, int h, int columns, int pitch) {
-  return heads.head[h].end == columns ? pitch : heads.head[h].end;
+__device__ int padded_end(const Products<T>& in, const Head<T>& head) {
+  return head.end == in.columns ? in.pitch : head.end;
 }
 
-// weight (pitch, features) and bias (pitch) from the heads' own. Traffic: weights read and written once. Launch: heads
-// along y.
+// weight and bias from the heads' own. Traffic: weights read and written once. Launch: heads along y.
 template <typename T>
-__global__ void __launch_bounds__(kProductThreads) heads_gather_weights_kernel(
-    T* weight, T* bias, int features, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
-  const int h = static_cast<int>(blockIdx.y);
-  const Head<T>& head = heads.head[h];
+__global__ void __launch_bounds__(kProductThreads)
+    heads_gather_weights_kernel(Products<T> in, const __grid_constant__ Heads<T> heads) {
+  const Head<T>& head = heads.head[blockIdx.y];
   const T zero = Arithmetic<T>::narrow(0);
-  const int64_t own = int64_t{head.size()} * features;
-  const int64_t all = (padded_end(heads, h, columns, pitch) - head.begin) * int64_t{features};
+  const int end = padded_end(in, head);
+  const int64_t given = int64_t{head.size()} * in.features;
+  const int64_t all = (end - head.begin) * int64_t{in.features};
   const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   for (int64_t i = first; i < all; i += int64_t{gridDim.x} * blockDim.x) {
-    weight[int64_t{head.begin} * features + i] = i < own ? head.weight[i] : zero;
+    in.weight[int64_t{head.begin} * in.features + i] = i < given ? head.weight[i] : zero;
   }
-  for (int64_t c = first; bias && head.begin + c < padded_end(heads, h, columns, pitch);
-       c += int64_t{gridDim.x} * blockDim.x) {
-    bias[head.begin + c] = head.bias && c < head.size() ? head.bias[c] : zero;
+  for (int64_t c = first; in.bias && head.begin + c < end; c += int64_t{gridDim.x} * blockDim.x) {
+    in.bias[head.begin + c] = head.bias && c < head.size() ? head.bias[c] : zero;
   }
 }
 
-// Zeros the rows of `weight` that belong to heads with scale 0, so that such a head, which may hold infinities, adds
-// nothing to the product that makes dx. Launch: heads along y; those with another scale return at once.
+// Zeros the rows of `weight` that belong to heads with factor 0, so that such a head, which may hold infinities, adds
+// nothing to the product that makes dx. Launch: heads along y; those with another factor return at once.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads)
-    heads_silence_kernel(T* weight, int features, const __grid_constant__ Heads<T> heads) {
-  const int h = static_cast<int>(blockIdx.y);
-  if (heads.scale_of(h) != 0) {
+    heads_zero_weights_kernel(Products<T> in, const __grid_constant__ Heads<T> heads) {
+  const Head<T>& head = heads.head[blockIdx.y];
+  if (head.factor_in_dx() != 0) {
     return;
   }
-  const int64_t count = int64_t{heads.head[h].size()} * features;
+  const int64_t count = int64_t{head.size()} * in.features;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    weight[int64_t{heads.head[h].begin} * features + i] = Arithmetic<T>::narrow(0);
+    in.weight[int64_t{head.begin} * in.features + i] = Arithmetic<T>::narrow(0);
   }
 }
 
-// The heads' logits from a product's: z (rows, pitch). Traffic: z read and written once. Launch: heads along y.
+// The heads' logits from z. Traffic: z read and written once. Launch: heads along y.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads)
-    heads_split_logits_kernel(const T* z, int64_t rows, int pitch, const __grid_constant__ Heads<T> heads) {
+    heads_split_logits_kernel(Products<T> in, const __grid_constant__ Heads<T> heads) {
   const Head<T>& head = heads.head[blockIdx.y];
   const LanesOfRow at(head.size());
-  for (int64_t row = at.first; row < rows; row += at.step) {
+  for (int64_t row = at.first; row < in.rows; row += at.step) {
     for (int c = at.lane; c < head.size(); c += at.lanes) {
-      head.logits[row * head.size() + c] = z[row * pitch + head.begin + c];
+      head.logits[row * head.size() + c] = in.z[row * in.pitch + head.begin + c];
     }
   }
 }
 
-// g and scaled (rows, pitch), each where not null, from the heads' grad_logits; scaled = g with each head's scale.
-// Traffic: the gradient read once and written twice. Launch: heads along y.
+// g and scaled, each where not null, at (row, column of the head) from the gradient dz for the logits.
+template <typename T, typename A>
+__device__ void store_gradient(const Products<T>& in, int64_t at, A dz, A factor) {
+  if (in.g) {
+    in.g[at] = Arithmetic<T>::narrow(dz);
+  }
+  if (in.scaled) {
+    in.scaled[at] = Arithmetic<T>::narrow(factor == 0 ? A(0) : dz * factor);
+  }
+}
+
+// g and scaled from the heads' grad_logits. Traffic: the gradient read once and written twice. Launch: heads along y.
 template <typename T>
-__global__ void __launch_bounds__(kProductThreads) heads_gather_gradients_kernel(
-    T* g, T* scaled, int64_t rows, int columns, int pitch, const __grid_constant__ Heads<T> heads) {
+__global__ void __launch_bounds__(kProductThreads)
+    heads_gather_gradients_kernel(Products<T> in, const __grid_constant__ Heads<T> heads) {
   using A = typename Arithmetic<T>::type;
-  const int h = static_cast<int>(blockIdx.y);
-  const Head<T>& head = heads.head[h];
-  const A scale = static_cast<A>(heads.scale_of(h));
-  const int end = padded_end(heads, h, columns, pitch) - head.begin;
+  const Head<T>& head = heads.head[blockIdx.y];
+  const A factor = static_cast<A>(head.factor_in_dx());
+  const int end = padded_end(in, head) - head.begin;
   const LanesOfRow at(head.size());
-  for (int64_t row = at.first; row < rows; row += at.step) {
+  for (int64_t row = at.first; row < in.rows; row += at.step) {
     for (int c = at.lane; c < end; c += at.lanes) {
       const A dz = c < head.size() ? Arithmetic<T>::widen(head.grad_logits[row * head.size() + c]) : A(0);
-      const int64_t to = row * pitch + head.begin + c;
-      if (g) {
-        g[to] = Arithmetic<T>::narrow(dz);
-      }
-      if (scaled) {
-        scaled[to] = Arithmetic<T>::narrow(scale == 0 ? A(0) : dz * scale);
-      }
+      store_gradient(in, row * in.pitch + head.begin + c, dz, factor);
     }
   }
 }
 
-// The heads' logits, g and scaled (each where not null), and losses[block][head], from a product's logits z (rows,
-// pitch). Traffic: z once from memory and twice more from the cache; logits, g and scaled written once. Launch: the
-// heads of the launch along y; along x enough blocks to fill the GPU, which stride over the rows.
+// The heads' logits, g and scaled, and losses[block][head], from z. Traffic: z once from memory and twice more from the
+// cache; logits, g and scaled written once. Launch: the heads of the launch along y; along x enough blocks to fill the
+// GPU, which stride over the rows.
 template <typename T>
 __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
-    T* g, T* scaled, double* losses, const T* z, int64_t rows, int columns, int pitch, int all_heads, Norms from,
-    const __grid_constant__ Heads<T> heads) {
+    Products<T> in, double* losses, int all_heads, Norms from, const __grid_constant__ Heads<T> heads) {
   using A = typename Arithmetic<T>::type;
   __shared__ double norms[kHeadsPerLaunch];
   __shared__ double scratch[kProductThreads];
-  find_norms(norms, scratch, from, heads, rows);
+  find_norms(norms, scratch, from, heads, in.rows);
 
   const int h = static_cast<int>(blockIdx.y);
   const Head<T>& head = heads.head[h];
-  const HeadLoss<T> of_head = head_loss(heads, h, norms[h]);
+  const RowLoss<T> of_head = row_loss(head, norms[h]);
   const int size = head.size();
-  const int first_class =
-      head.binary();  // of the first column: that of a binary head is class 1, and class 0 has the logit 0
-  const int end = padded_end(heads, h, columns, pitch) - head.begin;
-  const A scale = static_cast<A>(heads.scale_of(h));
+  const int first_class = head.binary();  // the column of a binary head is class 1, and class 0 has the logit 0
+  const int end = padded_end(in, head) - head.begin;
+  const A factor = static_cast<A>(head.factor_in_dx());
   const LanesOfRow at(size);
   double loss = 0;
   // All lanes of a warp leave the loop together, because its shuffles need them all. A lane beyond the last row reads
   // the last row and adds nothing.
   const int64_t warp_first = at.first - lane_id() / at.lanes;
-  for (int64_t ahead = 0; warp_first + ahead < rows; ahead += at.step) {
-    const bool inside = at.first + ahead < rows;
-    const int64_t row = inside ? at.first + ahead : rows - 1;
-    const T* const z_row = z + row * pitch + head.begin;
+  for (int64_t ahead = 0; warp_first + ahead < in.rows; ahead += at.step) {
+    const bool inside = at.first + ahead < in.rows;
+    const int64_t row = inside ? at.first + ahead : in.rows - 1;
+    const T* const z_row = in.z + row * in.pitch + head.begin;
     const auto logit = [&](int c) { return Arithmetic<T>::widen(z_row[c]); };
     const char* const target = static_cast<const char*>(head.target) + row * head.target_bytes();
     const RowTarget<T> row_target(of_head, target, head.sample_weight ? head.sample_weight[row] : A(1));
     const auto wanted = [&](int c) { return row_target.valid ? row_target.wanted(of_head, c) : A(0); };
 
-    A sum = 1, mass = 1, top = 0, part = 0;
-    if (of_head.squared()) {
-      for (int c = at.lane; c < size; c += at.lanes) {
-        const A error = logit(c) - row_target.dense[c];
-        part += error * error;
-      }
-    } else {
+    A top = 0, sum = 1, log_sum = 0, mass = 1;
+    A part = 0;  // of the row's loss: this lane's
+    if (!of_head.squared()) {
       top = head.binary() ? A(0) : logit(0);
       for (int c = at.lane; c < size; c += at.lanes) {
         top = Maximum{}(top, logit(c));
       }
       top = at.over(top, Maximum{});
       const bool has_zero = head.binary() && at.lane == 0;
-      const A zero_wanted = has_zero ? wanted(0) : A(0);
+      const A zero_u = has_zero ? wanted(0) : A(0);
       sum = has_zero ? exp(-top) : A(0);
-      mass = zero_wanted;
-      part = has_zero ? expected_part(zero_wanted, -top) : A(0);
+      mass = zero_u;
       for (int c = at.lane; c < size; c += at.lanes) {
-        const A u = wanted(c + first_class);
         sum += exp(logit(c) - top);
-        mass += u;
-        part += expected_part(u, logit(c) - top);
+        mass += wanted(c + first_class);
       }
       sum = at.over(sum, Sum{});
+      log_sum = log(sum);
       mass = of_head.mass_is_one ? A(1) : at.over(mass, Sum{});
-    }
-    part = at.over(part, Sum{});
-    if (inside && row_target.valid && at.lane == 0) {
-      loss += static_cast<double>(row_target.weight) *
-          static_cast<double>(of_head.squared() ? part : mass * log(sum) - part);
+      part = class_loss(zero_u, log_sum + top);
     }
     for (int c = at.lane; inside && c < end; c += at.lanes) {
       A dz = 0;
       if (c < size && row_target.valid) {
-        dz = of_head.squared() ? 2 * (logit(c) - row_target.dense[c])
-                               : mass * (exp(logit(c) - top) / sum) - wanted(c + first_class);
-        dz *= row_target.weight * of_head.factor;
+        if (of_head.squared()) {
+          const A error = logit(c) - row_target.dense[c];
+          part += error * error;
+          dz = 2 * error;
+        } else {
+          const A u = wanted(c + first_class);
+          part += class_loss(u, log_sum - (logit(c) - top));
+          dz = mass * (exp(logit(c) - top) / sum) - u;
+        }
+        dz *= row_target.weight * of_head.share;
       }
-      const int64_t to = row * pitch + head.begin + c;
       if (c < size) {
         head.logits[row * size + c] = z_row[c];
       }
-      if (g) {
-        g[to] = Arithmetic<T>::narrow(dz);
-      }
-      if (scaled) {
-        scaled[to] = Arithmetic<T>::narrow(scale == 0 ? A(0) : dz * scale);
-      }
+      store_gradient(in, row * in.pitch + head.begin + c, dz, factor);
+    }
+    if (inside && row_target.valid) {
+      loss += static_cast<double>(row_target.weight) * static_cast<double>(part);
     }
   }
   loss = sum_over_warps(loss, scratch);

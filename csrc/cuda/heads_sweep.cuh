@@ -4,8 +4,8 @@
 
 #include "heads_gradients.cuh"
 #include "heads_logits.cuh"
-#include "heads_loss.cuh"
 #include "launch.cuh"
+#include "row_loss.cuh"
 
 namespace grl_ext {
 
@@ -16,24 +16,29 @@ enum class Pass {
   kGradients,     // gradients, from grad_logits
 };
 
+// The arguments of an operator. The description of each head says where its parameters, targets and results are.
 template <typename T>
-struct SweepArguments {
-  using A = typename Arithmetic<T>::type;
-  Pass pass;
-  unsigned weight_columns;  // bit c: the weight gradient of column c is needed
+struct HeadsCall {
+  const T* x;  // (rows, features)
+  T* dx;       // (rows, features), or null
   int64_t rows;
   int features;
   int columns;
+  Heads<T> heads;
+};
+
+template <typename T>
+struct SweepArguments : HeadsCall<T> {
+  using A = typename Arithmetic<T>::type;
+  Pass pass;
+  unsigned weight_columns;  // bit c: the weight gradient of column c is needed
   Sweep sweep;
   Norms norms;
-  LossSums sums;
-  const T* x;              // (rows, features)
-  T* dx;                   // (rows, features), or null
+  SumsNeeded sums;
   A* z;                    // (rows, columns), or null
   A* partial;              // of each block, partial_stride apart: the weights' gradient if needed, then the biases'
   int64_t partial_stride;
   double* losses;          // (blocks, heads): the block's part of each head's mean
-  Heads<T> heads;
 };
 
 // The limit of drivers before CUDA 12.1. The arguments of the wide types are the largest.
@@ -47,10 +52,12 @@ struct Column {
   int head;
   int first_lane, end_lane;  // of the head
   bool exists;
-  A scale;                   // of the gradient that goes into dx
+  A factor;                  // in dx
   A bias;
-  T* logits;                 // of row 0
-  const T* grad_logits;      // of row 0
+  union {                    // of row 0
+    T* logits;
+    const T* grad_logits;
+  };
   int target_at, weight_at;  // in the row's targets; no sample weight: -1
 };
 
@@ -68,10 +75,9 @@ __device__ Column<T> column_of_lane(const Heads<T>& heads, int columns) {
       column.head = h;
       column.first_lane = head.begin;
       column.end_lane = head.end;
-      column.scale = static_cast<A>(heads.scale_of(h));
+      column.factor = static_cast<A>(head.factor_in_dx());
       column.bias = head.bias ? Arithmetic<T>::widen(head.bias[lane - head.begin]) : A(0);
-      column.logits = head.logits ? head.logits + (lane - head.begin) : nullptr;
-      column.grad_logits = head.grad_logits ? head.grad_logits + (lane - head.begin) : nullptr;
+      column.logits = head.logits + (lane - head.begin);  // or grad_logits
       column.target_at = head.target_at;
       column.weight_at = head.sample_weight ? head.weight_at : -1;
     }
@@ -79,7 +85,7 @@ __device__ Column<T> column_of_lane(const Heads<T>& heads, int columns) {
   return column;
 }
 
-// z = x W^T + b; g and the loss as in heads_loss.cuh; dx = (g * scale) W; partial dW = g^T x and db = sum g over the
+// z = x W^T + b; g and the loss as in row_loss.cuh; dx = (g * factor) W; partial dW = g^T x and db = sum g over the
 // block's rows. Per row of D features and K columns, e bytes an element: D e bytes read, D e written; 2 D K operations
 // for the logits and 4 D K for the gradients. From shared memory about (1 + K / 4 + K / 8) + (3 K / 16) + (5 K / 16)
 // elements are loaded for each feature: it is the limit before the multiply-adds are. Launch: persistent blocks, each
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
   A* const g = reinterpret_cast<A*>(shared + sweep.g_at);
   A* const scaled = reinterpret_cast<A*>(shared + sweep.scaled_at);
   __shared__ Column<T> columns[kMaxSweepColumns];
-  __shared__ HeadLoss<T> losses[kWithLoss ? kHeadsPerLaunch : 1];
+  __shared__ RowLoss<T> losses[kWithLoss ? kHeadsPerLaunch : 1];
   __shared__ double norms[kWithLoss ? kHeadsPerLaunch : 1];
   static_assert(sizeof columns + sizeof losses + sizeof norms <= kStaticBytes);
 
@@ -137,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         }
       }
     }
-    cp_async_commit();
+    __pipeline_commit();  // this tile's copies are one group
   };
   const auto start_slice = [&](int slice, int head_of_lane) {
     for (int c = warp_id(); reads_weight && c < in.columns; c += kWarps) {
@@ -164,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
     if (has_loss) {
       find_norms(norms, scratch, in.norms, in.heads, in.rows);
       if (static_cast<int>(threadIdx.x) < in.heads.count) {
-        losses[threadIdx.x] = head_loss(in.heads, static_cast<int>(threadIdx.x), norms[threadIdx.x]);
+        losses[threadIdx.x] = row_loss(in.heads.head[threadIdx.x], norms[threadIdx.x]);
       }
     }
   }
@@ -192,9 +198,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
       if (sweep.stages == 2) {
         stage ^= 1;
         start_tile(slice, stage, row + sweep.tile_rows);
-        cp_async_wait<1>();
+        __pipeline_wait_prior(1);  // all but the latest group of this thread; the barrier: of the others too
       } else {
-        cp_async_wait<0>();
+        __pipeline_wait_prior(0);
       }
       __syncthreads();
 
@@ -224,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         if constexpr (kWithLoss) {
           if (has_loss) {
             z = in.pass == Pass::kLossOfLogits && column.exists ? in.z[at] : z;
-            const HeadLoss<T>& head = losses[column.head];
+            const RowLoss<T>& head = losses[column.head];
             RowTarget<T> target;
             if (column.exists) {
               const int bytes = head.kind == TargetKind::kClasses
@@ -241,9 +247,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         }
         db += dz;
         g[r * kMaxSweepColumns + lane_id()] = dz;
-        scaled[lane_id() * sweep.scaled_pitch + r] = dz * column.scale;
+        scaled[lane_id() * sweep.scaled_pitch + r] = dz * column.factor;
       }
-      const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.scale != 0);
+      const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.factor != 0);
       __syncthreads();
 
       // 5. The gradients, while the tile is in shared memory.
@@ -276,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
     }
   }
   if (has_loss) {
-    const double total = sum_over_warps(loss, scratch);
+    const double total = over_head(sum_over_warps(loss, scratch), column.first_lane, column.end_lane, Sum{});
     if (blockIdx.y == 0 && warp_id() == 0 && column.exists && lane_id() == column.first_lane) {
       in.losses[blockIdx.x * in.heads.count + column.head] = norms[column.head] == 0 ? 0.0 : total / norms[column.head];
     }

@@ -3,30 +3,17 @@
 
 #include <algorithm>
 
-#include "heads_queue.cuh"
+#include "heads_stream.cuh"
 #include "heads_sweep.cuh"
 #include "heads_total.cuh"
 
 namespace grl_ext {
 
-// The arguments of an operator. The description of each head says where its parameters, targets and results are.
+// Whether any head has this gradient to write.
 template <typename T>
-struct HeadsCall {
-  const T* x;  // (rows, features)
-  T* dx;  // (rows, features), or null
-  int64_t rows;
-  int features;
-  int columns;
-  Heads<T> heads;
-
-  bool any_weight_gradient() const {
-    return std::any_of(heads.head, heads.head + heads.count, [](const Head<T>& head) { return head.grad_weight; });
-  }
-  bool any_parameter_gradient() const {
-    return any_weight_gradient() ||
-        std::any_of(heads.head, heads.head + heads.count, [](const Head<T>& head) { return head.grad_bias; });
-  }
-};
+bool any_needs(const Heads<T>& heads, T* Head<T>::* gradient) {
+  return std::any_of(heads.head, heads.head + heads.count, [&](const Head<T>& head) { return head.*gradient; });
+}
 
 // Sets where each head's target and sample weight lie in a row of the sweep's tiles. Returns the bytes of a row.
 template <typename T>
@@ -41,22 +28,15 @@ int place_targets(Heads<T>& heads) {
   return at;
 }
 
-// HeadsProblem::rows_to_count: what must be read before the norms are known.
-template <typename T>
-int64_t rows_to_count(const Heads<T>& heads, int64_t rows, bool mean) {
-  return mean ? rows * heads.count : 0;
-}
-
 template <typename T>
 HeadsProblem problem_of(const HeadsCall<T>& call) {
-  using A = typename Arithmetic<T>::type;
   HeadsProblem problem{};
   problem.rows = call.rows;
   problem.features = call.features;
   problem.columns = call.columns;
   problem.element_bytes = sizeof(T);
-  problem.arithmetic_bytes = sizeof(A);
-  problem.weight_gradient = call.any_weight_gradient();
+  problem.arithmetic_bytes = sizeof(typename Arithmetic<T>::type);
+  problem.weight_gradient = any_needs(call.heads, &Head<T>::grad_weight);
   return problem;
 }
 
@@ -65,20 +45,16 @@ HeadsProblem problem_with_loss(const HeadsCall<T>& call, bool mean) {
   auto problem = problem_of(call);
   auto heads = call.heads;
   problem.target_bytes = place_targets(heads);
-  problem.rows_to_count = rows_to_count(call.heads, call.rows, mean);
+  problem.rows_to_count = mean ? call.rows * heads.count : 0;
   return problem;
 }
 
 template <typename T>
-SweepArguments<T> sweep_arguments(Pass pass, const HeadsCall<T>& call) {
+SweepArguments<T> sweep_arguments(Pass pass, const HeadsCall<T>& call, const Sweep& sweep) {
   SweepArguments<T> arguments{};
+  static_cast<HeadsCall<T>&>(arguments) = call;
   arguments.pass = pass;
-  arguments.rows = call.rows;
-  arguments.features = call.features;
-  arguments.columns = call.columns;
-  arguments.x = call.x;
-  arguments.dx = call.dx;
-  arguments.heads = call.heads;
+  arguments.sweep = sweep;
   for (int h = 0; h < call.heads.count; ++h) {
     const Head<T>& head = call.heads.head[h];
     if (head.grad_weight) {
@@ -93,46 +69,6 @@ SweepArguments<T> sweep_arguments(Pass pass, const HeadsCall<T>& call) {
   return arguments;
 }
 
-template <bool kWithLoss, typename T>
-void run_sweep(Launches& launches, const SweepArguments<T>& arguments) {
-  const Sweep& sweep = arguments.sweep;
-  if (sweep.blocks == 0) {
-    return;
-  }
-  const dim3 grid(
-      static_cast<unsigned>(sweep.blocks), arguments.pass == Pass::kLogits ? 1 : static_cast<unsigned>(sweep.slices));
-  const auto shared_bytes = static_cast<std::size_t>(sweep.shared_bytes);
-  if constexpr (sizeof(typename Arithmetic<T>::type) < 8) {
-    if (sweep.threads == 512) {
-      return launches(heads_sweep_kernel<T, 512, kWithLoss>, grid, 512, shared_bytes, arguments);
-    }
-  }
-  launches(heads_sweep_kernel<T, 256, kWithLoss>, grid, 256, shared_bytes, arguments);
-}
-
-template <bool kWithLoss, typename T>
-void run_total(
-    Launches& launches, const SweepArguments<T>& swept, HeadsLosses<typename Arithmetic<T>::type> losses,
-    const HeadsDevice& device) {
-  HeadsTotal<T> total{};
-  total.partial = swept.partial;
-  total.partial_stride = swept.partial_stride;
-  total.features = swept.features;
-  total.weight_elements = swept.weight_columns ? int64_t{swept.columns} * swept.features : 0;
-  total.losses = swept.losses;
-  total.out = losses;
-  total.all_heads = swept.heads.count;
-  total.blocks = swept.sweep.blocks;
-  total.heads = swept.heads;
-  int64_t runs = 0;
-  for (int h = 0; h < total.heads.count; ++h) {
-    runs += total.weight_runs(h) + total.bias_runs(h);
-  }
-  if (runs > 0 || kWithLoss) {
-    launches(heads_total_kernel<T, kWithLoss>, small_grid(runs, device), kTotalThreads, 0, total);
-  }
-}
-
 // The same sweep as a pass that computes logits only.
 template <typename T>
 SweepArguments<T> logits_pass(SweepArguments<T> arguments, const Sweep& sweep) {
@@ -144,66 +80,99 @@ SweepArguments<T> logits_pass(SweepArguments<T> arguments, const Sweep& sweep) {
   return arguments;
 }
 
-template <typename T, typename Allocate>
-cudaError_t heads_logits(const HeadsCall<T>& call, const HeadsQueue& queue, const Allocate& allocate) {
-  auto sweep = logits_pass(
-      sweep_arguments(Pass::kLogits, call), plan_sweep(logits_problem(problem_of(call)), queue.device));
-  place_in_workspace(allocate, [&](Workspace& w) {
-    sweep.z = sweep.sweep.slices > 1 ? w.take<typename Arithmetic<T>::type>(call.rows * call.columns) : nullptr;
-  });
-  Launches launches{queue.stream};
-  run_sweep<false>(launches, sweep);
-  return launches.status;
+// Memory for what each block adds up, where a parameter's gradient is needed.
+template <typename T>
+typename Arithmetic<T>::type* take_partial(Workspace& workspace, const SweepArguments<T>& sweep) {
+  const bool needed = any_needs(sweep.heads, &Head<T>::grad_weight) || any_needs(sweep.heads, &Head<T>::grad_bias);
+  return needed ? workspace.take<typename Arithmetic<T>::type>(sweep.sweep.blocks * sweep.partial_stride) : nullptr;
+}
+
+template <bool kWithLoss, typename T>
+void run_sweep(Stream& stream, const SweepArguments<T>& arguments) {
+  const Sweep& sweep = arguments.sweep;
+  if (sweep.blocks == 0) {
+    return;
+  }
+  const dim3 grid(
+      static_cast<unsigned>(sweep.blocks), arguments.pass == Pass::kLogits ? 1 : static_cast<unsigned>(sweep.slices));
+  const auto shared_bytes = static_cast<std::size_t>(sweep.shared_bytes);
+  if constexpr (sizeof(typename Arithmetic<T>::type) < 8) {
+    if (sweep.threads == 512) {
+      return stream.start(heads_sweep_kernel<T, 512, kWithLoss>, grid, 512, shared_bytes, arguments);
+    }
+  }
+  stream.start(heads_sweep_kernel<T, 256, kWithLoss>, grid, 256, shared_bytes, arguments);
+}
+
+template <bool kWithLoss, typename T>
+void run_total(
+    Stream& stream, const SweepArguments<T>& swept, const LossOutputs<typename Arithmetic<T>::type>& outputs) {
+  HeadsTotal<T> total{};
+  total.partial = swept.partial;
+  total.partial_stride = swept.partial_stride;
+  total.features = swept.features;
+  total.weight_elements = swept.weight_columns ? int64_t{swept.columns} * swept.features : 0;
+  total.losses = swept.losses;
+  total.out = outputs;
+  total.all_heads = swept.heads.count;
+  total.blocks = swept.sweep.blocks;
+  total.heads = swept.heads;
+  int64_t runs = 0;
+  for (int h = 0; h < total.heads.count; ++h) {
+    runs += total.weight_runs(h) + total.bias_runs(h);
+  }
+  if (runs > 0 || kWithLoss) {
+    stream.start(heads_total_kernel<T, kWithLoss>, small_grid(runs, stream.device), kTotalThreads, 0, total);
+  }
 }
 
 template <typename T, typename Allocate>
-cudaError_t heads_gradients(const HeadsCall<T>& call, const HeadsQueue& queue, const Allocate& allocate) {
-  using A = typename Arithmetic<T>::type;
-  auto sweep = sweep_arguments(Pass::kGradients, call);
-  sweep.sweep = plan_sweep(problem_of(call), queue.device);
+void heads_logits(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
+  const Sweep plan = plan_sweep(logits_problem(problem_of(call)), stream.device);
+  auto sweep = logits_pass(sweep_arguments(Pass::kLogits, call, plan), plan);
   place_in_workspace(allocate, [&](Workspace& w) {
-    sweep.partial = call.any_parameter_gradient() ? w.take<A>(sweep.sweep.blocks * sweep.partial_stride) : nullptr;
+    sweep.z = plan.slices > 1 ? w.take<typename Arithmetic<T>::type>(call.rows * call.columns) : nullptr;
   });
-  Launches launches{queue.stream};
-  run_sweep<false>(launches, sweep);
-  run_total<false>(launches, sweep, {}, queue.device);
-  return launches.status;
+  run_sweep<false>(stream, sweep);
 }
 
-// For problems that plan_heads does not give to products.
 template <typename T, typename Allocate>
-cudaError_t heads_loss(
-    const HeadsCall<T>& call, bool mean, const HeadsLosses<typename Arithmetic<T>::type>& losses,
-    const HeadsQueue& queue, const Allocate& allocate) {
-  using A = typename Arithmetic<T>::type;
-  auto sweep = sweep_arguments(Pass::kLoss, call);
+void heads_gradients(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
+  auto sweep = sweep_arguments(Pass::kGradients, call, plan_sweep(problem_of(call), stream.device));
+  place_in_workspace(allocate, [&](Workspace& w) { sweep.partial = take_partial(w, sweep); });
+  run_sweep<false>(stream, sweep);
+  run_total<false>(stream, sweep, {});
+}
+
+// `plan` is that of the call, and not kProducts.
+template <typename T, typename Allocate>
+void heads_loss(
+    const HeadsCall<T>& call, const HeadsPlan& plan, bool mean,
+    const LossOutputs<typename Arithmetic<T>::type>& outputs, Stream& stream, Allocate allocate) {
+  auto sweep = sweep_arguments(Pass::kLoss, call, plan.gradients);
   place_targets(sweep.heads);
-  const HeadsPlan plan = plan_heads(problem_with_loss(call, mean), queue.device);
-  sweep.sweep = plan.gradients;
   double* parts = nullptr;
   place_in_workspace(allocate, [&](Workspace& w) {
     parts = w.take<double>(int64_t{plan.norm_blocks} * call.heads.count);
     sweep.losses = w.take<double>(int64_t{plan.gradients.blocks} * call.heads.count);
-    sweep.partial = call.any_parameter_gradient() ? w.take<A>(plan.gradients.blocks * sweep.partial_stride) : nullptr;
-    sweep.z = plan.form == HeadsForm::kTwoPasses ? w.take<A>(call.rows * call.columns) : nullptr;
+    sweep.partial = take_partial(w, sweep);
+    sweep.z = plan.form == HeadsForm::kTwoPasses ? w.take<typename Arithmetic<T>::type>(call.rows * call.columns)
+                                                 : nullptr;
   });
-
-  Launches launches{queue.stream};
   sweep.norms.mean = mean;
   if (plan.norm_blocks > 0) {
-    launches(
+    stream.start(
         heads_norm_kernel<T>, dim3(static_cast<unsigned>(plan.norm_blocks)), kNormThreads, 0, parts, call.rows,
         sweep.heads);
     sweep.norms.parts = parts;
     sweep.norms.blocks = plan.norm_blocks;
   }
   if (plan.form == HeadsForm::kTwoPasses) {
-    run_sweep<true>(launches, logits_pass(sweep, plan.logits));
+    run_sweep<true>(stream, logits_pass(sweep, plan.logits));
     sweep.pass = Pass::kLossOfLogits;
   }
-  run_sweep<true>(launches, sweep);
-  run_total<true>(launches, sweep, losses, queue.device);
-  return launches.status;
+  run_sweep<true>(stream, sweep);
+  run_total<true>(stream, sweep, outputs);
 }
 
 }  // namespace grl_ext

@@ -1,10 +1,11 @@
 // How the sweep copies numbers into shared memory, and how a thread loads and stores them: in pieces of kPiece.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include <cstdint>
 
 #include "arithmetic.cuh"
-#include "async_copy.cuh"
 #include "heads_plan.h"
 #include "warp.cuh"
 
@@ -67,12 +68,12 @@ __device__ bool pieces_are_whole(const T* base, int features) {
 template <int kBytes>
 __device__ void copy_bytes_by(char* to, const char* from, int bytes) {
   for (int i = lane_id() * kBytes; i < bytes; i += kWarpSize * kBytes) {
-    cp_async<kBytes>(to + i, from + i);
+    __pipeline_memcpy_async(to + i, from + i, kBytes);
   }
 }
 
-// Starts to copy `count` numbers to shared memory, by the whole warp, in the widest copies that both ends are aligned
-// for. Half types at odd multiples of 2 bytes have no such copy: the lanes load and store those.
+// Starts to copy `count` numbers to shared memory, by the whole warp, in the widest asynchronous copies that both ends
+// are aligned for. Only those of 16 bytes bypass the L1 cache, as data that is read once should. Half types at odd multiples of 2 bytes have no such copy: the lanes load and store those.
 template <typename T>
 __device__ void copy_row(T* to, const T* from, int count) {
   const int bytes = count * static_cast<int>(sizeof(T));

@@ -7,8 +7,9 @@
 
 namespace grl_ext {
 
+// Where the losses go.
 template <typename A>
-struct HeadsLosses {
+struct LossOutputs {
   A* loss;         // the sum of the heads' losses, each with its weight
   A* head_losses;  // (heads of all launches)
 };
@@ -23,7 +24,7 @@ struct HeadsTotal {
   int features;
   // losses[block][head of all launches], of which the sum is a head's loss.
   const double* losses;
-  HeadsLosses<A> out;
+  LossOutputs<A> out;
   int all_heads;
   int blocks;
   Heads<T> heads;
@@ -51,7 +52,7 @@ __device__ void total_of_losses(const HeadsTotal<T>& in, double* scratch) {
     loss = over_warp(loss, Sum{});
     if (lane_id() == 0) {
       in.out.head_losses[heads.first + h] = static_cast<A>(loss);
-      weighted += heads.loss_weight_of(h) * loss;
+      weighted += heads.head[h].weight_in_loss() * loss;
     }
   }
   weighted = sum_over_warps(weighted, scratch);

@@ -19,30 +19,26 @@ namespace grl_ext {
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> allowed;
+  cudaError_t status = cudaSuccess;
+  const auto succeeds = [&status](cudaError_t result) {
+    status = result;
+    return result == cudaSuccess;
+  };
   int device = 0;
-  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) {
+  if (!succeeds(cudaGetDevice(&device))) {
     return status;
   }
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({device, kernel}) > 0) {
-    return cudaSuccess;
-  }
   int most = 0;
-  if (const cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      status != cudaSuccess) {
-    return status;
-  }
   cudaFuncAttributes attributes{};
-  if (const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel); status != cudaSuccess) {
-    return status;
+  if (allowed.count({device, kernel}) == 0 &&
+      succeeds(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) &&
+      succeeds(cudaFuncGetAttributes(&attributes, kernel)) &&
+      succeeds(cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - static_cast<int>(attributes.sharedSizeBytes)))) {
+    allowed.insert({device, kernel});
   }
-  const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
-  if (const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic);
-      status != cudaSuccess) {
-    return status;
-  }
-  allowed.insert({device, kernel});
-  return cudaSuccess;
+  return status;
 }
 
 // On the current device.

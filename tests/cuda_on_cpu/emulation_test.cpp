@@ -6,7 +6,6 @@
 
 #include <string>
 
-#include "async_copy.cuh"
 #include "launch.cuh"
 
 namespace {
@@ -94,14 +93,14 @@ __global__ void reverse(const float4* in, float4* out, bool wait) {
   auto* tile = reinterpret_cast<float4*>(dynamic_shared_memory());
   const unsigned n = blockDim.x;
   for (unsigned group = 0; group < 2; ++group) {
-    cp_async<16>(&tile[group * n + threadIdx.x], &in[group * n + threadIdx.x]);
-    cp_async_commit();
+    __pipeline_memcpy_async(&tile[group * n + threadIdx.x], &in[group * n + threadIdx.x], 16);
+    __pipeline_commit();
   }
   if (wait) {
-    cp_async_wait<1>();
+    __pipeline_wait_prior(1);
     __syncthreads();
     out[threadIdx.x] = tile[n - 1 - threadIdx.x];
-    cp_async_wait<0>();
+    __pipeline_wait_prior(0);
   }
   __syncthreads();
   out[n + threadIdx.x] = tile[2 * n - 1 - threadIdx.x];

@@ -31,8 +31,10 @@ struct HeadCase {
   bool needs_weight = true;
   bool needs_bias = true;
   bool infinite_weight = false;  // its matrix holds infinities and NaN
+  double absent_weight = 0;  // not 0: the class weight of the last class, which no row has
+  bool masked = false;  // the logits of the last class are -inf, by its bias
 
-  double scale() const { return std::isnan(lambda) ? 1 : -lambda; }
+  double factor() const { return std::isnan(lambda) ? 1 : -lambda; }
   int classes() const { return std::max(2, size); }
 };
 
@@ -69,13 +71,15 @@ inline std::string describe(const Case& c) {
         (h.sample_weight ? ", sample weights" : "") + (h.class_weight ? ", class weights" : "") +
         (h.smoothing > 0 ? ", smoothed" : "") + (h.bias ? "" : ", no bias") + (h.all_ignored ? ", ignored" : "") +
         (h.needs_weight ? "" : ", frozen weight") + (h.needs_bias ? "" : ", frozen bias") +
-        (h.infinite_weight ? ", infinite" : "") + ", lambda " + std::to_string(h.lambda);
+        (h.infinite_weight ? ", infinite" : "") + (h.masked ? ", masked" : "") +
+        (h.absent_weight != 0 ? ", absent class of weight " + std::to_string(h.absent_weight) : "") + ", lambda " +
+        std::to_string(h.lambda);
   }
   return text;
 }
 
 // Repeatable numbers in [-1, 1).
-class Numbers {
+class RandomNumbers {
  public:
   double next() {
     state_ = state_ * 6364136223846793005u + 1442695040888963407u;
@@ -148,13 +152,19 @@ constexpr double kRounding<__half> = 0x1p-11;
 template <>
 constexpr double kRounding<__nv_bfloat16> = 0x1p-8;
 
+// Whether a result is what is wanted, which may be an infinity or NaN.
+inline bool near(double got, double want, double tolerance) {
+  return std::isfinite(want) ? std::fabs(got - want) <= tolerance
+                             : got == want || (std::isnan(got) && std::isnan(want));
+}
+
 // A smallest step of its own for results that are subnormal halves.
 template <typename T>
 constexpr double kSmallest = std::is_same_v<T, __half> ? 0x1p-25 : 0;
 
 // The heads' losses and the gradient of the total for the logits, with what each inherits from an error of `z_error` in
 // the logits.
-struct Losses {
+struct WantedLoss {
   std::vector<double> head, head_error;
   double total = 0, total_error = 0;
   std::vector<double> g, g_error;  // (rows, columns)
@@ -174,11 +184,12 @@ struct Inputs {
   std::vector<Guarded<T>> weight, bias, grad_logits;
   std::vector<std::vector<int64_t>> classes;
   std::vector<std::vector<A>> dense, sample_weight, class_weight;
-  std::vector<float> lambda;  // of the adversaries, as the device holds it
+  std::vector<double> half_lambda;  // of each head, as the device holds it: for every second one in float
+  std::vector<float> half_lambda_float;
   std::vector<double> loss_weight;  // of the heads, or one for all
 
   explicit Inputs(const Case& c) : c(c), count(static_cast<int>(c.heads.size())), x(c.rows * c.features, c.offset) {
-    Numbers numbers;
+    RandomNumbers numbers;
     for (int64_t i = 0; i < c.rows * c.features; ++i) {
       x[i] = element<T>(c.nan_rows && i / c.features % 3 == 1 ? NAN : numbers.next());
     }
@@ -198,15 +209,14 @@ struct Inputs {
         weight[h][weight[h].size() - 1] = element<T>(NAN);
       }
       for (int k = 0; k < head.size; ++k) {
-        bias[h][k] = element<T>(numbers.next());
+        bias[h][k] = element<T>(head.masked && k + 1 == head.size ? -INFINITY : numbers.next());
       }
       for (int64_t i = 0; i < grad_logits[h].size(); ++i) {
         grad_logits[h][i] = element<T>(numbers.next());
       }
       make_targets(head, numbers);
-      if (!std::isnan(head.lambda)) {
-        lambda.push_back(static_cast<float>(head.lambda));
-      }
+      half_lambda.push_back(head.lambda / 2);
+      half_lambda_float.push_back(static_cast<float>(head.lambda / 2));
       loss_weight.push_back(head.loss_weight);
     }
     if (std::equal(loss_weight.begin() + 1, loss_weight.end(), loss_weight.begin())) {
@@ -217,19 +227,21 @@ struct Inputs {
 
   bool is_nan_row(int64_t r) const { return c.nan_rows && r % 3 == 1; }
 
-  void make_targets(const HeadCase& head, Numbers& numbers) {
+  void make_targets(const HeadCase& head, RandomNumbers& numbers) {
     std::vector<int64_t> labels;
     std::vector<A> values, weights, per_class;
     for (int64_t r = 0; r < c.rows; ++r) {
       const bool out = head.all_ignored || (is_nan_row(r) && !head.sample_weight);
-      labels.push_back(out || numbers.below(5) == 0 ? kIgnoreIndex : numbers.below(head.classes()));
+      labels.push_back(
+          out || numbers.below(5) == 0 ? kIgnoreIndex : numbers.below(head.classes() - (head.absent_weight != 0)));
       const bool zero = head.all_ignored || is_nan_row(r) || numbers.below(4) == 0;
       weights.push_back(static_cast<A>(zero ? 0 : 1.5 + numbers.next()));
       double left = 1;
       for (int k = 0; k < head.size; ++k) {
         double v = numbers.next();
         if (head.kind == TargetKind::kProbabilities) {
-          v = k + 1 == head.size && head.size > 1 ? left : left * (v + 1) / 2;
+          const bool absent = head.absent_weight != 0 && k + 1 == head.size;
+          v = absent ? 0 : k + 1 == head.size && head.size > 1 ? left : left * (v + 1) / 2;
           left -= v;
         }
         values.push_back(static_cast<A>(is_nan_row(r) ? NAN : v));
@@ -237,6 +249,9 @@ struct Inputs {
     }
     for (int k = 0; k < head.classes(); ++k) {
       per_class.push_back(static_cast<A>(k == 2 ? 0.0 : 1.25 + numbers.next()));  // one class counts for nothing
+    }
+    if (head.absent_weight != 0) {
+      per_class.back() = static_cast<A>(head.absent_weight);
     }
     classes.push_back(labels);
     dense.push_back(values);
@@ -248,17 +263,12 @@ struct Inputs {
   template <typename Place>
   std::vector<Heads<T>> launches(const Place& place) {
     std::vector<Heads<T>> all;
-    int adversary = 0;
     for (int h = 0; h < count; ++h) {
       const HeadCase& from = c.heads[h];
       if (h % kHeadsPerLaunch == 0) {
         Heads<T>& heads = all.emplace_back();
         heads = {};
         heads.first = h;
-        if (c.on_device) {
-          heads.lambda = {lambda.data(), nullptr, 1};
-          heads.loss_weight = {nullptr, loss_weight.data(), loss_weight.size() > 1 ? 1 : 0};
-        }
       }
       Head<T>& head = all.back().head[all.back().count++];
       head.weight = weight[h].data();
@@ -268,20 +278,28 @@ struct Inputs {
       head.class_weight = from.class_weight ? class_weight[h].data() : nullptr;
       head.ignore_index = kIgnoreIndex;
       head.smoothing = from.smoothing;
-      head.scale = c.on_device && !std::isnan(from.lambda) ? NAN : from.scale();
-      head.loss_weight = c.on_device ? NAN : from.loss_weight;
+      head.factor = from.factor();
+      head.lambda.value = 1;
+      head.loss_weight.value = from.loss_weight;
+      if (c.on_device) {
+        if (!std::isnan(from.lambda)) {
+          head.factor = -2;
+          head.lambda_form = h % 2 == 0 ? NumberForm::kDoubleAt : NumberForm::kFloatAt;
+          if (h % 2 == 0) {
+            head.lambda.double_at = &half_lambda[h];
+          } else {
+            head.lambda.float_at = &half_lambda_float[h];
+          }
+        }
+        head.loss_weight.double_at = &loss_weight[h % loss_weight.size()];
+        head.loss_weight_form = NumberForm::kDoubleAt;
+      }
       head.begin = begin[h];
       head.end = begin[h + 1];
-      head.lambda_index = static_cast<int16_t>(std::isnan(from.lambda) ? -1 : adversary++);
       head.kind = from.kind;
       place(head, h);
     }
     return all;
-  }
-
-  double scale_of(int h) const {
-    return c.on_device && !std::isnan(c.heads[h].lambda) ? -double{static_cast<float>(c.heads[h].lambda)}
-                                                         : c.heads[h].scale();
   }
 
   // Roundings of a sum of n terms, at the terms' size: n at worst, about its root in fact, and those of its terms.
@@ -320,8 +338,8 @@ struct Inputs {
   }
 
   // From the logits z (rows, columns), each known up to `z_error`.
-  Losses wanted_losses(const std::vector<double>& z, double z_error) const {
-    Losses out;
+  WantedLoss wanted_loss(const std::vector<double>& z, double z_error) const {
+    WantedLoss out;
     out.head.assign(count, 0);
     out.head_error.assign(count, 0);
     out.g.assign(z.size(), 0);
@@ -360,8 +378,8 @@ struct Inputs {
             if (head.kind == TargetKind::kProbabilities) {
               y = !binary ? dense[h][r * head.size + k] : k == 1 ? dense[h][r] : 1 - dense[h][r];
             }
-            u[k] = (head.class_weight ? class_weight[h][k] : 1) *
-                (head.smoothing / head.classes() + (1 - head.smoothing) * y);
+            u[k] = head.smoothing / head.classes() + (1 - head.smoothing) * y;
+            u[k] *= head.class_weight && u[k] != 0 ? class_weight[h][k] : 1;
             mass += u[k];
             top = std::max(top, logits[k]);
           }

@@ -40,8 +40,7 @@ struct Run : Inputs<T> {
     for (int64_t i = 0; i < got.size(); ++i) {
       const int64_t j = i / width * all + first + i % width;
       const double tolerance = kRounding<T> * std::fabs(want.sum[j]) + want.error[j] + kSmallest<T>;
-      if (!(std::fabs(value(got[i]) - want.sum[j]) <= tolerance) &&
-          !(std::isnan(value(got[i])) && std::isnan(want.sum[j]))) {
+      if (!near(value(got[i]), want.sum[j], tolerance)) {
         if (good) {
           std::printf(
               "%s[%lld] = %g, not %g +- %g\n", what, static_cast<long long>(i), value(got[i]), want.sum[j], tolerance);
@@ -73,20 +72,38 @@ struct Run : Inputs<T> {
     }
   };
 
-  HeadsQueue queue() { return {c.device, nullptr}; }
+  // run(stream) must start all its kernels.
+  template <typename Start>
+  void start(const char* what, const Start& run) {
+    Stream stream{c.device, nullptr};
+    run(stream);
+    report(stream.status == cudaSuccess, what);
+  }
 
   std::vector<Heads<T>> heads_into(Results& results) {
     return this->launches([&](Head<T>& head, int h) {
       head.logits = results.logits[h].data();
-      head.grad_logits = grad_logits[h].data();
       head.grad_weight = c.heads[h].needs_weight ? results.dw[h].data() : nullptr;
       head.grad_bias = c.heads[h].needs_bias ? results.db[h].data() : nullptr;
     });
   }
 
-  HeadsCall<T> call(Results& results) {
-    return {x.data(), c.needs_dx ? results.dx.data() : nullptr, c.rows, c.features, columns, heads_into(results)[0]};
+  std::vector<Heads<T>> heads_with_gradients(Results& results) {
+    auto all = heads_into(results);
+    for (Heads<T>& heads : all) {
+      for (int h = 0; h < heads.count; ++h) {
+        heads.head[h].grad_logits = grad_logits[heads.first + h].data();
+        heads.head[h].target = nullptr;
+        heads.head[h].kind = TargetKind::kNone;
+      }
+    }
+    return all;
   }
+
+  HeadsCall<T> call(Results& results, const std::vector<Heads<T>>& heads) {
+    return {x.data(), c.needs_dx ? results.dx.data() : nullptr, c.rows, c.features, columns, heads[0]};
+  }
+  HeadsCall<T> call(Results& results) { return call(results, heads_into(results)); }
 
   void check_logits_of(Results& got, const Sums& want) {
     for (int h = 0; h < count; ++h) {
@@ -107,7 +124,7 @@ struct Run : Inputs<T> {
         const auto add = [&](Sums& sums, int64_t i, double terms, double factor) {
           sums.add(i, dz * factor, (roundings(terms) * std::fabs(dz) + error(r, k)) * std::fabs(factor));
         };
-        const double s = this->scale_of(h);
+        const double s = c.heads[h].factor();
         for (int d = 0; d < c.features; ++d) {
           if (c.needs_dx && s != 0) {
             add(dx, r * c.features + d, columns, s * value(weight[h][int64_t{k - begin[h]} * c.features + d]));
@@ -130,14 +147,16 @@ struct Run : Inputs<T> {
 
   void check_logits() {
     Results got(*this);
-    report(heads_logits(call(got), queue(), allocator()) == cudaSuccess, "the start of heads_logits");
+    start("the start of heads_logits", [&](Stream& stream) { heads_logits(call(got), stream, allocator()); });
     check_logits_of(got, this->wanted_logits());
   }
 
   void check_heads_gradients() {
     Results got(*this), again(*this);
     for (Results* out : {&got, &again}) {
-      report(heads_gradients(call(*out), queue(), allocator()) == cudaSuccess, "the start of heads_gradients");
+      start("the start of heads_gradients", [&](Stream& stream) {
+        heads_gradients(call(*out, heads_with_gradients(*out)), stream, allocator());
+      });
     }
     report(got.same_bits(again), "the repetition of gradients");
     check_gradients(
@@ -148,24 +167,28 @@ struct Run : Inputs<T> {
         [](int64_t, int) { return 0.0; });
   }
 
-  void check_losses(Results& got, const Losses& want) {
+  void check_losses(Results& got, const WantedLoss& want) {
     bool good = got.head_losses.guards_hold() && got.loss.guards_hold(), infinite = false;
     for (int h = 0; h < count; ++h) {
       infinite |= c.heads[h].infinite_weight;
-      good &= c.heads[h].infinite_weight || std::fabs(got.head_losses[h] - want.head[h]) <= want.head_error[h];
+      good &= c.heads[h].infinite_weight || near(got.head_losses[h], want.head[h], want.head_error[h]);
     }
-    good &= infinite || std::fabs(got.loss[0] - want.total) <= want.total_error;
+    good &= infinite || near(got.loss[0], want.total, want.total_error);
     if (!good) {
       std::printf("loss %g, not %g +- %g\n", static_cast<double>(got.loss[0]), want.total, want.total_error);
     }
     report(good, "losses");
   }
 
+  void run_loss(Results& out, Stream& stream) {
+    const auto plan = plan_heads(problem_with_loss(call(out), c.mean), c.device);
+    heads_loss(call(out), plan, c.mean, {out.loss.data(), out.head_losses.data()}, stream, allocator());
+  }
+
   void check_loss() {
     Results got(*this), again(*this);
     for (Results* out : {&got, &again}) {
-      const HeadsLosses<A> losses{out->loss.data(), out->head_losses.data()};
-      report(heads_loss(call(*out), c.mean, losses, queue(), allocator()) == cudaSuccess, "the start of heads_loss");
+      start("the start of heads_loss", [&](Stream& stream) { run_loss(*out, stream); });
     }
     report(got.same_bits(again), "the repetition of heads_loss");
 
@@ -176,7 +199,7 @@ struct Run : Inputs<T> {
     for (const double error : z.error) {
       inherited = std::isfinite(error) ? std::max(inherited, 2 * error + 16 * kRounding<A>) : inherited;
     }
-    const Losses want = this->wanted_losses(z.sum, inherited);
+    const WantedLoss want = this->wanted_loss(z.sum, inherited);
     check_losses(got, want);
     const auto matters = [&](int k) { return !c.heads[head_of[k]].infinite_weight; };
     check_gradients(
@@ -192,19 +215,22 @@ struct Run : Inputs<T> {
     Guarded<T> z(c.rows * pitch), g(c.rows * pitch), scaled(c.rows * pitch), g_only(c.rows * pitch),
         rescaled(c.rows * pitch);
     Guarded<T> matrix(int64_t{pitch} * c.features), vector(pitch);
-    Sums logits(c.rows * columns);
+    Sums logits(c.rows * columns), gradients(c.rows * columns);
     for (int64_t r = 0; r < c.rows; ++r) {
       for (int k = 0; k < pitch; ++k) {
-        const int h = k < columns ? head_of[k] : 0;
-        z[r * pitch + k] = k < columns ? grad_logits[h][r * c.heads[h].size + k - begin[h]] : element<T>(NAN);
+        z[r * pitch + k] = element<T>(NAN);
         if (k < columns) {
+          const int h = head_of[k];
+          const T given = grad_logits[h][r * c.heads[h].size + k - begin[h]];
+          z[r * pitch + k] = c.heads[h].masked && k + 1 == begin[h + 1] ? element<T>(-INFINITY) : given;
           logits.sum[r * columns + k] = value(z[r * pitch + k]);
+          gradients.sum[r * columns + k] = value(given);
         }
       }
     }
     Products<T> buffers{c.rows,        c.features, columns,  pitch,        matrix.data(),
                         vector.data(), z.data(),   g.data(), scaled.data()};
-    report(gather_weights(buffers, heads, queue()) == cudaSuccess, "the start of gather_weights");
+    start("the start of gather_weights", [&](Stream& stream) { gather_weights(buffers, heads, stream); });
     bool good = matrix.guards_hold() && vector.guards_hold();
     const auto same = [](const T& a, const T& b) { return std::memcmp(&a, &b, sizeof(T)) == 0; };
     for (int k = 0; k < pitch; ++k) {
@@ -219,33 +245,33 @@ struct Run : Inputs<T> {
     }
     report(good, "gathered weights");
 
-    report(silence_weights(buffers, heads, queue()) == cudaSuccess, "the start of silence_weights");
+    start("the start of zero_weights", [&](Stream& stream) { zero_weights(buffers, heads, stream); });
     good = matrix.guards_hold();
     for (int k = 0; k < columns; ++k) {
       const int h = head_of[k];
       for (int d = 0; d < c.features; ++d) {
         const T own = weight[h][int64_t{k - begin[h]} * c.features + d];
-        good &= same(matrix[int64_t{k} * c.features + d], this->scale_of(h) == 0 ? element<T>(0) : own);
+        good &= same(matrix[int64_t{k} * c.features + d], c.heads[h].factor() == 0 ? element<T>(0) : own);
       }
     }
-    report(good, "silenced weights");
+    report(good, "zeroed weights");
 
-    report(split_logits(buffers, heads_into(split), queue()) == cudaSuccess, "the start of split_logits");
+    start("the start of split_logits", [&](Stream& stream) { split_logits(buffers, heads_into(split), stream); });
     check_logits_of(split, logits);
 
-    const HeadsLosses<A> losses{got.loss.data(), got.head_losses.data()};
-    report(
-        heads_loss_of_products(buffers, heads, count, c.mean, losses, queue(), allocator()) == cudaSuccess,
-        "the start of heads_loss_of_products");
+    const LossOutputs<A> outputs{got.loss.data(), got.head_losses.data()};
+    start("the start of heads_loss_between_products", [&](Stream& stream) {
+      heads_loss_between_products(buffers, heads, count, c.mean, outputs, stream, allocator());
+    });
     check_logits_of(got, logits);
-    const Losses want = this->wanted_losses(logits.sum, 64 * kRounding<A>);
+    const WantedLoss want = this->wanted_loss(logits.sum, 64 * kRounding<A>);
     check_losses(got, want);
     const auto check_buffer = [&](const char* what, Guarded<T>& buffer, const std::vector<double>& sum,
-                                  const std::vector<double>& error, bool with_scale) {
+                                  const std::vector<double>& error, bool with_factor) {
       Sums padded(c.rows * pitch);
       for (int64_t r = 0; r < c.rows; ++r) {
         for (int k = 0; k < columns; ++k) {
-          const double s = with_scale ? this->scale_of(head_of[k]) : 1;
+          const double s = with_factor ? c.heads[head_of[k]].factor() : 1;
           const double v = sum[r * columns + k];
           padded.add(
               r * pitch + k, s == 0 ? 0 : v * s,
@@ -259,9 +285,11 @@ struct Run : Inputs<T> {
 
     buffers.g = g_only.data();
     buffers.scaled = rescaled.data();
-    report(gather_gradients(buffers, heads, queue()) == cudaSuccess, "the start of gather_gradients");
-    check_buffer("gathered gradients", g_only, logits.sum, logits.error, false);
-    check_buffer("scaled gradients", rescaled, logits.sum, logits.error, true);
+    start("the start of gather_gradients", [&](Stream& stream) {
+      gather_gradients(buffers, heads_with_gradients(got), stream);
+    });
+    check_buffer("gathered gradients", g_only, gradients.sum, gradients.error, false);
+    check_buffer("scaled gradients", rescaled, gradients.sum, gradients.error, true);
   }
 
   bool finite() const {
@@ -381,7 +409,7 @@ void check_type() {
       c.heads[1].infinite_weight = true;
       Run<T>(c).check();
     }
-    // Rows of weight 0 take no part, though their features and targets be NaN.
+    // Rows of weight 0 are ignored, though their features and targets be NaN.
     c = {
         19,
         130,
@@ -390,6 +418,21 @@ void check_type() {
         device};
     c.nan_rows = true;
     Run<T>(c).check();
+    // A class that no row has: without smoothing neither its weight nor its logit counts, with it the loss is infinite
+    // or NaN, as that of F.cross_entropy.
+    for (const double absent_weight : {double{INFINITY}, double{NAN}}) {
+      for (const double smoothing : {0.0, 0.1}) {
+        c = {19, 130, {}, device};
+        for (const auto kind : {TargetKind::kClasses, TargetKind::kProbabilities}) {
+          for (const int size : {4, 1}) {
+            c.heads.push_back(with(size, kind, false, true, smoothing));
+            c.heads.back().absent_weight = absent_weight;
+            c.heads.back().masked = smoothing == 0;
+          }
+        }
+        Run<T>(c).check();
+      }
+    }
     // A mean over nothing.
     c = {19, 130, option_heads()[5], device};
     for (HeadCase& head : c.heads) {
@@ -531,7 +574,6 @@ void judge(const HeadsDevice& device) {
   cuda_emulation::only_judge = true;
   cuda_emulation::device.shared_bytes = device.shared_bytes;
   const auto allocate = [](int64_t) -> void* { return nullptr; };
-  const HeadsQueue queue{device, nullptr};
   T some[1];
   for (const int features :
        {1, 8, 64, 96, 127, 128, 192, 256, 384, 512, 768, 1000, 1024, 1764, 2048, 4096, 10000, kMaxFeatures}) {
@@ -553,14 +595,17 @@ void judge(const HeadsDevice& device) {
               head.kind = needs & 2 ? TargetKind::kProbabilities : TargetKind::kClasses;
               head.sample_weight = needs & 2 ? reinterpret_cast<A*>(some) : nullptr;
             }
-            const auto taken = [](auto operation) {
+            const auto taken = [&](auto operation) {
               ++cuda_emulation::device.id;
-              return operation() == cudaSuccess;
+              Stream stream{device, nullptr};
+              operation(stream);
+              return stream.status == cudaSuccess;
             };
-            const bool by_products = plan_heads(problem_with_loss(call, true), device).form == HeadsForm::kProducts;
-            const bool good = taken([&] { return heads_logits(call, queue, allocate); }) &&
-                taken([&] { return heads_gradients(call, queue, allocate); }) &&
-                (by_products || taken([&] { return heads_loss(call, true, HeadsLosses<A>{}, queue, allocate); }));
+            const auto plan = plan_heads(problem_with_loss(call, true), device);
+            const bool good = taken([&](Stream& stream) { heads_logits(call, stream, allocate); }) &&
+                taken([&](Stream& stream) { heads_gradients(call, stream, allocate); }) &&
+                (plan.form == HeadsForm::kProducts ||
+                 taken([&](Stream& stream) { heads_loss(call, plan, true, {}, stream, allocate); }));
             if (!good) {
               ++failures;
               std::printf(
@@ -587,7 +632,7 @@ void launches() {
 }
 
 // A step at a small size is two launches, the sweep and the sum of what its blocks left; the backward is one more
-// (scale_negate_test.cpp). Numbers on the device change nothing in that: the kernels read them where they are.
+// (scale_test.cpp). Numbers on the device change nothing in that: the kernels read them where they are.
 template <typename T>
 void count_launches() {
   for (const auto& sizes : {std::vector<int>{10, 2}, std::vector<int>{2, 2}}) {
@@ -596,11 +641,10 @@ void count_launches() {
       c.on_device = on_device;
       Run<T> run(c);
       typename Run<T>::Results got(run);
-      const HeadsLosses<typename Arithmetic<T>::type> losses{got.loss.data(), got.head_losses.data()};
       cuda_emulation::only_judge = true;
       const std::size_t before = cuda_emulation::launches;
-      const bool good = heads_loss(run.call(got), c.mean, losses, run.queue(), allocator()) == cudaSuccess;
-      if (const std::size_t launched = cuda_emulation::launches - before; !good || launched != 2) {
+      run.start("the start of heads_loss", [&](Stream& stream) { run.run_loss(got, stream); });
+      if (const std::size_t launched = cuda_emulation::launches - before; launched != 2) {
         ++failures;
         std::printf("wrong: %zu launches of %zu bytes an element for %s\n", launched, sizeof(T), describe(c).c_str());
       }

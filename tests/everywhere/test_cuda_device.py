@@ -85,10 +85,10 @@ def test_a_small_step_is_four_launches(compiled, dtype, most):
 
 def test_a_list_of_gradients_is_scaled_as_each_alone(compiled):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for lambda_ in (0.5, 0.0, -1.0):
+        for factor in (-0.5, 0.0, 1.0):
             grads = [torch.randn(n, device="cuda", dtype=dtype)[n % 3 :] for n in (70001, 3, 0, 256, *range(1, 200))]
-            expected = [torch.ops.grl_ext._scale_negate(grad, lambda_, None) for grad in grads]
-            torch.ops.grl_ext._scale_negate_list_(grads, 1.0, torch.tensor(lambda_, device="cuda"))
+            expected = [torch.ops.grl_ext._scale(grad, factor, None) for grad in grads]
+            torch.ops.grl_ext._scale_list_(grads, -1.0, torch.tensor(-factor, device="cuda"))
             for found, alone in zip(grads, expected, strict=True):
                 assert_same(found, alone)
 
@@ -99,14 +99,14 @@ def needs_memory(bytes_: int) -> None:
         pytest.skip(f"needs {bytes_ >> 30} GB of free GPU memory, {free >> 30} are there")
 
 
-@pytest.mark.parametrize("form", ["one lambda", "a lambda for each row"])
+@pytest.mark.parametrize("form", ["one number", "a number for each row"])
 def test_more_than_two_to_the_31_elements(compiled, form):
     rows, columns = 2**16, 2**15 + 17
     needs_memory(3 * 2 * rows * columns)
     grad = torch.ones(rows, columns, device="cuda", dtype=torch.float16)
     grad[-1, -1] = 3
-    lambda_ = torch.tensor(0.5, device="cuda") if form == "one lambda" else torch.full((rows, 1), 0.5, device="cuda")
-    out = torch.ops.grl_ext._scale_negate(grad, 1.0, lambda_)
+    tensor = torch.tensor(0.5, device="cuda") if form == "one number" else torch.full((rows, 1), 0.5, device="cuda")
+    out = torch.ops.grl_ext._scale(grad, -1.0, tensor)
     assert (
         out[0, 0] == -0.5
         and out[-1, 0] == -0.5

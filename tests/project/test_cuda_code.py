@@ -122,7 +122,7 @@ def loops_of(body: list[str]) -> list[list[str]]:
 
 
 def accesses_of(lines: list[str]) -> list[str]:
-    """Reads and writes of global memory, but for those through the read-only cache (.nc): lambda's."""
+    """Reads and writes of global memory, but for those through the read-only cache (.nc): the factor's."""
     found = [re.match(r"(?:@!?%\w+ +)?((?:ld|st|atom|red)\.global[.\w:]*)", line) for line in lines]
     return [match[1] for match in found if match and ".nc" not in match[1]]
 
@@ -147,14 +147,14 @@ def test_the_parser_sees_loops_and_split_stores():
     assert [is_vector(access) for access in accesses_of(loop)] == [True, False]
 
 
-FORMS = 5  # of lambda: a value, a float or a double on the device, a broadcast one with 32- or 64-bit indices
+FORMS = 5  # of the factor: a value, a float or a double on the device, a tensor with 32- or 64-bit indices
 FORMS_OF_LISTS = 3  # the first three
 TYPES = 4
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_scale_negate_moves_16_bytes_an_instruction(compiled_code, arch):
-    kernels, _ = compiled_code("scale_negate.cu", arch)
+def test_scale_moves_16_bytes_an_instruction(compiled_code, arch):
+    kernels, _ = compiled_code("scale.cu", arch)
     assert len(kernels) == (FORMS + FORMS_OF_LISTS) * TYPES
     for name, kernel in kernels.items():
         # Loops with a vector access: the main one, with several loads before its first store, and the one for the rest.

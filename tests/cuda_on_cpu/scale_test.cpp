@@ -1,6 +1,6 @@
-// scale_negate.cuh over element types, forms of lambda, sizes and alignments, in place and not, alone and in lists,
-// against a loop in double precision.
-#include "scale_negate.cuh"
+// scale.cuh over element types, forms of the factor, sizes and alignments, in place and not, alone and in lists, against
+// a loop in double precision.
+#include "scale.cuh"
 
 #include <algorithm>
 #include <cstdio>
@@ -29,7 +29,7 @@ T gradient(int64_t i) {
   return Arithmetic<T>::narrow(static_cast<typename Arithmetic<T>::type>(value));
 }
 
-// Half a unit in the last place for every rounding on the way: of the result, and before it of lambda and of the
+// Half a unit in the last place for every rounding on the way: of the result, and before it of the factor and of the
 // product to f32.
 template <typename T>
 constexpr double kTolerance = 0x1p-53;
@@ -41,10 +41,10 @@ template <>
 constexpr double kTolerance<__nv_bfloat16> = 0x1p-8 + 0x1p-23;
 
 template <typename T>
-bool is_scaled(T got_, T grad, double lambda) {
+bool is_scaled(T got_, T grad, double factor) {
   const double got = Arithmetic<T>::widen(got_);
-  const double want = -lambda * Arithmetic<T>::widen(grad);
-  if (lambda == 0) {
+  const double want = factor * Arithmetic<T>::widen(grad);
+  if (factor == 0) {
     return got == 0 && !std::signbit(got);
   }
   return got == want || (std::isnan(got) && std::isnan(want)) ||
@@ -82,16 +82,16 @@ class Guarded {
   std::vector<T> storage_;
 };
 
-template <typename T, typename Lambda>
-void check(const char* form, const Case& c, Lambda lambda, const std::function<double(int64_t)>& lambda_of) {
+template <typename T, typename Factor>
+void check(const char* form, const Case& c, Factor factor, const std::function<double(int64_t)>& factor_of) {
   Guarded<T> grad(c.n, c.grad_offset);
   Guarded<T> separate(c.n, c.out_offset);
   Guarded<T>& out = c.in_place ? grad : separate;
   // As on a GPU of one multiprocessor: more than eight blocks' work makes the threads stride.
-  bool good = scale_negate(out.data(), grad.data(), c.n, lambda, /*sm_count=*/1, nullptr) == cudaSuccess;
+  bool good = scale(out.data(), grad.data(), c.n, factor, /*sm_count=*/1, nullptr) == cudaSuccess;
   good &= grad.guards_hold() && separate.guards_hold();
   for (int64_t i = 0; i < c.n; ++i) {
-    good &= is_scaled(out.data()[i], gradient<T>(i), lambda_of(i)) && (c.in_place ? separate : grad).is_untouched(i);
+    good &= is_scaled(out.data()[i], gradient<T>(i), factor_of(i)) && (c.in_place ? separate : grad).is_untouched(i);
   }
   if (!good) {
     ++failures;
@@ -104,11 +104,11 @@ void check(const char* form, const Case& c, Lambda lambda, const std::function<d
 template <typename T>
 void check_forms(const Case& c) {
   using A = typename Arithmetic<T>::type;
-  for (const double lambda : {0.3, 0.0, -1.0}) {
-    const auto single = static_cast<float>(lambda);
-    check<T>("a value", c, LambdaValue<A>{static_cast<A>(lambda)}, [=](int64_t) { return lambda; });
-    check<T>("a double on the device", c, LambdaOnDevice<A, double>{&lambda, A(1)}, [=](int64_t) { return lambda; });
-    check<T>("a float on the device", c, LambdaOnDevice<A, float>{&single, A(-2)}, [=](int64_t) {
+  for (const double factor : {-0.3, 0.0, 1.0}) {
+    const auto single = static_cast<float>(factor);
+    check<T>("a value", c, HostFactor<A>{static_cast<A>(factor)}, [=](int64_t) { return factor; });
+    check<T>("a double on the device", c, DeviceFactor<A, double>{&factor, A(1)}, [=](int64_t) { return factor; });
+    check<T>("a float on the device", c, DeviceFactor<A, float>{&single, A(-2)}, [=](int64_t) {
       return -2 * double{single};
     });
   }
@@ -122,13 +122,17 @@ void check_forms(const Case& c) {
     for (int64_t p = 0; p < period; ++p) {
       values[p] = static_cast<A>(p % 3 == 1 ? 0.0 : 0.1 * static_cast<double>(p % 999) - 0.7);
     }
-    const auto lambda_of = [&, period = period, inner = inner](int64_t i) {
-      return double{values[i / inner % period]};
+    const A multiplier = inner == 1 ? A(-1) : A(-2);
+    const auto factor_of = [&, period = period, inner = inner](int64_t i) {
+      return double{multiplier * values[i / inner % period]};
     };
     if (inner == 7) {
-      check<T>(form, c, LambdaBroadcast<A, uint64_t>{values.data(), uint64_t(period), uint64_t(inner)}, lambda_of);
+      check<T>(
+          form, c, BroadcastFactor<A, uint64_t>{values.data(), multiplier, uint64_t(period), uint64_t(inner)},
+          factor_of);
     }
-    check<T>(form, c, LambdaBroadcast<A, uint32_t>{values.data(), uint32_t(period), uint32_t(inner)}, lambda_of);
+    check<T>(
+        form, c, BroadcastFactor<A, uint32_t>{values.data(), multiplier, uint32_t(period), uint32_t(inner)}, factor_of);
   }
 }
 
@@ -141,7 +145,7 @@ void check_type() {
     }
   }
   // Past the first vector of each thread: a second for some, and several in flight with a rest.
-  const int64_t per_grid = int64_t{kScaleNegateBlocksPerSm} * kScaleNegateThreads * kVectorSize<T>;
+  const int64_t per_grid = int64_t{kScaleBlocksPerSm} * kScaleThreads * kVectorSize<T>;
   for (const int64_t strided : {per_grid + 1001, (kVectorsInFlight + 1) * per_grid + 1001}) {
     check_forms<T>({strided, 1, 1, true});
     check_forms<T>({strided, 1, 0, false});
@@ -149,9 +153,9 @@ void check_type() {
   }
 }
 
-// Gradients of these sizes, in place under one lambda, in as few launches as there can be.
-template <typename T, typename Lambda>
-void check_list(const std::vector<int64_t>& sizes, int sm_count, Lambda form, double lambda) {
+// Gradients of these sizes, in place by one factor, in as few launches as there can be.
+template <typename T, typename Factor>
+void check_list(const std::vector<int64_t>& sizes, int sm_count, Factor form, double factor) {
   std::vector<Guarded<T>> gradients;
   std::vector<T*> data;
   for (std::size_t g = 0; g < sizes.size(); ++g) {
@@ -161,7 +165,7 @@ void check_list(const std::vector<int64_t>& sizes, int sm_count, Lambda form, do
     data.push_back(gradient.data());
   }
   const std::size_t before = cuda_emulation::launches;
-  bool good = scale_negate_list(data.data(), sizes.data(), static_cast<int>(sizes.size()), form, sm_count, nullptr) ==
+  bool good = scale_list(data.data(), sizes.data(), static_cast<int>(sizes.size()), form, sm_count, nullptr) ==
       cudaSuccess;
   const std::size_t launched = cuda_emulation::launches - before;
   const bool any = std::any_of(sizes.begin(), sizes.end(), [](int64_t n) { return n > 0; });
@@ -169,13 +173,13 @@ void check_list(const std::vector<int64_t>& sizes, int sm_count, Lambda form, do
   for (std::size_t g = 0; g < sizes.size(); ++g) {
     good &= gradients[g].guards_hold();
     for (int64_t i = 0; i < sizes[g]; ++i) {
-      good &= is_scaled(data[g][i], gradient<T>(i), lambda) && (lambda != -1 || gradients[g].is_untouched(i));
+      good &= is_scaled(data[g][i], gradient<T>(i), factor) && (factor != 1 || gradients[g].is_untouched(i));
     }
   }
   if (!good) {
     ++failures;
     std::printf(
-        "wrong: a list of %zu, %zu bytes an element, lambda %g, %zu launches\n", sizes.size(), sizeof(T), lambda,
+        "wrong: a list of %zu, %zu bytes an element, factor %g, %zu launches\n", sizes.size(), sizeof(T), factor,
         launched);
   }
 }
@@ -190,11 +194,11 @@ void check_lists() {
   }
   const std::vector<std::vector<int64_t>> lists = {step, many, {}, {0, 0}, {1}};
   for (const auto& sizes : lists) {
-    for (const double lambda : {0.3, 0.0, -1.0}) {
-      const auto single = static_cast<float>(lambda);
-      check_list<T>(sizes, 1, LambdaValue<A>{static_cast<A>(lambda)}, lambda);
-      check_list<T>(sizes, 4, LambdaOnDevice<A, double>{&lambda, A(1)}, lambda);
-      check_list<T>(sizes, 2, LambdaOnDevice<A, float>{&single, A(1)}, double{single});
+    for (const double factor : {-0.3, 0.0, 1.0}) {
+      const auto single = static_cast<float>(factor);
+      check_list<T>(sizes, 1, HostFactor<A>{static_cast<A>(factor)}, factor);
+      check_list<T>(sizes, 4, DeviceFactor<A, double>{&factor, A(1)}, factor);
+      check_list<T>(sizes, 2, DeviceFactor<A, float>{&single, A(1)}, double{single});
     }
   }
 }

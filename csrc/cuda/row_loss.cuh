@@ -2,9 +2,10 @@
 //
 //   cross entropy   u[c] = class_weight[c] ((1 - smoothing) y[c] + smoothing / classes), with y the target class or
 //                   probabilities;   mass = sum_c u[c]
-//                   loss = mass log sum_c exp z[c] - sum_c u[c] z[c],    dz[c] = mass softmax(z)[c] - u[c]
+//                   loss = sum_c u[c] (log sum_k exp z[k] - z[c]),       dz[c] = mass softmax(z)[c] - u[c]
 //   squared error   loss = sum_c (z[c] - value[c])^2,                    dz[c] = 2 (z[c] - value[c])
 //
+// A class of which nothing is wanted has u 0, whatever its weight, and adds 0 to the loss, whatever its logit.
 // A head of one column is binary, the softmax over 0 and z. A row counts with its sample weight. It is not valid where
 // that is 0 or its target is ignore_index: it has no loss and no gradient then, even where its logits or targets are
 // NaN.
@@ -14,9 +15,9 @@
 
 namespace grl_ext {
 
-// What the loss of a head needs in each of its rows. For a sum over the rows `norm` is 1.
+// What a head's loss needs in each of its rows. For a sum over the rows `norm` is 1.
 template <typename T>
-struct HeadLoss {
+struct RowLoss {
   using A = typename Arithmetic<T>::type;
   TargetKind kind;
   bool binary;
@@ -26,17 +27,16 @@ struct HeadLoss {
   const A* class_weight;
   A smoothing_per_class;  // smoothing / classes: what every class gets
   A one_minus_smoothing;  // what the target class gets on top
-  A factor;  // of a row of weight 1 in the loss: loss_weight / norm
+  A share;  // of a row of weight 1 in the total loss: loss_weight / norm
   double norm;
 
   __device__ bool squared() const { return kind == TargetKind::kValues; }
 };
 
 template <typename T>
-__device__ HeadLoss<T> head_loss(const Heads<T>& heads, int h, double norm) {
+__device__ RowLoss<T> row_loss(const Head<T>& head, double norm) {
   using A = typename Arithmetic<T>::type;
-  const Head<T>& head = heads.head[h];
-  HeadLoss<T> loss;
+  RowLoss<T> loss;
   loss.kind = head.kind;
   loss.binary = head.binary();
   loss.mass_is_one = head.kind == TargetKind::kClasses && !head.class_weight;
@@ -45,7 +45,7 @@ __device__ HeadLoss<T> head_loss(const Heads<T>& heads, int h, double norm) {
   loss.class_weight = head.class_weight;
   loss.smoothing_per_class = static_cast<A>(head.smoothing / head.classes());
   loss.one_minus_smoothing = static_cast<A>(1 - head.smoothing);
-  loss.factor = norm == 0 ? A(0) : static_cast<A>(heads.loss_weight_of(h) / norm);
+  loss.share = norm == 0 ? A(0) : static_cast<A>(head.weight_in_loss() / norm);
   loss.norm = norm;
   return loss;
 }
@@ -62,7 +62,7 @@ struct RowTarget {
   RowTarget() = default;
 
   // `target` is the row's own, `weight` its sample weight.
-  __device__ RowTarget(const HeadLoss<T>& head, const void* target, A weight)
+  __device__ RowTarget(const RowLoss<T>& head, const void* target, A weight)
       : valid(weight != 0 && head.norm != 0), weight(weight), dense(static_cast<const A*>(target)) {
     if (head.kind == TargetKind::kClasses) {
       const int64_t label = *static_cast<const int64_t*>(target);
@@ -73,20 +73,20 @@ struct RowTarget {
   }
 
   // u[c]
-  __device__ A wanted(const HeadLoss<T>& head, int c) const {
+  __device__ A wanted(const RowLoss<T>& head, int c) const {
     A y = target_class == c;
     if (head.kind == TargetKind::kProbabilities) {
       y = !head.binary ? dense[c] : c == 1 ? dense[0] : 1 - dense[0];
     }
     const A u = head.smoothing_per_class + head.one_minus_smoothing * y;
-    return head.class_weight ? __ldg(head.class_weight + c) * u : u;
+    return head.class_weight && u != 0 ? __ldg(head.class_weight + c) * u : u;
   }
 };
 
-// A class's term of sum_c u[c] (z[c] - top). It is 0 where u is 0, even if z is infinite.
+// A class's part of the loss.
 template <typename A>
-__device__ A expected_part(A u, A shifted) {
-  return u == 0 ? A(0) : u * shifted;
+__device__ A class_loss(A u, A minus_log_probability) {
+  return u == 0 ? A(0) : u * minus_log_probability;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -105,55 +105,45 @@ __device__ A over_head(A x, int first, int end, Op op) {
 }
 
 // Which sums over a head's lanes are needed by any head of the launch.
-struct LossSums {
+struct SumsNeeded {
   bool softmax;
   bool mass;
 };
 
-// The gradient of the row's part in the total loss, for the lane's logit z. The first lane of each head adds the row's
-// loss to `loss`. A lane without a column counts as a head of its own.
+// The gradient of the row's part in the total loss, for the lane's logit z. Each lane adds its column's part of the
+// row's loss to `loss`. A lane without a column counts as a head of its own.
 template <typename T, typename A = typename Arithmetic<T>::type>
 __device__ A loss_of_lane(
-    double& loss, A z, const HeadLoss<T>& head, const RowTarget<T>& row, bool exists, int first_lane, int end_lane,
-    LossSums sums) {
+    double& loss, A z, const RowLoss<T>& head, const RowTarget<T>& row, bool exists, int first_lane, int end_lane,
+    SumsNeeded needed) {
   const int column = lane_id() - first_lane;
-  const int hit = head.binary ? 1 : column;  // the class that the lane stands for
-  A e = 0, sum = 1, u = 0, mass = 1;
-  A part = 0;  // of the loss, beside the logarithm
-  if (head.squared()) {
-    u = exists && row.valid ? row.dense[column] : A(0);
-    part = (z - u) * (z - u);
-  } else {
-    u = exists && row.valid ? row.wanted(head, hit) : A(0);
-  }
-  if (sums.softmax) {
-    const A top = over_head(head.binary ? Maximum{}(z, A(0)) : z, first_lane, end_lane, Maximum{});
+  const bool valid = exists && row.valid;
+  const bool wants = valid && !head.squared();
+  // A binary head's u[0]: its logit 0 has no lane. Computed twice, for want of a register.
+  const auto other_u = [&] { return wants && head.binary ? row.wanted(head, 0) : A(0); };
+  A u = 0, top = 0, e = 0, sum = 1, mass = 1;
+  if (needed.softmax) {
+    u = wants ? row.wanted(head, head.binary ? 1 : column) : A(0);
+    top = over_head(head.binary ? Maximum{}(z, A(0)) : z, first_lane, end_lane, Maximum{});
     e = exp(z - top);
-    sum = e;
-    A mine = u;
-    if (!head.squared()) {
-      part = expected_part(u, z - top);
-      if (head.binary && exists && row.valid) {  // the class of the logit 0, which has no lane
-        const A other = row.wanted(head, 0);
-        sum += exp(-top);
-        part += expected_part(other, -top);
-        mine += other;
-      }
-    }
-    sum = over_head(sum, first_lane, end_lane, Sum{});
-    if (sums.mass) {
-      mass = over_head(mine, first_lane, end_lane, Sum{});
-    }
-    mass = head.mass_is_one ? A(1) : mass;
+    sum = over_head(head.binary ? e + exp(-top) : e, first_lane, end_lane, Sum{});
+    mass = needed.mass ? over_head(u + other_u(), first_lane, end_lane, Sum{}) : A(1);
   }
-  part = over_head(part, first_lane, end_lane, Sum{});
-  if (!exists || !row.valid) {
+  if (!valid) {
     return 0;
   }
-  if (column == 0) {
-    loss += static_cast<double>(row.weight) * static_cast<double>(head.squared() ? part : mass * log(sum) - part);
+  A part, dz;
+  if (head.squared()) {
+    const A error = z - row.dense[column];
+    part = error * error;
+    dz = 2 * error;
+  } else {
+    const A log_sum = log(sum);
+    part = class_loss(u, log_sum - (z - top)) + class_loss(other_u(), log_sum + top);
+    dz = (head.mass_is_one ? A(1) : mass) * (e / sum) - u;
   }
-  return row.weight * head.factor * (head.squared() ? 2 * (z - u) : mass * (e / sum) - u);
+  loss += static_cast<double>(row.weight) * static_cast<double>(part);
+  return row.weight * head.share * dz;
 }
 
 }  // namespace grl_ext

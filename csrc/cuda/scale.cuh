@@ -1,6 +1,6 @@
-// out = -lambda * grad on the GPU: the kernels for one gradient and for several, the three forms of lambda, and the
-// launches on plain pointers. Knows no ATen, so that tests/cuda_on_cpu runs this text as it is; scale_negate.cu brings
-// the tensors.
+// out = factor * grad on the GPU: the kernels for one gradient and for several, the three forms of the factor, and the
+// launches on plain pointers. Knows no ATen, so that tests/cuda_on_cpu runs this text as it is; scale.cu brings the
+// tensors.
 #pragma once
 
 #include <algorithm>
@@ -12,52 +12,54 @@
 
 namespace grl_ext {
 
-// The forms of lambda. Each thread calls fetch() once. The result's run_from(i) returns an iterator for a run of
-// neighbouring elements that begins at element i: next() returns the lambda of one element after the other.
+// The forms of the factor. Each thread calls fetch() once. The result's run_from(i) returns an iterator for a run of
+// neighbouring elements that begins at element i: next() returns the factor of one element after the other.
 // changes_nothing() says whether a gradient would stay as it is.
 
 // A number known to the host.
 template <typename A>
-struct LambdaValue {
+struct HostFactor {
   A value;
-  __device__ LambdaValue fetch() const { return *this; }
-  __device__ LambdaValue run_from(int64_t) const { return *this; }
+  __device__ HostFactor fetch() const { return *this; }
+  __device__ HostFactor run_from(int64_t) const { return *this; }
   __device__ A next() const { return value; }
-  __device__ bool changes_nothing() const { return value == A(-1); }
+  __device__ bool changes_nothing() const { return value == A(1); }
 };
 
 // A number that the device holds, times one that the host knows: read there, so that the host never waits for it and a
 // replayed CUDA graph sees its changes.
 template <typename A, typename Stored>
-struct LambdaOnDevice {
-  const Stored* value;
+struct DeviceFactor {
+  const Stored* number;
   A multiplier;
-  __device__ LambdaValue<A> fetch() const { return {multiplier * static_cast<A>(__ldg(value))}; }
+  __device__ HostFactor<A> fetch() const { return {multiplier * static_cast<A>(__ldg(number))}; }
 };
 
-// A tensor: element i has values[(i / inner) % period]. A run divides once, where it begins, and only counts from there
-// on. Index is 32 bits wide where the gradient allows: a 64-bit division costs several times as much.
+// A tensor, times a number that the host knows: element i has values[(i / inner) % period]. A run divides once, where it
+// begins, and only counts from there on. Index is 32 bits wide where the gradient allows: a 64-bit division costs
+// several times as much.
 template <typename A, typename Index>
-struct LambdaBroadcast {
+struct BroadcastFactor {
   const A* values;
+  A multiplier;
   Index period;
   Index inner;
 
   struct Run {
-    LambdaBroadcast lambda;
+    BroadcastFactor factor;
     Index position;
     Index repeat;
     __device__ A next() {
-      const A value = __ldg(lambda.values + position);
-      if (++repeat == lambda.inner) {
+      const A value = factor.multiplier * __ldg(factor.values + position);
+      if (++repeat == factor.inner) {
         repeat = 0;
-        position = position + 1 == lambda.period ? 0 : position + 1;
+        position = position + 1 == factor.period ? 0 : position + 1;
       }
       return value;
     }
   };
 
-  __device__ LambdaBroadcast fetch() const { return *this; }
+  __device__ BroadcastFactor fetch() const { return *this; }
   __device__ Run run_from(int64_t i) const {
     const Index index = static_cast<Index>(i);
     const Index group = index / inner;
@@ -66,10 +68,10 @@ struct LambdaBroadcast {
   __device__ bool changes_nothing() const { return false; }
 };
 
-// lambda == 0 switches the adversary off: zero then, also where the gradient has overflowed.
+// The factor 0 switches the adversary off: zero then, also where the gradient has overflowed.
 template <typename T, typename A>
-__device__ T scale_negate_element(T grad, A lambda) {
-  return Arithmetic<T>::narrow(lambda == A(0) ? A(0) : -lambda * Arithmetic<T>::widen(grad));
+__device__ T scaled_element(T grad, A factor) {
+  return Arithmetic<T>::narrow(factor == A(0) ? A(0) : factor * Arithmetic<T>::widen(grad));
 }
 
 // The bytes that a thread moves at a time: the widest access there is.
@@ -81,35 +83,34 @@ constexpr int kVectorSize = kVectorBytes / sizeof(T);
 // load before a store: with one vector at a time, each load would wait for the store before it.
 constexpr int kVectorsInFlight = 4;
 
-constexpr int kScaleNegateThreads = 256;
+constexpr int kScaleThreads = 256;
 // As many blocks as run at a time, so that none waits for another's end. The kernels take up to 64 registers a thread,
 // with which four blocks fit. Their loads in flight, 64 KB a multiprocessor, are several times what hides the memory's
 // latency. With eight blocks a thread would have 32 registers and spill. To be tuned with bench/compare.py --device
 // cuda.
-constexpr int kScaleNegateBlocksPerSm = 4;
+constexpr int kScaleBlocksPerSm = 4;
 
-// Scales the elements of a vector, each by the next lambda of the run.
+// Scales the elements of a vector, each by the next factor of the run.
 template <typename T, typename Run>
-__device__ uint4 scale_negate_vector(uint4 bits, Run run) {
+__device__ uint4 scaled_vector(uint4 bits, Run run) {
   T elements[kVectorSize<T>];
   memcpy(elements, &bits, kVectorBytes);
 #pragma unroll
   for (T& element : elements) {
-    element = scale_negate_element(element, run.next());
+    element = scaled_element(element, run.next());
   }
   memcpy(&bits, elements, kVectorBytes);
   return bits;
 }
 
-// out[i] = -lambda_i * grad[i], by `blocks` blocks of which the caller is one; out may be grad.
+// out[i] = factor_i * grad[i], by `blocks` blocks of which the caller is one; out may be grad.
 // The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all of
 // them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor).
 // __ldcg and __stcg are one instruction of 16 bytes each, past L1, where nothing is read twice. A plain assignment is
 // not: nvcc splits it into its elements where it sees them in registers. test_cuda_code.py counts them in the
 // compiled code.
-template <typename T, typename Lambda>
-__device__ void scale_negate_elements(
-    T* out, const T* grad, int64_t n, Lambda lambda, unsigned block, unsigned blocks) {
+template <typename T, typename Factor>
+__device__ void scale_elements(T* out, const T* grad, int64_t n, Factor factor, unsigned block, unsigned blocks) {
   constexpr int kSize = kVectorSize<T>;
   const int64_t thread = static_cast<int64_t>(block) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(blocks) * blockDim.x;
@@ -125,9 +126,7 @@ __device__ void scale_negate_elements(
 
   const auto* const from = reinterpret_cast<const uint4*>(grad + head);
   auto* const to = reinterpret_cast<uint4*>(out + head);
-  const auto scaled = [&](uint4 bits, int64_t v) {
-    return scale_negate_vector<T>(bits, lambda.run_from(head + v * kSize));
-  };
+  const auto scaled = [&](uint4 bits, int64_t v) { return scaled_vector<T>(bits, factor.run_from(head + v * kSize)); };
   int64_t v = thread;
   for (; v + (kVectorsInFlight - 1) * threads < vectors; v += kVectorsInFlight * threads) {
     uint4 bits[kVectorsInFlight];
@@ -145,44 +144,44 @@ __device__ void scale_negate_elements(
   }
   for (int64_t j = thread; j < head + n - tail; j += threads) {
     const int64_t i = j < head ? j : j - head + tail;
-    out[i] = scale_negate_element(grad[i], lambda.run_from(i).next());
+    out[i] = scaled_element(grad[i], factor.run_from(i).next());
   }
 }
 
-// Traffic: one read and one write per element (a broadcast lambda is small and comes from the cache).
+// Traffic: one read and one write per element (a broadcast factor is small and comes from the cache).
 // Launch: one thread per 16 bytes until the multiprocessors are full, then each thread strides over the rest. No shared
-// memory, as no element needs another. In place with lambda = -1 nothing is read or written.
-template <typename T, typename Lambda>
-__global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
-    scale_negate_kernel(T* out, const T* grad, int64_t n, Lambda form) {
-  const auto lambda = form.fetch();
-  if (out == grad && lambda.changes_nothing()) {
+// memory, as no element needs another. In place with the factor 1 nothing is read or written.
+template <typename T, typename Factor>
+__global__ void __launch_bounds__(kScaleThreads, kScaleBlocksPerSm)
+    scale_kernel(T* out, const T* grad, int64_t n, Factor form) {
+  const auto factor = form.fetch();
+  if (out == grad && factor.changes_nothing()) {
     return;
   }
-  scale_negate_elements(out, grad, n, lambda, blockIdx.x, gridDim.x);
+  scale_elements(out, grad, n, factor, blockIdx.x, gridDim.x);
 }
 
 // As many blocks as have 16 bytes for every thread, but no more than run at a time.
 template <typename T>
-int64_t scale_negate_blocks(int64_t n, int sm_count) {
-  constexpr int64_t kPerBlock = kScaleNegateThreads * kVectorSize<T>;
-  return std::min<int64_t>((n + kPerBlock - 1) / kPerBlock, int64_t{sm_count} * kScaleNegateBlocksPerSm);
+int64_t scale_blocks(int64_t n, int sm_count) {
+  constexpr int64_t kPerBlock = kScaleThreads * kVectorSize<T>;
+  return std::min<int64_t>((n + kPerBlock - 1) / kPerBlock, int64_t{sm_count} * kScaleBlocksPerSm);
 }
 
-// `n` counts reals: a complex element is two of them under one lambda, for which a broadcast lambda has twice the
+// `n` counts reals: a complex element is two of them under one factor, for which a broadcast factor has twice the
 // inner.
-template <typename T, typename Lambda>
-cudaError_t scale_negate(T* out, const T* grad, int64_t n, Lambda lambda, int sm_count, cudaStream_t stream) {
+template <typename T, typename Factor>
+cudaError_t scale(T* out, const T* grad, int64_t n, Factor factor, int sm_count, cudaStream_t stream) {
   if (n == 0) {
     return cudaSuccess;
   }
   return launch(
-      scale_negate_kernel<T, Lambda>, dim3(static_cast<unsigned>(scale_negate_blocks<T>(n, sm_count))),
-      dim3(kScaleNegateThreads), 0, stream, out, grad, n, lambda);
+      scale_kernel<T, Factor>, dim3(static_cast<unsigned>(scale_blocks<T>(n, sm_count))), dim3(kScaleThreads), 0,
+      stream, out, grad, n, factor);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Several gradients in place, under one lambda
+// Several gradients in place, by one factor
 // ---------------------------------------------------------------------------------------------------------------------
 
 // As many as fit into a kernel's arguments, with some room to spare.
@@ -196,28 +195,28 @@ struct GradientList {
   int64_t n[kGradientsPerLaunch];
 };
 
-// Every gradient's elements times -lambda. A training step's gradients are one large and several small ones, which as
-// launches of their own would cost more time to start than to run. Traffic and inner loops: as scale_negate_kernel.
+// Every gradient's elements times the factor. A training step's gradients are one large and several small ones, which as
+// launches of their own would cost more time to start than to run. Traffic and inner loops: as scale_kernel.
 // Each gradient begins at another block, so that a list of small ones is spread over the grid.
-template <typename T, typename Lambda>
-__global__ void __launch_bounds__(kScaleNegateThreads, kScaleNegateBlocksPerSm)
-    scale_negate_list_kernel(const __grid_constant__ GradientList<T> list, Lambda form) {
-  const auto lambda = form.fetch();
-  if (lambda.changes_nothing()) {
+template <typename T, typename Factor>
+__global__ void __launch_bounds__(kScaleThreads, kScaleBlocksPerSm)
+    scale_list_kernel(const __grid_constant__ GradientList<T> list, Factor form) {
+  const auto factor = form.fetch();
+  if (factor.changes_nothing()) {
     return;
   }
 #pragma unroll 1
   for (int i = 0; i < list.count; ++i) {
     const unsigned first = list.first_block[i];
     const unsigned block = blockIdx.x >= first ? blockIdx.x - first : blockIdx.x + gridDim.x - first;
-    scale_negate_elements(list.grad[i], list.grad[i], list.n[i], lambda, block, gridDim.x);
+    scale_elements(list.grad[i], list.grad[i], list.n[i], factor, block, gridDim.x);
   }
 }
 
 // grads[i] has sizes[i] reals. One launch for each kGradientsPerLaunch of them.
-template <typename T, typename Lambda>
-cudaError_t scale_negate_list(
-    T* const* grads, const int64_t* sizes, int count, Lambda lambda, int sm_count, cudaStream_t stream) {
+template <typename T, typename Factor>
+cudaError_t scale_list(
+    T* const* grads, const int64_t* sizes, int count, Factor factor, int sm_count, cudaStream_t stream) {
   for (int begin = 0; begin < count; begin += kGradientsPerLaunch) {
     GradientList<T> list{};
     list.count = std::min(count - begin, kGradientsPerLaunch);
@@ -225,20 +224,19 @@ cudaError_t scale_negate_list(
     for (int i = 0; i < list.count; ++i) {
       list.grad[i] = grads[begin + i];
       list.n[i] = sizes[begin + i];
-      blocks += scale_negate_blocks<T>(list.n[i], sm_count);
+      blocks += scale_blocks<T>(list.n[i], sm_count);
     }
-    const int64_t grid = std::min(blocks, int64_t{sm_count} * kScaleNegateBlocksPerSm);
+    const int64_t grid = std::min(blocks, int64_t{sm_count} * kScaleBlocksPerSm);
     if (grid == 0) {
       continue;
     }
     int64_t before = 0;
     for (int i = 0; i < list.count; ++i) {
       list.first_block[i] = static_cast<unsigned>(before % grid);
-      before += scale_negate_blocks<T>(list.n[i], sm_count);
+      before += scale_blocks<T>(list.n[i], sm_count);
     }
     const cudaError_t status = launch(
-        scale_negate_list_kernel<T, Lambda>, dim3(static_cast<unsigned>(grid)), dim3(kScaleNegateThreads), 0, stream,
-        list, lambda);
+        scale_list_kernel<T, Factor>, dim3(static_cast<unsigned>(grid)), dim3(kScaleThreads), 0, stream, list, factor);
     if (status != cudaSuccess) {
       return status;
     }

@@ -15,16 +15,17 @@
 
 namespace grl_ext {
 
-// Starts kernels on one stream. After one that could not start, no further one is started.
-struct Launches {
-  cudaStream_t stream;
+// The stream that an operator starts its kernels on. After one that could not start, no further one is started.
+struct Stream {
+  HeadsDevice device;
+  cudaStream_t handle;
   cudaError_t status = cudaSuccess;
 
   template <typename... Params, typename... Args>
-  void operator()(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared_bytes, Args&&... args) {
+  void start(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared_bytes, Args&&... args) {
     if (status == cudaSuccess) {
       status = launch(
-          kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, stream, std::forward<Args>(args)...);
+          kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, handle, std::forward<Args>(args)...);
     }
   }
 };
@@ -51,7 +52,7 @@ class Workspace {
 // Calls place(workspace) twice: to add up the pieces it takes, and to hand them out. allocate(bytes) returns memory on
 // the device.
 template <typename Allocate, typename Place>
-void place_in_workspace(const Allocate& allocate, const Place& place) {
+void place_in_workspace(Allocate& allocate, const Place& place) {
   Workspace measured;
   place(measured);
   if (measured.bytes() > 0) {
@@ -65,11 +66,5 @@ inline dim3 small_grid(int64_t blocks, const HeadsDevice& device, int heads = 1)
       static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, int64_t{kSmallBlocksPerSm} * device.sm_count)),
       static_cast<unsigned>(heads));
 }
-
-// The device and the stream that kernels are started on.
-struct HeadsQueue {
-  HeadsDevice device;
-  cudaStream_t stream;
-};
 
 }  // namespace grl_ext
