@@ -30,10 +30,9 @@ inline bool accepts_lambda(const at::Tensor& x, const at::Tensor& lambda) {
   return true;
 }
 
-// A head's lambda, or nothing for a predictor.
-inline bool accepts_lambda_of_head(const at::Tensor& x, const std::optional<at::Tensor>& lambda) {
-  return !lambda || (lambda->dim() == 0 && !lambda->is_complex() && !lambda->requires_grad() &&
-                     (lambda->device().is_cpu() || lambda->device() == x.device()));
+inline bool accepts_lambda_of_head(const at::Tensor& x, const at::Tensor& lambda) {
+  return lambda.dim() == 0 && !lambda.is_complex() && !lambda.requires_grad() &&
+      (lambda.device().is_cpu() || lambda.device() == x.device());
 }
 
 // A linear layer whose input has the last dimension of x.
@@ -64,17 +63,17 @@ inline bool accepts_target(
   const bool with_size = !sizes.empty() && sizes.slice(0, sizes.size() - 1) == leading && sizes.back() == size;
   const bool without = sizes == leading;
   const bool labels = target.scalar_type() == at::kLong;
-  return (labels ? !squared && (without || (with_size && size == 1))
-                 : is_floating(target) && (with_size || (without && size == 1)));
+  return (
+      labels ? !squared && (without || (with_size && size == 1))
+             : is_floating(target) && (with_size || (without && size == 1)));
 }
 
 // Head h has sizes[h] columns of logits. What is a number is checked where the options are packed.
-inline bool accepts_options(
-    const at::Tensor& x, const std::vector<c10::SymInt>& sizes, const HeadsOptions& options) {
+inline bool accepts_options(const at::Tensor& x, const std::vector<c10::SymInt>& sizes, const HeadsOptions& options) {
   const auto heads = sizes.size();
   if (options.targets.size() != heads || options.sample_weight.size() != heads ||
-      options.class_weight.size() != heads || options.kind.size() != heads ||
-      options.label_smoothing.size() != heads || options.ignore_index.size() != heads) {
+      options.class_weight.size() != heads || options.kind.size() != heads || options.label_smoothing.size() != heads ||
+      options.ignore_index.size() != heads) {
     return false;
   }
   // The loss has no derivative for its targets and weights.

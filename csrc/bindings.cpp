@@ -71,8 +71,9 @@ py::object grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py
   if (!is_exact(x) || !is_exact(weight) || !is_exact_or_none(bias) || !on_kernels_device(unpack(x))) {
     return py::none();
   }
-  const auto lambda_tensor = THPVariable_Check(lambda.ptr()) ? unpack(lambda)
-                                                             : at::scalar_tensor(to_number("lambda_", lambda), at::kDouble);
+  const auto lambda_tensor = THPVariable_Check(lambda.ptr())
+      ? unpack(lambda)
+      : at::scalar_tensor(to_number("lambda_", lambda), at::kDouble);
   std::optional<at::Tensor> y;
   {
     const py::gil_scoped_release no_gil;
@@ -113,25 +114,19 @@ std::optional<OptionalTensors> to_optional_tensors(py::handle sequence, size_t h
 }
 
 // From the heads' lambdas: None for a predictor, a float or a 0-d tensor for an adversary.
-std::optional<HeadFactors> to_factors(const at::Tensor& x, py::handle sequence) {
-  HeadFactors factors;
+std::optional<std::vector<Factor>> to_factors(const at::Tensor& x, py::handle sequence) {
+  std::vector<Factor> factors;
   for (const auto item : sequence) {
-    if (item.is_none() || PyFloat_CheckExact(item.ptr())) {
-      factors.value.push_back(item.is_none() ? 1.0 : -PyFloat_AS_DOUBLE(item.ptr()));
-      factors.tensor.push_back(std::nullopt);
-    } else if (is_exact(item)) {
-      const auto one = factors_of(x, OptionalTensors({unpack(item)}));
-      if (!one) {
-        return std::nullopt;
-      }
-      factors.value.push_back(one->value[0]);
-      factors.tensor.push_back(one->tensor.get(0));
-    } else {
+    const bool is_float = PyFloat_CheckExact(item.ptr());
+    if (!is_float && !is_exact_or_none(item)) {
       return std::nullopt;
     }
-    if (!std::isfinite(factors.value.back())) {
+    const auto factor = is_float ? std::optional(Factor{-PyFloat_AS_DOUBLE(item.ptr()), std::nullopt})
+                                 : factor_of(x, unpack_optional(item));
+    if (!factor || !std::isfinite(factor->value)) {
       return std::nullopt;
     }
+    factors.push_back(*factor);
   }
   return factors;
 }
@@ -158,7 +153,9 @@ std::optional<at::Tensor> to_tensor(py::handle values) {
 
 // HeadsOptions from Python's, or the defaults from None.
 std::optional<HeadsOptions> to_options(py::handle given, py::handle targets, size_t heads) {
-  const auto option = [&](const char* name) { return given.is_none() ? py::object(py::none()) : py::object(given.attr(name)); };
+  const auto option = [&](const char* name) {
+    return given.is_none() ? py::object(py::none()) : py::object(given.attr(name));
+  };
   auto tensors = to_tensors(targets);
   auto sample_weight = to_optional_tensors(option("sample_weight"), heads);
   auto class_weight = to_optional_tensors(option("class_weight"), heads);

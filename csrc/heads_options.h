@@ -15,11 +15,10 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 enum LossKind : int64_t { kCrossEntropy = 0, kSquaredError = 1 };
 
-// What each head's part of the features' gradient is multiplied by: value, times the tensor if there is one, which is
-// 0-d and read when the kernel runs. 1 for a predictor, -lambda for an adversary.
-struct HeadFactors {
-  std::vector<double> value;
-  OptionalTensors tensor;
+// What a gradient is multiplied by: value, times the tensor if there is one.
+struct Factor {
+  double value = 1;
+  std::optional<at::Tensor> tensor;
 };
 
 struct HeadsOptions {

@@ -20,15 +20,17 @@ std::optional<at::Tensor> grl_linear(
 
 // The logits of each head.
 std::optional<std::vector<at::Tensor>> linear_heads(
-    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, HeadFactors factors);
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, std::vector<Factor> factors);
 
 // (loss, head_losses, logits)
 using LossAndLogits = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 std::optional<LossAndLogits> heads_loss(
-    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, HeadFactors factors, HeadsOptions options);
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, std::vector<Factor> factors,
+    HeadsOptions options);
 
-// The factors of heads from their lambdas, none for a predictor; nothing if one of them is not a head's lambda.
-std::optional<HeadFactors> factors_of(const at::Tensor& x, const OptionalTensors& lambda);
+// The factor of a head's part in the features' gradient: 1 for a predictor, which has no lambda, and -lambda for an
+// adversary. Nothing if it is not a head's lambda.
+std::optional<Factor> factor_of(const at::Tensor& x, const std::optional<at::Tensor>& lambda);
 
 // Not an operator: ReLU of z, then linear layers, each with its ReLU. Overwrites z.
 std::optional<at::Tensor> hidden_layers(const at::Tensor& z, at::TensorList weight, const OptionalTensors& bias);

@@ -61,9 +61,17 @@ at::Tensor grl_linear_operator(
   return or_refuse("grl_linear", grl_linear(x, weight, bias, lambda));
 }
 
+std::vector<Factor> factors_of(const char* name, const at::Tensor& x, const OptionalTensors& lambda) {
+  std::vector<Factor> factors;
+  for (size_t h = 0; h < lambda.size(); ++h) {
+    factors.push_back(or_refuse(name, factor_of(x, lambda.get(h))));
+  }
+  return factors;
+}
+
 std::vector<at::Tensor> linear_heads_operator(
     const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, const OptionalTensors& lambda) {
-  return or_refuse("linear_heads", linear_heads(x, weight, bias, or_refuse("linear_heads", factors_of(x, lambda))));
+  return or_refuse("linear_heads", linear_heads(x, weight, bias, factors_of("linear_heads", x, lambda)));
 }
 
 LossAndLogits heads_loss_operator(
@@ -71,10 +79,9 @@ LossAndLogits heads_loss_operator(
     const OptionalTensors& lambda, const OptionalTensors& sample_weight, const OptionalTensors& class_weight,
     const std::optional<at::Tensor>& loss_weight, at::IntArrayRef kind, at::ArrayRef<double> label_smoothing,
     at::IntArrayRef ignore_index, bool mean) {
-  HeadsOptions options{
-      targets.vec(), sample_weight.copy(),  class_weight.copy(), loss_weight,
-      kind.vec(),    label_smoothing.vec(), ignore_index.vec(),  mean};
-  auto factors = or_refuse("heads_loss", factors_of(x, lambda));
+  HeadsOptions options{targets.vec(), sample_weight.copy(),  class_weight.copy(), loss_weight,
+                       kind.vec(),    label_smoothing.vec(), ignore_index.vec(),  mean};
+  auto factors = factors_of("heads_loss", x, lambda);
   return or_refuse("heads_loss", heads_loss(x, weight, bias, std::move(factors), std::move(options)));
 }
 

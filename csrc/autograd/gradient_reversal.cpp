@@ -30,7 +30,11 @@ class GradientReversalBackward : public TraceableNode<GradientReversalBackward> 
     if (!grad.defined() || !should_compute_output(0)) {
       return {at::Tensor()};
     }
-    return {scale(std::move(grad), factor_.unpack(mutex_))};
+    const auto factor = [this] {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return factor_.unpack();
+    }();
+    return {scale(std::move(grad), factor)};
   }
 
   void release_variables() override {

@@ -10,16 +10,15 @@ namespace grl_ext {
 
 std::optional<at::Tensor> grl_linear(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& lambda) {
-  OptionalTensors of_head, biases;
+  OptionalTensors biases;
   biases.push_back(bias);
   if (lambda.dim() == 0 && !lambda.requires_grad()) {
-    of_head.push_back(lambda);
-    const auto factors = factors_of(x, of_head);
-    const auto logits = factors ? linear_heads(x, weight, biases, *factors) : std::nullopt;
+    const auto factor = factor_of(x, lambda);
+    const auto logits = factor ? linear_heads(x, weight, biases, {*factor}) : std::nullopt;
     return logits ? std::optional((*logits)[0]) : std::nullopt;
   }
   const auto seen = gradient_reversal(x, lambda);
-  const bool accepted = seen && prepare(x, weight, biases, {{1.0}, OptionalTensors()});
+  const bool accepted = seen && prepare(x, weight, biases, {Factor{}});
   return accepted ? std::optional(at::linear(*seen, weight, bias)) : std::nullopt;
 }
 

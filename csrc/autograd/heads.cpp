@@ -1,9 +1,7 @@
 #include "heads.h"
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
@@ -21,7 +19,18 @@ using at::Tensor;
 using torch::autograd::variable_list;
 
 std::optional<HeadInputs> prepare(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, HeadFactors factors) {
+    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, std::vector<Factor> factors) {
+  using torch::autograd::isFwGradDefined;
+  refuse_functorch();
+  bool tangent = isFwGradDefined(x);
+  for (size_t h = 0; h < weight.size(); ++h) {
+    const auto vector = h < bias.size() ? bias.get(h) : std::nullopt;
+    tangent = tangent || isFwGradDefined(weight[h]) || (vector && isFwGradDefined(*vector));
+  }
+  // An error is better than a tangent that is silently lost. The Python functions take their other path.
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !tangent,
+      "torch.ops.grl_ext has no forward-mode derivative for linear operators; call the functions of grl_ext instead");
   HeadInputs inputs{x, weight.vec(), bias, std::move(factors)};
   if (const Autocast cast(x.device().type()); cast.is_on()) {
     inputs.x = cast(x);
@@ -31,7 +40,7 @@ std::optional<HeadInputs> prepare(
       inputs.bias.push_back(h < bias.size() ? cast(bias.get(h)) : std::nullopt);
     }
   }
-  return accepts_heads(inputs.x, inputs.weight, inputs.bias) && inputs.factors.value.size() == weight.size()
+  return accepts_heads(inputs.x, inputs.weight, inputs.bias) && inputs.factors.size() == weight.size()
       ? std::optional(std::move(inputs))
       : std::nullopt;
 }
@@ -69,20 +78,6 @@ torch::autograd::edge_list edges_of(const HeadInputs& inputs) {
   return edges;
 }
 
-Tensor numbers_now(const Tensor& values) {
-  if (!values.is_cpu()) {
-    return values.detach();
-  }
-  if (!is_plain(values) || !values.is_contiguous() || values.scalar_type() != at::kDouble ||
-      c10::impl::dispatch_mode_enabled()) {
-    return values.detach().clone();
-  }
-  // The same copy without the dispatcher's overhead, which would take longer than copying a few numbers.
-  Tensor copy = at::detail::empty_cpu(values.sizes(), values.options());
-  std::copy_n(values.const_data_ptr<double>(), values.numel(), copy.mutable_data_ptr<double>());
-  return copy;
-}
-
 c10::List<bool> to_list(const std::vector<bool>& values) {
   c10::List<bool> list;
   list.reserve(values.size());
@@ -96,23 +91,26 @@ std::optional<Tensor> to_optional(const Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
-std::optional<HeadFactors> factors_of(const Tensor& x, const OptionalTensors& lambda) {
-  HeadFactors factors;
-  for (size_t h = 0; h < lambda.size(); ++h) {
-    const auto given = lambda.get(h);
-    if (!accepts_lambda_of_head(x, given)) {
-      return std::nullopt;
-    }
-    const auto factor = given ? reversed(*given) : Factor{1.0, std::nullopt};
-    if (!std::isfinite(factor.value)) {
-      return std::nullopt;
-    }
-    // Kernels read float32 and float64.
-    const bool readable = !factor.tensor || given->scalar_type() == at::kFloat || given->scalar_type() == at::kDouble;
-    factors.value.push_back(factor.value);
-    factors.tensor.push_back(readable ? factor.tensor : factor.tensor->to(at::kDouble));
+std::pair<std::vector<double>, OptionalTensors> to_lists(const std::vector<Factor>& factors) {
+  std::pair<std::vector<double>, OptionalTensors> lists;
+  for (const auto& factor : factors) {
+    lists.first.push_back(factor.value);
+    lists.second.push_back(factor.tensor);
   }
-  return factors;
+  return lists;
+}
+
+std::optional<Factor> factor_of(const Tensor& x, const std::optional<Tensor>& lambda) {
+  if (!lambda) {
+    return Factor{};
+  }
+  if (!accepts_lambda_of_head(x, *lambda)) {
+    return std::nullopt;
+  }
+  // Kernels read float32 and float64.
+  const bool readable = lambda->scalar_type() == at::kFloat || lambda->scalar_type() == at::kDouble;
+  const auto factor = reversed(readable ? *lambda : lambda->to(at::kDouble));
+  return std::isfinite(factor.value) ? std::optional(factor) : std::nullopt;
 }
 
 OptionalTensors some(const OptionalTensors& values, const std::vector<size_t>& heads) {
@@ -129,10 +127,8 @@ HeadInputs some(const HeadInputs& inputs, const std::vector<size_t>& heads) {
     return inputs;
   }
   return {
-      inputs.x,
-      some(inputs.weight, heads),
-      inputs.bias.empty() ? OptionalTensors() : some(inputs.bias, heads),
-      {some(inputs.factors.value, heads), some(inputs.factors.tensor, heads)}};
+      inputs.x, some(inputs.weight, heads), inputs.bias.empty() ? OptionalTensors() : some(inputs.bias, heads),
+      some(inputs.factors, heads)};
 }
 
 std::vector<bool> needs_of(const std::vector<bool>& needs, const std::vector<size_t>& heads) {
@@ -168,14 +164,13 @@ namespace {
 
 // Head by head, as separate layers would do it, so that gradients of gradients pass through each head's reversal as
 // they would there.
-HeadsGradients composite(
-    const variable_list& grad_logits, const HeadInputs& inputs, const std::vector<bool>& needs) {
+HeadsGradients composite(const variable_list& grad_logits, const HeadInputs& inputs, const std::vector<bool>& needs) {
   const auto slots = inputs.slots();
   Tensor dx;
   std::vector<Tensor> dw(inputs.count()), db(inputs.count());
   for (size_t h = 0; h < inputs.count(); ++h) {
     const auto& dz = grad_logits[h];
-    const Factor factor{inputs.factors.value[h], inputs.factors.tensor.get(h)};
+    const auto& factor = inputs.factors[h];
     const bool scaled = factor.tensor || factor.value != 1;
     if (needs[slots.x()]) {
       const auto part = dz.mm(inputs.weight[h]);
@@ -196,12 +191,12 @@ HeadsGradients by_kernel(const variable_list& grad_logits, const HeadInputs& inp
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_gradients", "")
                                  .typed<HeadsGradients(
-                                     at::TensorList, const std::optional<Tensor>&, at::TensorList,
-                                     at::ArrayRef<double>, const OptionalTensors&, const c10::List<bool>&)>();
+                                     at::TensorList, const std::optional<Tensor>&, at::TensorList, at::ArrayRef<double>,
+                                     const OptionalTensors&, const c10::List<bool>&)>();
   const auto weight = needs[inputs.slots().x()] ? at::TensorList(inputs.weight) : at::TensorList();
+  const auto [factor, lambda] = to_lists(inputs.factors);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return kernel.call(
-      grad_logits, to_optional(inputs.x), weight, inputs.factors.value, inputs.factors.tensor, to_list(needs));
+  return kernel.call(grad_logits, to_optional(inputs.x), weight, factor, lambda, to_list(needs));
 }
 
 }  // namespace
@@ -223,8 +218,8 @@ variable_list gradients_of_heads(
   const auto chosen_needs = needs_of(needs, asked);
   // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const bool in_operators =
-      at::GradMode::is_enabled() || std::any_of(grads.begin(), grads.end(), [](const Tensor& g) { return is_batched(g); });
+  const bool in_operators = at::GradMode::is_enabled() ||
+      std::any_of(grads.begin(), grads.end(), [](const Tensor& g) { return is_batched(g); });
   return among_all(
       in_operators ? composite(grads, chosen, chosen_needs) : by_kernel(grads, chosen, chosen_needs), asked, needs);
 }

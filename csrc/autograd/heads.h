@@ -18,16 +18,17 @@ struct HeadInputs {
   at::Tensor x;  // (N, D)
   std::vector<at::Tensor> weight;
   OptionalTensors bias;
-  HeadFactors factors;
+  std::vector<Factor> factors;  // of each head's part in the gradient of x
 
   size_t count() const { return weight.size(); }
 
   GradientSlots slots() const { return {weight.size()}; }
 };
 
-// In autocast's dtype where autocast is on. `x` still has its leading sizes; nothing if the operators do not take it.
+// The arguments in autocast's dtype where autocast is on, x still with its leading sizes; nothing if the operators do not
+// take them. Raises PyTorch's own error inside a torch.func transform, and one where forward mode is used.
 std::optional<HeadInputs> prepare(
-    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, HeadFactors factors);
+    const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, std::vector<Factor> factors);
 
 // Which gradients are to be recorded, by GradientSlots; all false where none is.
 std::vector<bool> recorded(const HeadInputs& inputs);
@@ -37,11 +38,9 @@ bool any(const std::vector<bool>& flags);
 // A node's edges: to x, to each weight, to each bias.
 torch::autograd::edge_list edges_of(const HeadInputs& inputs);
 
-// Factors and loss weights are saved as they are now, because they may change before the backward. Those on a GPU are
-// saved themselves: kernels read what they hold when they run.
-at::Tensor numbers_now(const at::Tensor& values);
-
+// As the kernels take them.
 c10::List<bool> to_list(const std::vector<bool>& values);
+std::pair<std::vector<double>, OptionalTensors> to_lists(const std::vector<Factor>& factors);
 
 std::optional<at::Tensor> to_optional(const at::Tensor& tensor);
 

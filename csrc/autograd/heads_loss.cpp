@@ -10,7 +10,6 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 #include <numeric>
@@ -21,14 +20,12 @@
 #include "heads.h"
 #include "loss_gradient.h"
 #include "node.h"
-#include "saved_factors.h"
 #include "scale.h"
 
 namespace grl_ext {
 namespace {
 
 using at::Tensor;
-using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 HeadsLossResult call_kernel(
@@ -41,19 +38,18 @@ HeadsLossResult call_kernel(
               const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
               const OptionalTensors&, at::ArrayRef<double>, const OptionalTensors&, const std::optional<Tensor>&,
               at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
+  const auto [factor, lambda] = to_lists(inputs.factors);
   return kernel.call(
-      inputs.x, inputs.weight, inputs.bias, options.targets, options.sample_weight, options.class_weight,
-      inputs.factors.value, inputs.factors.tensor, loss_weight, options.kind, options.label_smoothing,
-      options.ignore_index, options.mean, to_list(needs));
+      inputs.x, inputs.weight, inputs.bias, options.targets, options.sample_weight, options.class_weight, factor,
+      lambda, loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, to_list(needs));
 }
 
 // All but loss_weight.
 HeadsOptions options_of(const HeadsOptions& options, const std::vector<size_t>& heads) {
-  return {
-      some(options.targets, heads),         some(options.sample_weight, heads),
-      some(options.class_weight, heads),    std::nullopt,
-      some(options.kind, heads),            some(options.label_smoothing, heads),
-      some(options.ignore_index, heads),    options.mean};
+  return {some(options.targets, heads),      some(options.sample_weight, heads),
+          some(options.class_weight, heads), std::nullopt,
+          some(options.kind, heads),         some(options.label_smoothing, heads),
+          some(options.ignore_index, heads), options.mean};
 }
 
 // The incoming gradients: of the loss, of each head's loss, of each head's logits. Undefined where there is none.
@@ -110,8 +106,8 @@ variable_list backward_by_kernel(
   const auto weight = std::all_of(weights.begin(), weights.end(), same)
       ? weights[0].expand({static_cast<int64_t>(weights.size())})
       : at::stack(weights);
-  auto [loss, head_losses, logits, dx, dw, db] =
-      call_kernel(some(inputs, asked), options_of(options, asked), weight, needs_of(needs, asked));
+  auto [loss, head_losses, logits, dx, dw, db] = call_kernel(
+      some(inputs, asked), options_of(options, asked), weight, needs_of(needs, asked));
   return among_all({std::move(dx), std::move(dw), std::move(db)}, asked, needs);
 }
 
@@ -125,26 +121,14 @@ variable_list backward_in_operators(
   variable_list grad_logits(inputs.count());
   for (size_t h = 0; h < inputs.count(); ++h) {
     if (const auto weight = incoming.in_all(h, options.loss_weight); weight.defined()) {
-      grad_logits[h] = (loss_gradient(logits[h], options, h) * weight).to(logits[h].scalar_type());
+      const auto z = at::GradMode::is_enabled() ? logits[h] : logits[h].detach();
+      grad_logits[h] = (loss_gradient(z, options, h) * weight).to(z.scalar_type());
     }
     if (const auto& own = incoming.of_logits(h); own.defined()) {
       grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
     }
   }
   return gradients_of_heads(grad_logits, inputs, needs);
-}
-
-variable_list backward(
-    const IncomingGradients& incoming, const HeadInputs& inputs, const HeadsOptions& options,
-    std::vector<Tensor> logits, const std::vector<bool>& needs) {
-  if (!incoming.of_loss().defined() && !incoming.any_of_head_losses() && !incoming.any_of_logits()) {
-    return variable_list(needs.size());
-  }
-  // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const bool in_operators = incoming.any_of_logits() || incoming.any_batched() || at::GradMode::is_enabled();
-  return in_operators ? backward_in_operators(incoming, inputs, options, std::move(logits), needs)
-                      : backward_by_kernel(incoming, inputs, options, needs);
 }
 
 // Whether the forward's gradients can be returned: they are what is asked for, and an earlier backward that failed has
@@ -177,19 +161,17 @@ variable_list scaled(const Tensor& grad, const std::vector<bool>& needs, bool la
 class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
  public:
   HeadsLossBackward(const HeadInputs& inputs, HeadsOptions options, variable_list gradients)
-      : heads_(inputs.count()), factors_(inputs.factors), options_(std::move(options)),
+      : heads_(inputs.count()), factors_(inputs.factors.begin(), inputs.factors.end()), options_(std::move(options)),
         gradients_(std::move(gradients)) {
-    const auto save = [&](const Tensor& tensor) { saved_.emplace_back(tensor, /*is_output=*/false); };
-    saved_.reserve(1 + 5 * heads_);
-    save(inputs.x);
+    saved_.save(inputs.x);
     for (size_t h = 0; h < heads_; ++h) {
-      save(inputs.weight[h]);
-      save(inputs.bias.get(h).value_or(Tensor()));
-      save(options_.targets[h]);
-      save(options_.sample_weight.get(h).value_or(Tensor()));
-      save(options_.class_weight.get(h).value_or(Tensor()));
+      saved_.save(inputs.weight[h]);
+      saved_.save(inputs.bias.get(h));
+      saved_.save(options_.targets[h]);
+      saved_.save(options_.sample_weight.get(h));
+      saved_.save(options_.class_weight.get(h));
     }
-    // What is saved above stays nowhere else.
+    // What is saved stays nowhere else.
     options_.targets.clear();
     options_.sample_weight = OptionalTensors();
     options_.class_weight = OptionalTensors();
@@ -197,9 +179,8 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
 
   // Called after set_history: saved logits must know that this node made them.
   void save_logits(const std::vector<Tensor>& logits) {
-    logits_.reserve(logits.size());
     for (const auto& own : logits) {
-      logits_.emplace_back(own, /*is_output=*/true);
+      logits_.save(own, /*is_output=*/true);
     }
   }
 
@@ -212,38 +193,29 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     if (can_reuse(incoming, needs, gradients_)) {
       return scaled(grads[0], needs, !torch::autograd::get_current_graph_task_keep_graph(), gradients_);
     }
-    std::vector<Tensor> saved, logits;
-    for (const auto& own : saved_) {
-      saved.push_back(own.unpack());
+    std::vector<Factor> factors;
+    for (const auto& factor : factors_) {
+      factors.push_back(factor.unpack());
     }
-    if (incoming.any_of_logits() || incoming.any_batched()) {
-      for (const auto& own : logits_) {
-        logits.push_back(own.unpack(holder_of(*this)).detach());
-      }
-    }
-    auto options = options_;
-    const auto inputs = restore(saved, options, factors_.get());
-    return backward(incoming, inputs, options, std::move(logits), needs);
+    auto logits = incoming.any_of_logits() || incoming.any_batched() ? logits_.unpack(*this) : std::vector<Tensor>();
+    return backward(incoming, saved_.unpack(*this), options_, std::move(factors), std::move(logits), needs);
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* list : {&saved_, &logits_}) {
-      for (auto& saved : *list) {
-        saved.reset_data();
-      }
-    }
-    for (auto& gradient : gradients_) {
-      gradient.reset();
-    }
+    saved_.release();
+    logits_.release();
+    std::fill(gradients_.begin(), gradients_.end(), Tensor());
   }
 
   // In the order in which traced() reads them.
   template <class Visit>
   void each_saved(Visit visit) {
-    std::for_each(saved_.begin(), saved_.end(), visit);
-    std::for_each(logits_.begin(), logits_.end(), visit);
-    factors_.each_saved(visit);
+    saved_.each(visit);
+    logits_.each(visit);
+    for (auto& factor : factors_) {
+      factor.each_saved(visit);
+    }
     if (options_.loss_weight) {
       visit(*options_.loss_weight);
     }
@@ -251,7 +223,9 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   }
 
   void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const {
-    factors_.collect_constants(args);
+    for (const auto& factor : factors_) {
+      factor.collect_constants(args);
+    }
     args.collect(options_.loss_weight.has_value());
     args.collect(options_.kind);
     args.collect(options_.label_smoothing);
@@ -261,28 +235,32 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   }
 
   TracedBackward traced() const {
-    return [heads = heads_, options = options_, factors = factors_.traced(), with_gradients = !gradients_.empty(),
-            needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) mutable -> variable_list {
-      const IncomingGradients incoming{grads, heads};
-      const auto at_logits = saved.begin() + 1 + static_cast<std::ptrdiff_t>(5 * heads);
-      const auto at_factors = at_logits + static_cast<std::ptrdiff_t>(heads);
-      const auto after_factors = at_factors + static_cast<std::ptrdiff_t>(heads);
+    return [heads = heads_, options = options_, factors = traced_factors(factors_), needs = needs_when_traced()](
+               const variable_list& grads, const variable_list& saved) {
+      const auto at = [begin = saved.begin()](size_t i) { return begin + static_cast<std::ptrdiff_t>(i); };
+      const size_t at_logits = 1 + 5 * heads, at_factors = at_logits + heads, after_factors = at_factors + 2 * heads;
       auto own = options;
       if (own.loss_weight) {
-        own.loss_weight = *after_factors;
+        own.loss_weight = saved[after_factors];
       }
-      variable_list gradients(saved.end() - static_cast<std::ptrdiff_t>(with_gradients ? needs.size() : 0), saved.end());
+      const IncomingGradients incoming{grads, heads};
+      variable_list gradients(at(after_factors + own.loss_weight.has_value()), saved.end());
       if (can_reuse(incoming, needs, gradients)) {
         return scaled(grads[0], needs, /*last=*/false, gradients);
       }
-      const auto inputs = restore({saved.begin(), at_logits}, own, factors({at_factors, after_factors}));
-      return backward(incoming, inputs, own, {at_logits, at_factors}, needs);
+      return backward(
+          incoming, {at(0), at(at_logits)}, own, factors(at(at_factors)), {at(at_logits), at(at_factors)}, needs);
     };
   }
 
  private:
-  // The inputs as the forward had them; the options get their tensors back.
-  static HeadInputs restore(const std::vector<Tensor>& saved, HeadsOptions& options, HeadFactors factors) {
+  // From what the constructor saves. `logits`: as saved, where the logits or batches have incoming gradients.
+  static variable_list backward(
+      const IncomingGradients& incoming, const std::vector<Tensor>& saved, HeadsOptions options,
+      std::vector<Factor> factors, std::vector<Tensor> logits, const std::vector<bool>& needs) {
+    if (!incoming.of_loss().defined() && !incoming.any_of_head_losses() && !incoming.any_of_logits()) {
+      return variable_list(needs.size());
+    }
     HeadInputs inputs{saved[0], {}, OptionalTensors(), std::move(factors)};
     options.sample_weight = OptionalTensors();  // lists are shared, not copied
     options.class_weight = OptionalTensors();
@@ -293,14 +271,18 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
       options.sample_weight.push_back(to_optional(saved[next + 3]));
       options.class_weight.push_back(to_optional(saved[next + 4]));
     }
-    return inputs;
+    // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const bool in_operators = incoming.any_of_logits() || incoming.any_batched() || at::GradMode::is_enabled();
+    return in_operators ? backward_in_operators(incoming, inputs, options, std::move(logits), needs)
+                        : backward_by_kernel(incoming, inputs, options, needs);
   }
 
   const size_t heads_;
-  SavedFactors factors_;
+  std::vector<SavedFactor> factors_;
   HeadsOptions options_;  // without the tensors that are saved
-  std::vector<SavedVariable> saved_;  // x; weight, bias, target, sample weight and class weight of each head
-  std::vector<SavedVariable> logits_;
+  SavedList saved_;  // x; weight, bias, target, sample weight and class weight of each head
+  SavedList logits_;
   variable_list gradients_;  // by GradientSlots; empty: the backward computes them
 };
 
@@ -329,7 +311,9 @@ void to_rows(HeadsOptions& options, const HeadInputs& inputs) {
   if (options.loss_weight) {
     const auto& weights = *options.loss_weight;
     const bool readable = weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble;
-    options.loss_weight = numbers_now(readable ? weights : weights.to(at::kDouble));
+    // From the CPU a copy, because it may change before the backward. On a GPU kernels read what it holds when they run.
+    const auto numbers = (readable ? weights : weights.to(at::kDouble)).detach();
+    options.loss_weight = numbers.is_cpu() ? numbers.clone() : numbers;
   }
 }
 
@@ -341,8 +325,8 @@ std::vector<Tensor> elements_of(const Tensor& tensor) {
   std::vector<Tensor> elements;
   elements.reserve(tensor.numel());
   for (int64_t i = 0; i < tensor.numel(); ++i) {
-    elements.push_back(at::detail::make_tensor<c10::TensorImpl>(
-        c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
+    elements.push_back(
+        at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(), tensor.dtype()));
     elements.back().unsafeGetTensorImpl()->set_sizes_and_strides(c10::IntArrayRef{}, c10::IntArrayRef{}, i);
   }
   return elements;
@@ -351,9 +335,8 @@ std::vector<Tensor> elements_of(const Tensor& tensor) {
 }  // namespace
 
 std::optional<LossAndLogits> heads_loss(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, HeadFactors factors, HeadsOptions options) {
-  refuse_functorch();
-  refuse_forward_mode(x, weight, bias);
+    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, std::vector<Factor> factors,
+    HeadsOptions options) {
   auto inputs = prepare(x, weight, bias, std::move(factors));
   std::vector<c10::SymInt> sizes;
   sizes.reserve(weight.size());

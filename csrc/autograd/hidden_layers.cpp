@@ -4,10 +4,8 @@
 // here every ReLU overwrites its input, and in the backward the gradient of a hidden layer is written over its output,
 // a quarter of the rows at a time, so that a step with large hidden layers never holds both.
 #include <ATen/ATen.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 #include <iterator>
@@ -22,7 +20,6 @@ namespace grl_ext {
 namespace {
 
 using at::Tensor;
-using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 // Whether `tensor` may be overwritten: nobody else has it and nothing is recorded. What comes from the engine may be
@@ -105,19 +102,18 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
  public:
   // z holds the first output by now. As ReLU of it is the same, it is differentiated through that.
   HiddenLayersBackward(const HeadInputs& inputs, const std::vector<Tensor>& outputs) : layers_(inputs.count()) {
-    const auto save = [&](const Tensor& tensor) { saved_.emplace_back(tensor, /*is_output=*/false); };
-    save(inputs.x);
+    saved_.save(inputs.x);
     for (size_t l = 0; l < layers_; ++l) {
-      save(inputs.weight[l]);
-      save(inputs.bias.get(l).value_or(Tensor()));
+      saved_.save(inputs.weight[l]);
+      saved_.save(inputs.bias.get(l));
     }
     for (size_t l = 1; l < layers_; ++l) {
-      save(outputs[l]);
+      saved_.save(outputs[l]);
     }
   }
 
   // Called after set_history: a saved output must know that this node made it.
-  void save_output(const Tensor& output) { saved_.emplace_back(output, /*is_output=*/true); }
+  void save_output(const Tensor& output) { saved_.save(output, /*is_output=*/true); }
 
   std::string name() const override { return "HiddenLayersBackward"; }
 
@@ -128,12 +124,9 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
     std::vector<Tensor> saved;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      const bool last = !torch::autograd::get_current_graph_task_keep_graph();
-      for (auto& own : saved_) {
-        saved.push_back(own.unpack(holder_of(*this)));
-        if (last && !at::GradMode::is_enabled()) {
-          own.reset_data();  // what nobody else has is overwritten
-        }
+      saved = saved_.unpack(*this);
+      if (!torch::autograd::get_current_graph_task_keep_graph()) {
+        saved_.release();  // what nobody else has is overwritten
       }
     }
     auto grad = std::move(grads[0]);
@@ -142,14 +135,12 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& saved : saved_) {
-      saved.reset_data();
-    }
+    saved_.release();
   }
 
   template <class Visit>
   void each_saved(Visit visit) {
-    std::for_each(saved_.begin(), saved_.end(), visit);
+    saved_.each(visit);
   }
 
   void collect_constants(torch::dynamo::autograd::CompiledNodeArgs&) const {}
@@ -161,8 +152,8 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
   }
 
  private:
-  static variable_list backward(
-      Tensor grad, std::vector<Tensor> saved, size_t layers, const std::vector<bool>& needs) {
+  static variable_list backward(Tensor grad, std::vector<Tensor> saved, size_t layers, const std::vector<bool>& needs) {
+    // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     std::vector<Tensor> weight, outputs;
     OptionalTensors bias;
@@ -181,7 +172,7 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
   }
 
   const size_t layers_;
-  std::vector<SavedVariable> saved_;  // z, weight and bias of each layer, the outputs above z's
+  SavedList saved_;  // z, weight and bias of each layer, the outputs above z's
 };
 
 bool accepts(const Tensor& z, at::TensorList weight, const OptionalTensors& bias) {
@@ -202,7 +193,7 @@ bool accepts(const Tensor& z, at::TensorList weight, const OptionalTensors& bias
 
 std::optional<Tensor> hidden_layers(const Tensor& z, at::TensorList weight_, const OptionalTensors& bias_) {
   const Autocast cast(z.device().type());
-  HeadInputs inputs{z, {}, OptionalTensors(), {{}, OptionalTensors()}};
+  HeadInputs inputs{z, {}, OptionalTensors(), {}};
   for (size_t l = 0; l < weight_.size(); ++l) {
     inputs.weight.push_back(cast(weight_[l]));
     inputs.bias.push_back(cast(bias_.get(l)));

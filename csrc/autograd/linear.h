@@ -59,25 +59,4 @@ inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& l
   return like.dim() == 2 ? rows : at::_unsafe_view_symint(rows, leading_sizes(rows, like));
 }
 
-// The nodes of linear operators have no forward-mode derivative: an error is better than a tangent that is silently
-// lost. The Python functions take their other path; this guards torch.ops.
-inline void refuse_forward_mode(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  using torch::autograd::isFwGradDefined;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !isFwGradDefined(x) && !isFwGradDefined(weight) && !(bias && isFwGradDefined(*bias)),
-      "torch.ops.grl_ext has no forward-mode derivative for linear operators; call the functions of grl_ext instead");
-}
-
-inline void refuse_forward_mode(
-    const at::Tensor& x, at::TensorList weight, const c10::List<std::optional<at::Tensor>>& bias) {
-  refuse_forward_mode(x, x, std::nullopt);
-  for (size_t i = 0; i < weight.size(); ++i) {
-    refuse_forward_mode(x, weight[i], i < bias.size() ? bias.get(i) : std::nullopt);
-  }
-}
-
-inline bool any_requires_grad(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()));
-}
-
 }  // namespace grl_ext

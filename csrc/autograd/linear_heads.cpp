@@ -3,47 +3,48 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 
 #include "../ops.h"
 #include "heads.h"
 #include "node.h"
-#include "saved_factors.h"
+#include "scale.h"
 
 namespace grl_ext {
 namespace {
 
 using at::Tensor;
-using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
  public:
-  LinearHeadsBackward(const HeadInputs& inputs, const std::vector<bool>& needs) : factors_(inputs.factors) {
+  LinearHeadsBackward(const HeadInputs& inputs, const std::vector<bool>& needs)
+      : factors_(inputs.factors.begin(), inputs.factors.end()) {
     const auto slots = inputs.slots();
-    weight_.reserve(inputs.count());
+    const auto weights_begin = needs.begin() + static_cast<std::ptrdiff_t>(slots.weight(0));
+    const bool any_weight = std::find(weights_begin, weights_begin + inputs.count(), true) !=
+        weights_begin + inputs.count();
+    saved_.save(any_weight ? inputs.x : Tensor());
     for (const auto& weight : inputs.weight) {
-      weight_.emplace_back(needs[slots.x()] ? weight : Tensor(), /*is_output=*/false);
+      saved_.save(needs[slots.x()] ? weight : Tensor());
     }
-    const bool any_weight =
-        std::any_of(inputs.weight.begin(), inputs.weight.end(), [](const Tensor& w) { return w.requires_grad(); });
-    x_ = SavedVariable(any_weight ? inputs.x : Tensor(), /*is_output=*/false);
   }
 
   std::string name() const override { return "LinearHeadsBackward"; }
 
   variable_list apply(variable_list&& grads) override {
     const auto needs = this->needs();
-    const GradientSlots slots{weight_.size()};
-    HeadInputs inputs{Tensor(), std::vector<Tensor>(weight_.size()), OptionalTensors(), factors_.get()};
+    const auto heads = factors_.size();
+    const GradientSlots slots{heads};
+    HeadInputs inputs{Tensor(), std::vector<Tensor>(heads), OptionalTensors(), {}};
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (size_t h = 0; h < weight_.size(); ++h) {
-        if (grads[h].defined()) {
-          inputs.weight[h] = needs[slots.x()] ? weight_[h].unpack() : Tensor();
-          inputs.x = needs[slots.weight(h)] && !inputs.x.defined() ? x_.unpack() : inputs.x;
+      for (size_t h = 0; h < heads; ++h) {
+        inputs.factors.push_back(factors_[h].unpack());
+        if (grads[h].defined()) {  // what is not read may have changed
+          inputs.weight[h] = needs[slots.x()] ? saved_.unpack(1 + h, *this) : Tensor();
+          inputs.x = needs[slots.weight(h)] && !inputs.x.defined() ? saved_.unpack(0, *this) : inputs.x;
         }
       }
     }
@@ -52,45 +53,44 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    x_.reset_data();
-    for (auto& weight : weight_) {
-      weight.reset_data();
-    }
+    saved_.release();
   }
 
   template <class Visit>
   void each_saved(Visit visit) {
-    visit(x_);
-    std::for_each(weight_.begin(), weight_.end(), visit);
-    factors_.each_saved(visit);
+    saved_.each(visit);
+    for (auto& factor : factors_) {
+      factor.each_saved(visit);
+    }
   }
 
-  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const { factors_.collect_constants(args); }
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+    for (const auto& factor : factors_) {
+      factor.collect_constants(args);
+    }
+  }
 
   TracedBackward traced() const {
-    return [heads = weight_.size(), factors = factors_.traced(),
-            needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) {
-      const auto at_factors = saved.begin() + 1 + static_cast<std::ptrdiff_t>(heads);
-      return gradients_of_heads(
-          grads, {saved[0], {saved.begin() + 1, at_factors}, OptionalTensors(), factors({at_factors, saved.end()})}, needs);
+    return [factors = traced_factors(factors_), needs = needs_when_traced()](
+               const variable_list& grads, const variable_list& saved) {
+      const auto at_factors = saved.begin() + 1 + static_cast<std::ptrdiff_t>(grads.size());
+      const std::vector<Tensor> weight(saved.begin() + 1, at_factors);
+      return gradients_of_heads(grads, {saved[0], weight, OptionalTensors(), factors(at_factors)}, needs);
     };
   }
 
  private:
-  SavedVariable x_;
-  std::vector<SavedVariable> weight_;
-  SavedFactors factors_;
+  SavedList saved_;  // x, the weights
+  std::vector<SavedFactor> factors_;
 };
 
 }  // namespace
 
 std::optional<std::vector<Tensor>> linear_heads(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, HeadFactors factors) {
+    const Tensor& x, at::TensorList weight, const OptionalTensors& bias, std::vector<Factor> factors) {
   static const auto kernel = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("grl_ext::_heads_logits", "")
                                  .typed<std::vector<Tensor>(const Tensor&, at::TensorList, const OptionalTensors&)>();
-  refuse_functorch();
-  refuse_forward_mode(x, weight, bias);
   auto inputs = prepare(x, weight, bias, std::move(factors));
   if (!inputs) {
     return std::nullopt;

@@ -7,8 +7,11 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <functional>
+#include <optional>
 #include <utility>
+#include <vector>
 
 namespace grl_ext {
 
@@ -30,6 +33,41 @@ inline auto holder_of(torch::autograd::Node& node) {
   return node.getptr();
 #endif
 }
+
+// Tensors that a node has saved, undefined ones among them. The caller holds the node's mutex.
+class SavedList {
+ public:
+  void save(const at::Tensor& tensor, bool is_output = false) { list_.emplace_back(tensor, is_output); }
+
+  void save(const std::optional<at::Tensor>& tensor) { save(tensor.value_or(at::Tensor())); }
+
+  size_t size() const { return list_.size(); }
+
+  at::Tensor unpack(size_t i, torch::autograd::Node& node) const { return list_[i].unpack(holder_of(node)); }
+
+  std::vector<at::Tensor> unpack(torch::autograd::Node& node) const {
+    std::vector<at::Tensor> tensors;
+    tensors.reserve(size());
+    for (size_t i = 0; i < size(); ++i) {
+      tensors.push_back(unpack(i, node));
+    }
+    return tensors;
+  }
+
+  void release() {
+    for (auto& saved : list_) {
+      saved.reset_data();
+    }
+  }
+
+  template <class Visit>
+  void each(Visit visit) {
+    std::for_each(list_.begin(), list_.end(), visit);
+  }
+
+ private:
+  std::vector<torch::autograd::SavedVariable> list_;
+};
 
 // A backward without a node: a function of the incoming gradients and the saved tensors that holds all else by value.
 using TracedBackward = std::function<torch::autograd::variable_list(

@@ -7,17 +7,12 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <functional>
-#include <mutex>
 #include <optional>
 #include <vector>
 
-namespace grl_ext {
+#include "../heads_options.h"
 
-// value * tensor; without a tensor, value.
-struct Factor {
-  double value = 1;
-  std::optional<at::Tensor> tensor;
-};
+namespace grl_ext {
 
 // The factor as a node keeps it. A 0-d CPU tensor becomes a number now: reading it is cheap, and later changes of the
 // tensor do not reach a graph already built. Where its value cannot be read (a tracer, a subclass), a copy does the
@@ -55,7 +50,7 @@ at::Tensor scale(at::Tensor grad, const Factor& factor, Made made = Made::kElsew
 // that may be overwritten are scaled in one call, which on CUDA is one launch.
 void scale_list(std::vector<at::Tensor>& grads, const Factor& factor);
 
-// The same in ATen operators, as in _reference.scale_negate: differentiable, traceable, for every device and layout.
+// The same in ATen operators, as in grl_ext/_reversal.py: differentiable, traceable, for every device and layout.
 at::Tensor scale_composite(const at::Tensor& grad, const Factor& factor);
 
 // x, whose gradient will be multiplied by the factor. Defined beside gradient_reversal.
@@ -75,13 +70,8 @@ class SavedFactor {
     }
   }
 
-  Factor unpack(std::mutex& mutex) const {
-    if (!has_tensor_) {
-      return {value_, std::nullopt};
-    }
-    const std::lock_guard<std::mutex> lock(mutex);
-    return {value_, tensor_.unpack()};
-  }
+  // The caller of this and of release() holds the node's mutex.
+  Factor unpack() const { return {value_, has_tensor_ ? std::optional(tensor_.unpack()) : std::nullopt}; }
 
   // For TraceableNode. A number is saved as a tensor there, so that one graph serves all its values.
   template <class Visit>
@@ -105,7 +95,6 @@ class SavedFactor {
     };
   }
 
-  // The caller holds the node's mutex.
   void release() { tensor_.reset_data(); }
 
  private:
@@ -114,5 +103,22 @@ class SavedFactor {
   torch::autograd::SavedVariable tensor_;
   at::Tensor number_;
 };
+
+// Makes several factors from the tensors that their each_saved visit, one factor after the other.
+inline std::function<std::vector<Factor>(std::vector<at::Tensor>::const_iterator saved)> traced_factors(
+    const std::vector<SavedFactor>& factors) {
+  std::vector<std::function<Factor(const at::Tensor&, const at::Tensor&)>> makers;
+  for (const auto& factor : factors) {
+    makers.push_back(factor.traced());
+  }
+  return [makers = std::move(makers)](auto saved) {
+    std::vector<Factor> made;
+    for (const auto& make : makers) {
+      made.push_back(make(saved[0], saved[1]));
+      saved += 2;
+    }
+    return made;
+  };
+}
 
 }  // namespace grl_ext
