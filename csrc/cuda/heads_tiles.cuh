@@ -73,7 +73,8 @@ __device__ void copy_bytes_by(char* to, const char* from, int bytes) {
 }
 
 // Starts to copy `count` numbers to shared memory, by the whole warp, in the widest asynchronous copies that both ends
-// are aligned for. Only those of 16 bytes bypass the L1 cache, as data that is read once should. Half types at odd multiples of 2 bytes have no such copy: the lanes load and store those.
+// are aligned for. Only those of 16 bytes bypass the L1 cache, as data that is read once should. Half types at odd
+// multiples of 2 bytes have no such copy: the lanes load and store those.
 template <typename T>
 __device__ void copy_row(T* to, const T* from, int count) {
   const int bytes = count * static_cast<int>(sizeof(T));

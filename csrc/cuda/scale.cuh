@@ -35,8 +35,8 @@ struct DeviceFactor {
   __device__ HostFactor<A> fetch() const { return {multiplier * static_cast<A>(__ldg(number))}; }
 };
 
-// A tensor, times a number that the host knows: element i has values[(i / inner) % period]. A run divides once, where it
-// begins, and only counts from there on. Index is 32 bits wide where the gradient allows: a 64-bit division costs
+// A tensor, times a number that the host knows: element i has values[(i / inner) % period]. A run divides once, where
+// it begins, and only counts from there on. Index is 32 bits wide where the gradient allows: a 64-bit division costs
 // several times as much.
 template <typename A, typename Index>
 struct BroadcastFactor {
@@ -195,9 +195,9 @@ struct GradientList {
   int64_t n[kGradientsPerLaunch];
 };
 
-// Every gradient's elements times the factor. A training step's gradients are one large and several small ones, which as
-// launches of their own would cost more time to start than to run. Traffic and inner loops: as scale_kernel.
-// Each gradient begins at another block, so that a list of small ones is spread over the grid.
+// Every gradient's elements times the factor. A training step's gradients are one large and several small ones, which
+// as launches of their own would cost more time to start than to run. Traffic and inner loops: as scale_kernel. Each
+// gradient begins at another block, so that a list of small ones is spread over the grid.
 template <typename T, typename Factor>
 __global__ void __launch_bounds__(kScaleThreads, kScaleBlocksPerSm)
     scale_list_kernel(const __grid_constant__ GradientList<T> list, Factor form) {

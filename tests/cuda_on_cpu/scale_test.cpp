@@ -1,5 +1,5 @@
-// scale.cuh over element types, forms of the factor, sizes and alignments, in place and not, alone and in lists, against
-// a loop in double precision.
+// scale.cuh over element types, forms of the factor, sizes and alignments, in place and not, alone and in lists,
+// against a loop in double precision.
 #include "scale.cuh"
 
 #include <algorithm>
