@@ -42,8 +42,8 @@ READY = $(VENV)/.ready
 TOOL = $(VENV)/bin/
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
-# A process for each core, with one thread each. Tests of a group share what is expensive to make, and run in one process.
-PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist loadgroup --durations=15
+# A process for each core, with one thread each. Neighbours stay together, so that what a module's tests share is made once or twice.
+PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist worksteal --durations=15
 
 .PHONY: env build test bench examples examples-real fuzz steps matrix asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
 .DELETE_ON_ERROR:

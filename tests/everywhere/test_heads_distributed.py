@@ -28,7 +28,6 @@ from grl_ext import GRL, AdversarialHeads, GRLLinear, gradient_reversal, linear_
 from grl_ext._backend import release
 
 pytestmark = [
-    pytest.mark.xdist_group("heads in two processes"),
     pytest.mark.core,
     pytest.mark.sanitized,
     pytest.mark.skipif(

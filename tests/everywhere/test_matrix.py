@@ -8,7 +8,7 @@ import pytest
 import torch
 from matrix import table
 from matrix.networks import LAYER, USUAL
-from matrix.rows import HERE, ROWS, outcome
+from matrix.rows import ROWS, outcome
 from matrix.rows_autograd import FUNC
 from matrix.rows_graphs import COMPILE, EXPORT, OTHER
 from matrix.rows_processes import PROCESSES
@@ -33,11 +33,7 @@ def runner():
 
 
 def cell(name: str, column: str):
-    """Rows share what they compile; those in two processes share the processes."""
-    row = ROWS[name]
-    marks = [pytest.mark.xdist_group(f"matrix, {name if row.where == HERE else row.where}")]
-    marks.append(pytest.mark.core if row.group in VARYING else pytest.mark.once)
-    return pytest.param(name, column, marks=marks)
+    return pytest.param(name, column, marks=pytest.mark.core if ROWS[name].group in VARYING else pytest.mark.once)
 
 
 @pytest.mark.parametrize("name, column", [cell(*of) for of in cells() if AS_WRITTEN or of[1] != USUAL])
