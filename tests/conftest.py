@@ -1,6 +1,12 @@
-"""Fixtures of all tests: where a test runs (`device`) and through which implementation (`path`)."""
+"""Fixtures of all tests: where a test runs (`device`) and through which implementation (`path`).
+
+Tests may run in several processes at once (`make test`: one a core, each with one thread). One that needs more threads
+takes the fixture `threads`.
+"""
 
 import os
+import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +20,12 @@ settings.register_profile(
     "grl_ext", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("grl_ext")
+
+# What Inductor compiles is shared by the processes of a run, and no run takes it from another: PyTorch does not know
+# when the C++ behind an operator has changed. The first process to come here is the one that starts the others.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="grl_ext_inductor_")  # removed with the process
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -45,6 +57,14 @@ def path(request, monkeypatch) -> str:
     else:
         monkeypatch.setattr(_backend, "C", None)
     return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -13,4 +13,5 @@ def copy_package(folder: Path) -> dict[str, str]:
         Path(grl_ext.__file__).parent, folder / "grl_ext", ignore=shutil.ignore_patterns("__pycache__", "_C_torch*")
     )
     environment = {name: value for name, value in os.environ.items() if name != "GRL_EXT_REQUIRE_COMPILED"}
-    return {**environment, "PYTHONPATH": str(folder)}
+    # Nor what Inductor has made of operators of the same names here.
+    return {**environment, "PYTHONPATH": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}

@@ -1,7 +1,8 @@
-"""`AdversarialHeads` in two processes: DDP, FSDP1, FSDP2 and DTensor, around the model and around the heads themselves.
+"""`AdversarialHeads` in two processes, beyond the rows of `tests/matrix`: heads of every path at once, all that a loss
+returns, heads left out, options of the wrappers and of the loss, layouts of distributed features.
 
 Each process takes half of the rows. The gradients must be those of one process that has all rows and runs the heads'
-own modules layer by layer, with a plain Python reversal in front of the adversaries.
+own modules layer by layer, with a reversal of plain PyTorch in front of the adversaries.
 """
 
 import copy
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matrix.networks import ReverseLayerF
+from head_samples import reversal
+from samples import case
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.device_mesh import init_device_mesh
@@ -129,9 +131,7 @@ def part(rank: int, of):
 
 def stock_logits(heads: AdversarialHeads, features: Tensor) -> dict[str, Tensor]:
     seen = {name: module(features) for name, module in heads.predictors.items()}
-    return seen | {
-        name: module(ReverseLayerF.apply(features, LAMBDAS[name])) for name, module in heads.adversaries.items()
-    }
+    return seen | {name: module(reversal(features, LAMBDAS[name])) for name, module in heads.adversaries.items()}
 
 
 def stock_losses(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,12 +153,14 @@ def penalty(out) -> Tensor:
     )
 
 
-def stock_total(logits: dict[str, Tensor], targets: dict[str, Tensor], with_penalty: bool) -> Tensor:
+def stock_loss(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    return sum(stock_losses(logits, targets).values())
+
+
+def stock_penalty(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
     losses = stock_losses(logits, targets)
-    total = sum(losses.values())
-    if with_penalty:
-        total = total + 0.5 * losses["domain"] + logits["digit"].square().mean() + logits["speaker"].square().mean()
-    return total
+    of_logits = logits["digit"].square().mean() + logits["speaker"].square().mean()
+    return sum(losses.values()) + 0.5 * losses["domain"] + of_logits
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor | None]:
@@ -187,7 +189,7 @@ def assert_gradients(module: nn.Module, expected: nn.Module, **tolerance) -> Non
 # -
 
 
-def train_with_ddp_around_the_model(rank: int, options: dict, with_penalty: bool) -> None:
+def train_with_ddp_around_the_model(rank: int, options: dict) -> None:
     model, stock = network(), network()
     ddp = DistributedDataParallel(model, **options)
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9) for module in (model, stock)]
@@ -196,25 +198,24 @@ def train_with_ddp_around_the_model(rank: int, options: dict, with_penalty: bool
         out = ddp(part(rank, x), part(rank, targets))
         for optimizer in optimizers:
             optimizer.zero_grad()
-        (penalty(out) if with_penalty else out.loss).backward()
-        stock_total(stock_logits(stock.heads, stock.encoder(x)), targets, with_penalty).backward()
+        penalty(out).backward()
+        stock_penalty(stock_logits(stock.heads, stock.encoder(x)), targets).backward()
         assert_gradients(model, stock)
         for optimizer in optimizers:
             optimizer.step()
     del ddp
 
 
-@pytest.mark.parametrize("with_penalty", [False, True], ids=["loss", "loss, a head's loss and logits"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}],
     ids=str,
 )
-def test_training_with_ddp_around_the_model_is_that_of_one_process(in_two_processes, options, with_penalty):
-    in_two_processes(train_with_ddp_around_the_model, options, with_penalty)
+def test_training_with_ddp_around_the_model_is_that_of_one_process(in_two_processes, options):
+    in_two_processes(train_with_ddp_around_the_model, options)
 
 
-def ddp_around_the_heads(rank: int, with_penalty: bool) -> None:
+def ddp_around_the_heads(rank: int) -> None:
     heads, stock = network().heads, network().heads
     ddp = DistributedDataParallel(heads)
     _, features, targets = batch()
@@ -223,33 +224,16 @@ def ddp_around_the_heads(rank: int, with_penalty: bool) -> None:
         for tensor in (ours, theirs, *heads.parameters(), *stock.parameters()):
             tensor.grad = None
         out = ddp(ours, part(rank, targets))
-        (penalty(out) if with_penalty else out.loss).backward()
-        stock_total(stock_logits(stock, theirs), targets, with_penalty).backward()
+        penalty(out).backward()
+        stock_penalty(stock_logits(stock, theirs), targets).backward()
         assert_gradients(heads, stock)
         # DDP averages the parameters' gradients; the features' are those of the mean over this process's rows.
         torch.testing.assert_close(ours.grad, 2 * part(rank, theirs.grad))
     del ddp
 
 
-@pytest.mark.parametrize("with_penalty", [False, True], ids=["loss", "loss, a head's loss and logits"])
-def test_ddp_around_the_heads_averages_their_gradients(in_two_processes, with_penalty):
-    in_two_processes(ddp_around_the_heads, with_penalty)
-
-
-def ddp_around_the_heads_without_targets(rank: int) -> None:
-    heads, stock = network().heads, network().heads
-    ddp = DistributedDataParallel(heads)
-    _, features, targets = batch()
-    ours, theirs = part(rank, features).requires_grad_(), features.requires_grad_()
-    sum(stock_losses(ddp(ours), part(rank, targets)).values()).backward()
-    sum(stock_losses(stock_logits(stock, theirs), targets).values()).backward()
-    assert_gradients(heads, stock)
-    torch.testing.assert_close(ours.grad, 2 * part(rank, theirs.grad))
-    del ddp
-
-
-def test_ddp_around_the_heads_with_losses_of_ones_own(in_two_processes):
-    in_two_processes(ddp_around_the_heads_without_targets)
+def test_ddp_around_the_heads_averages_their_gradients(in_two_processes):
+    in_two_processes(ddp_around_the_heads)
 
 
 def ddp_with_a_head_left_out(rank: int, left_out: str) -> None:
@@ -261,7 +245,7 @@ def ddp_with_a_head_left_out(rank: int, left_out: str) -> None:
         model.zero_grad()
         stock.zero_grad()
         ddp(part(rank, x), part(rank, targets)).loss.backward()
-        stock_total(stock_logits(stock.heads, stock.encoder(x)), targets, False).backward()
+        stock_loss(stock_logits(stock.heads, stock.encoder(x)), targets).backward()
         assert_gradients(model, stock)
     del ddp
 
@@ -280,12 +264,12 @@ def extra_steps_with_ddp(rank: int) -> None:
         model.zero_grad()
         stock.zero_grad()
         ddp(part(rank, x), part(rank, of_domain), detach=True).loss.backward()
-        stock_total(stock_logits(stock.heads, stock.encoder(x).detach()), of_domain, False).backward()
+        stock_loss(stock_logits(stock.heads, stock.encoder(x).detach()), of_domain).backward()
         assert_gradients(model, stock)  # None but for the adversary
         model.zero_grad()
         stock.zero_grad()
         ddp(part(rank, x), part(rank, targets)).loss.backward()
-        stock_total(stock_logits(stock.heads, stock.encoder(x)), targets, False).backward()
+        stock_loss(stock_logits(stock.heads, stock.encoder(x)), targets).backward()
         assert_gradients(model, stock)
     del ddp
 
@@ -303,7 +287,7 @@ def ddp_with_other_counts_in_each_process(rank: int) -> None:
     # sums over this process's rows, divided by the count of all; DDP's average divides by the processes once more
     weight = dict.fromkeys(targets, 2 / ROWS) | {"digit": 2 / valid.item()}
     ddp(part(rank, x), part(rank, targets), reduction="sum", loss_weight=weight).loss.backward()
-    stock_total(stock_logits(stock.heads, stock.encoder(x)), targets, False).backward()
+    stock_loss(stock_logits(stock.heads, stock.encoder(x)), targets).backward()
     assert_gradients(model, stock)
     del ddp
 
@@ -341,7 +325,7 @@ def hooks_around_ddp(rank: int) -> None:
     _, features, targets = batch()
     ours, theirs = part(rank, features).requires_grad_(), features.requires_grad_()
     ddp(ours, part(rank, targets)).loss.backward()
-    stock_total(stock_logits(stock, theirs), targets, False).backward()
+    stock_loss(stock_logits(stock, theirs), targets).backward()
     assert fired == ["before", "domain", "HeadsOutput", "backward"], fired
     assert_gradients(heads, stock)
     torch.testing.assert_close(ours.grad, 2 * part(rank, theirs.grad))
@@ -356,16 +340,14 @@ def test_hooks_of_the_heads_fire_within_ddp(in_two_processes):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def rounded_gradients(
-    stock: nn.Module, features: Tensor, targets: dict[str, Tensor], dtype: torch.dtype, with_penalty: bool
-) -> Tensor:
+def rounded_gradients(stock: nn.Module, features: Tensor, targets: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Sets the gradients as mixed precision has them: each half's in `dtype`, averaged in float32. Returns the
     features' own."""
     seen = []
     for rank in range(2):
         low = copy.deepcopy(stock).to(dtype)
         own = part(rank, features).detach().requires_grad_()
-        stock_total(stock_logits(low, own.to(dtype)), part(rank, targets), with_penalty).backward()
+        stock_penalty(stock_logits(low, own.to(dtype)), part(rank, targets)).backward()
         for parameter, rounded in zip(stock.parameters(), low.parameters(), strict=True):
             half = rounded.grad.float() / 2
             parameter.grad = half if rank == 0 else parameter.grad + half
@@ -375,13 +357,12 @@ def rounded_gradients(
 
 # Rounding differs by some units in the last place of the sums: 2^-8 in bfloat16, 2^-11 in float16.
 TOLERANCE = {
-    torch.float32: {},
     torch.bfloat16: {"rtol": 0.03, "atol": 0.01},
     torch.float16: {"rtol": 0.004, "atol": 0.002},
 }
 
 
-def fsdp_around_the_heads(rank: int, wrap, dtype: torch.dtype, with_penalty: bool) -> None:
+def fsdp_around_the_heads(rank: int, wrap, dtype: torch.dtype) -> None:
     heads, stock = network().heads, network().heads
     sharded = wrap(heads, dtype)
     _, features, targets = batch()
@@ -391,8 +372,8 @@ def fsdp_around_the_heads(rank: int, wrap, dtype: torch.dtype, with_penalty: boo
         ours.grad = None
         out = sharded(ours, part(rank, targets))
         assert out.logits["digit"].dtype == out.logits["room"].dtype == dtype and out.loss.dtype == torch.float32
-        (penalty(out) if with_penalty else out.loss).backward()
-        expected = rounded_gradients(stock, features, targets, dtype, with_penalty)
+        penalty(out).backward()
+        expected = rounded_gradients(stock, features, targets, dtype)
         assert_whole_gradients(sharded, stock, TOLERANCE[dtype])
         torch.testing.assert_close(ours.grad, part(rank, expected), **TOLERANCE[dtype])
     assert heads.lambda_.dtype == torch.float64 and heads.lambda_.tolist() == list(LAMBDAS.values())
@@ -424,15 +405,14 @@ def fsdp2_of_each_head(heads: AdversarialHeads, dtype: torch.dtype) -> nn.Module
     return fsdp2(heads, dtype)
 
 
-@pytest.mark.parametrize("with_penalty", [False, True], ids=["loss", "loss, a head's loss and logits"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     "wrap",
     [fsdp1, pytest.param(fsdp2, marks=needs_averages), pytest.param(fsdp2_of_each_head, marks=needs_averages)],
     ids=lambda wrap: wrap.__name__,
 )
-def test_fsdp_around_the_heads(in_two_processes, wrap, dtype, with_penalty):
-    in_two_processes(fsdp_around_the_heads, wrap, dtype, with_penalty)
+def test_fsdp_around_the_heads_with_mixed_precision(in_two_processes, wrap, dtype):
+    in_two_processes(fsdp_around_the_heads, wrap, dtype)
 
 
 def fsdp1_flat(module: nn.Module) -> nn.Module:
@@ -442,10 +422,6 @@ def fsdp1_flat(module: nn.Module) -> nn.Module:
 def fsdp1_of_model_and_heads(model: Network) -> nn.Module:
     model.heads = fsdp1(model.heads, torch.float32)
     return fsdp1(model, torch.float32)
-
-
-def fsdp2_of_model(model: Network) -> nn.Module:
-    return fsdp2(model, torch.float32)
 
 
 def fsdp2_of_model_and_heads(model: Network) -> nn.Module:
@@ -470,7 +446,7 @@ def train_with_fsdp_around_the_model(rank: int, wrap) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         penalty(model(part(rank, x), part(rank, targets))).backward()
-        stock_total(stock_logits(stock.heads, stock.encoder(x)), targets, True).backward()
+        stock_penalty(stock_logits(stock.heads, stock.encoder(x)), targets).backward()
         for optimizer in optimizers:
             optimizer.step()
     state = whole_state(model)
@@ -484,7 +460,6 @@ def train_with_fsdp_around_the_model(rank: int, wrap) -> None:
     [
         fsdp1_flat,
         fsdp1_of_model_and_heads,
-        pytest.param(fsdp2_of_model, marks=needs_averages),
         pytest.param(fsdp2_of_model_and_heads, marks=needs_averages),
     ],
     ids=lambda wrap: wrap.__name__,
@@ -498,7 +473,7 @@ def fsdp2_with_heads_left_out(rank: int) -> None:
     _, features, targets = batch()
     del targets["domain"], targets["age"], targets["room"]
     heads(part(rank, features), part(rank, targets)).loss.backward()
-    stock_total(stock_logits(stock, features), targets, False).backward()
+    stock_loss(stock_logits(stock, features), targets).backward()
     assert_gradients(heads, stock)
 
 
@@ -549,7 +524,7 @@ def test_a_lambda_that_fsdp1_has_cast_is_refused(in_two_processes):
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def heads_of_dtensors(rank: int, weights_by_class: bool, with_penalty: bool) -> None:
+def heads_of_dtensors(rank: int, weights_by_class: bool) -> None:
     heads, stock = network().heads, network().heads
     mesh = init_device_mesh("cpu", (2,))
 
@@ -564,19 +539,18 @@ def heads_of_dtensors(rank: int, weights_by_class: bool, with_penalty: bool) -> 
     theirs = features.clone().requires_grad_()
     placements = ours.placements
     out = heads(ours, {name: distribute_tensor(target, mesh, placements) for name, target in targets.items()})
-    (penalty(out) if with_penalty else out.loss).backward()
-    stock_total(stock_logits(stock, theirs), targets, with_penalty).backward()
+    penalty(out).backward()
+    stock_penalty(stock_logits(stock, theirs), targets).backward()
     assert_gradients(heads, stock)
     torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
 
 
 @needs_elements
-@pytest.mark.parametrize("with_penalty", [False, True], ids=["loss", "loss, a head's loss and logits"])
 @pytest.mark.parametrize(
     "weights_by_class", [False, True], ids=["features sharded by rows", "weights sharded by classes"]
 )
-def test_heads_whose_weights_are_dtensors(in_two_processes, weights_by_class, with_penalty):
-    in_two_processes(heads_of_dtensors, weights_by_class, with_penalty)
+def test_heads_whose_weights_are_dtensors(in_two_processes, weights_by_class):
+    in_two_processes(heads_of_dtensors, weights_by_class)
 
 
 OPTIONS = {
@@ -701,12 +675,11 @@ class Operators(TorchDispatchMode):
 
 
 def sharded_by_rows(rank: int, fused: bool) -> None:
-    for layout in LAYOUTS:
-        for option in OPTIONS:
-            try:
-                exactly_as_in_one_process(rank, layout, option, fused)
-            except Exception as error:
-                raise AssertionError(f"{layout}, {option}") from error
+    every_option = [("rows", option) for option in OPTIONS]
+    every_layout = [(layout, option) for layout in LAYOUTS for option in ("mean", "everything") if layout != "rows"]
+    for layout, option in [*every_option, *every_layout]:
+        with case(layout, option):
+            exactly_as_in_one_process(rank, layout, option, fused)
 
 
 @needs_elements
@@ -841,7 +814,7 @@ def tensor_parallel_heads(rank: int) -> None:
     targets = {name: targets[name] for name in names.values()}
     ours, theirs = features.clone().requires_grad_(), features.clone().requires_grad_()
     heads(ours, targets).loss.backward()
-    stock_total(stock_logits(stock, theirs), targets, False).backward()
+    stock_loss(stock_logits(stock, theirs), targets).backward()
     assert_gradients(heads, stock)
     torch.testing.assert_close(ours.grad, theirs.grad)
 

@@ -106,6 +106,7 @@ def run(count: int, step: Callable[[int], None]) -> list[Sample]:
     every = max(1, (count - warm_up) // SAMPLES)
     samples = []
     gc.disable()  # so that garbage adds up until it is counted
+    gc.freeze()  # what is there before takes no part, and no time
     try:
         for i in range(warm_up):
             step(i)
@@ -117,6 +118,7 @@ def run(count: int, step: Callable[[int], None]) -> list[Sample]:
             if (i + 1 - warm_up) % every == 0:
                 samples.append(sample(i + 1))
     finally:
+        gc.unfreeze()
         gc.enable()
     return samples
 

@@ -18,7 +18,7 @@ needs_statm = pytest.mark.skipif(
 @needs_statm
 def test_memory_stays_flat(path):
     # In a process of its own: here the other tests' memory would count too.
-    command = [sys.executable, steps.__file__, "--count", "3000", "--path", path]
+    command = [sys.executable, steps.__file__, "--count", "1500", "--path", path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -16,14 +16,6 @@ from grl_ext import grl_linear
 pytestmark = pytest.mark.sanitized
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads for the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def results(sample, rows):
     """All that the three operations compute."""
     loss, head_losses, logits = our_loss(sample, label_smoothing=0.1, sample_weight=rows)

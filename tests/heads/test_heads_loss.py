@@ -355,10 +355,11 @@ def test_a_step_allocates_no_more_than_its_gradients(path, device, frozen, limit
 
 
 @pytest.mark.parametrize("path", ["compiled"], indirect=True)  # plain PyTorch leaves it to autograd
-def test_a_frozen_head_has_no_gradient_computed(path, device):
+def test_a_frozen_head_has_no_gradient_computed(path, device, threads):
     """Half the threads' sums for the weights are not even allocated."""
     if device.type != "cpu":
         pytest.skip("reads the CPU allocator's record")
+    threads(2)
     for head_sizes, layer in (((SWITCH + 1,), 0), ((64, 2), 0)):
         sample = sample_heads(
             device, leading=(64,), features=2048, head_sizes=(head_sizes,) if len(head_sizes) > 1 else head_sizes

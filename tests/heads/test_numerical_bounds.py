@@ -188,10 +188,11 @@ def test_sums_over_a_million_rows(path, device, size):
 
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_sums_over_ten_million_rows(path, device, dtype):
+def test_sums_over_ten_million_rows(path, device, threads, dtype):
     # All rows the same: the exact sums are known, and all roundings may go in one direction. Added one after the other,
     # the sums of the blocks of rows would be off by 1.6e-3; in two levels they are off by 6e-6 on the CPU, PyTorch's
     # own product by 7e-4. In a half type a sum of ones would stop at 2^11 or 2^8.
+    threads(2)
     x = torch.ones(10_000_000, 1, device=device, dtype=dtype)
     weight, bias = (torch.zeros(*shape, device=device, dtype=dtype, requires_grad=True) for shape in ((2, 1), (2,)))
     target = torch.zeros(len(x), dtype=torch.int64, device=device)

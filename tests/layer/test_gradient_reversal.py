@@ -97,8 +97,9 @@ def test_the_kernel_refuses_a_tensor_that_does_not_broadcast_to_the_gradient(dev
 
 
 @pytest.mark.parametrize("lambda_shape", [None, (), (3, 1, 1), (1, 7, 1), (5003,), (3, 7, 5003), (3, 1, 5003)], ids=str)
-def test_gradient_of_a_tensor_large_enough_for_several_threads(device, lambda_shape):
+def test_gradient_of_a_tensor_large_enough_for_several_threads(device, threads, lambda_shape):
     # 105063 elements: three of PyTorch's grains of 32768, whose borders fall inside rows.
+    threads(3)
     lambda_ = 0.3 if lambda_shape is None else torch.randn(lambda_shape, device=device)
     for dtype in DTYPES:
         x = torch.randn(3, 7, 5003, dtype=dtype, device=device, requires_grad=True)

@@ -4,14 +4,19 @@ same in plain PyTorch.
 All have the same parameters in the same order, and return the sum of two cross entropies.
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from head_samples import reversal
 from torch import Tensor, nn
 
-from grl_ext import GRL, AdversarialHeads, GRLLinear, gradient_reversal
+from grl_ext import GRL, AdversarialHeads, GRLLinear, gradient_reversal, grl_linear
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))  # scripts, not part of the package
+from baselines import Pasted  # noqa: E402
 
 LAMBDA = 0.3
 ROWS, INPUTS, FEATURES, HIDDEN, DIGITS, DOMAINS = 6, 4, 5, 4, 3, 2
@@ -73,32 +78,10 @@ class PlainReversal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alpha = LAMBDA
+        self.coeff = LAMBDA
 
     def forward(self, x: Tensor) -> Tensor:
-        return reversal(x, self.alpha)
-
-
-class ReverseLayerF(torch.autograd.Function):
-    """The layer that everybody pastes."""
-
-    @staticmethod
-    def forward(ctx, x, alpha):
-        ctx.alpha = alpha
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.neg() * ctx.alpha, None
-
-
-class UsualReversal(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.alpha = LAMBDA
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ReverseLayerF.apply(x, self.alpha)
+        return reversal(x, self.coeff)
 
 
 class OurReversal(nn.Module):
@@ -106,16 +89,42 @@ class OurReversal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.number = GRL(LAMBDA), LAMBDA
+        self.layer = GRL(LAMBDA)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.layer(x) + gradient_reversal(x, self.number)) / 2
+        return (self.layer(x) + gradient_reversal(x, self.layer.lambda_)) / 2
+
+
+class ByNumber(nn.Linear):
+    """An adversary with lambda as a number: the module and the function in front of one class, `grl_linear` for the
+    other."""
+
+    def __init__(self) -> None:
+        super().__init__(FEATURES, DOMAINS)
+        self.layer, self.number = GRL(), LAMBDA
+
+    def forward(self, x: Tensor) -> Tensor:
+        reversed_ = (self.layer(x, self.number) + gradient_reversal(x, self.number)) / 2
+        one = F.linear(reversed_, self.weight[:1], self.bias[:1])
+        return torch.cat([one, grl_linear(x, self.weight[1:], self.bias[1:], self.number)], -1)
+
+
+class ByRow(ByNumber):
+    """The same with a tensor that has a lambda for each row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.full_like(x.detach()[..., :1], self.number)
+        reversed_ = (self.layer(x, rows) + gradient_reversal(x, rows)) / 2
+        one = F.linear(reversed_, self.weight[:1], self.bias[:1])
+        return torch.cat([one, grl_linear(x, self.weight[1:], self.bias[1:], rows)], -1)
 
 
 class Linear(Network):
-    def __init__(self) -> None:
+    """An adversary that reverses by itself."""
+
+    def __init__(self, adversary: nn.Module) -> None:
         super().__init__()
-        self.digit, self.domain = nn.Linear(FEATURES, DIGITS), GRLLinear(FEATURES, DOMAINS, lambda_=LAMBDA)
+        self.digit, self.domain = nn.Linear(FEATURES, DIGITS), adversary
 
     def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return self.digit(features), self.domain(features)
@@ -153,14 +162,19 @@ class Hidden(Loss):
 USUAL = "the usual ten lines"
 COLUMNS: dict[str, Callable[[], Network]] = {
     "`gradient_reversal`, `GRL`": lambda: Layers(OurReversal()),
-    "`GRLLinear`": Linear,
+    "`GRLLinear`": lambda: Linear(GRLLinear(FEATURES, DOMAINS, lambda_=LAMBDA)),
+    "λ a number": lambda: Linear(ByNumber()),
+    "λ a tensor, for each row": lambda: Linear(ByRow()),
     "heads' logits": Logits,
     "heads' loss": Loss,
     "heads' loss, hidden layers": Hidden,
-    USUAL: lambda: Layers(UsualReversal()),
+    USUAL: lambda: Layers(Pasted(LAMBDA)),
 }
+LAYER, LINEAR = tuple(COLUMNS)[:2]
+OTHER_FORMS = tuple(column for column in COLUMNS if column.startswith("λ"))  # of lambda than the modules' buffer
 HEADS = tuple(column for column in COLUMNS if column.startswith("heads'"))
 OURS = tuple(COLUMNS)[:-1]
+IN_MODULES = (LAYER, LINEAR, *HEADS, USUAL)  # the columns in which a module holds lambda
 
 
 def network(column: str, seed: int = 1) -> Network:

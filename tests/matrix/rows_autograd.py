@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
-from matrix.networks import FEATURES, OURS, ROWS, USUAL, Network, batch, eager, step
+from matrix.networks import FEATURES, HEADS, IN_MODULES, LAYER, LINEAR, ROWS, USUAL, Network, batch, eager, step
 from matrix.rows import Refusal, row
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -135,7 +135,7 @@ def embedded(network: Network) -> list[Tensor]:
     EAGER,
     "a sparse gradient that arrives at the layer",
     expected=lambda plain: looked_up(plain),
-    columns=(OURS[0], USUAL),
+    columns=(LAYER, USUAL),
 )
 def looked_up(network: Network) -> list[Tensor]:
     features = batch()[0].requires_grad_()
@@ -337,7 +337,7 @@ def with_holes(network: Network, make, to_tensor=lambda x: x) -> list[Tensor]:
     if hasattr(network, "reversal"):
         digit, domain = network.digit(to_tensor(features)), network.domain(to_tensor(network.reversal(features)))
         loss = F.cross_entropy(digit, labels) + F.cross_entropy(domain, labels.clamp(max=1))
-    elif network.column == "`GRLLinear`":
+    elif network.column == LINEAR:
         loss = network.domain(features).sum()
     else:
         loss = network.loss_of(features, labels)
@@ -355,11 +355,12 @@ def zeros_for_holes(values: Tensor, seen: Tensor) -> Tensor:
     SUBCLASSES,
     "`MaskedTensor` features",
     Refusal(
-        OURS[1:],
+        (LINEAR, *HEADS),
         "^x must not be a MaskedTensor",
         "refused: linear layers of PyTorch take none; pass `features.to_tensor(0)`",
     ),
     expected=lambda plain: with_holes(plain, zeros_for_holes),
+    columns=IN_MODULES,
 )
 def _(network: Network) -> list[Tensor]:
     return with_holes(

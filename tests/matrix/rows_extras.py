@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from matrix.networks import COLUMNS, Network, batch, eager
+from matrix.networks import COLUMNS, IN_MODULES, LINEAR, Network, batch, eager
 from matrix.rows import PATHS, row
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ STEPS, RATE = 3, 0.1
 
 
 def extra(group: str, name: str, **options):
-    return row(group, name, heavy=PATHS, **options)
+    return row(group, name, heavy=PATHS, columns=IN_MODULES, **options)
 
 
 # --- ONNX
@@ -122,9 +122,15 @@ def _(network: Network) -> list[Tensor]:
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
-            output_dir=folder, max_steps=STEPS, per_device_train_batch_size=len(x), use_cpu=True, report_to=[], disable_tqdm=True,
-            save_strategy="no", max_grad_norm=0.0,
-        )  # fmt: skip
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=len(x),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            max_grad_norm=0.0,
+        )
         transformers.Trainer(Model(), arguments, train_dataset=data, optimizers=(optimizer, schedule)).train()
     return [p.detach() for p in network.parameters()]
 
@@ -167,7 +173,7 @@ def _(network: Network) -> list[Tensor]:
 
     other = COLUMNS[network.column]()
     for module in other.modules():
-        for name in ("lambda_", "alpha"):
+        for name in ("lambda_", "coeff"):
             if hasattr(module, name):
                 setattr(module, name, 9.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -186,9 +192,7 @@ def swapped(swap):
     def run(network: Network) -> list[Tensor]:
         swap(
             network,
-            lambda module, name: (
-                isinstance(module, nn.Linear) and not (network.column == "`GRLLinear`" and name == "domain")
-            ),
+            lambda module, name: isinstance(module, nn.Linear) and not (network.column == LINEAR and name == "domain"),
         )
         return eager(network)
 

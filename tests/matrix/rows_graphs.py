@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from matrix.networks import COLUMNS, HEADS, Network, OurReversal, batch, eager, step
+from matrix.networks import COLUMNS, HEADS, IN_MODULES, Network, batch, eager, step
 from matrix.networks import network as make_network
 from matrix.rows import PATHS, Refusal, row
 from torch import Tensor, nn
@@ -93,17 +93,20 @@ def changing(network: Network, call) -> list[Tensor]:
 
 
 def set_lambda(network: Network, lambda_: float) -> None:
-    """Of the modules; a number given to the function is two graphs, of which no other number makes more."""
-    if isinstance(getattr(network, "reversal", None), OurReversal):
-        network.reversal = network.reversal.layer
     for module in network.modules():
         if hasattr(module, "lambda_"):
             module.lambda_ = lambda_
-        elif hasattr(module, "alpha"):
-            module.alpha = lambda_
+        elif hasattr(module, "coeff"):
+            module.coeff = lambda_
 
 
-@row(COMPILE, "λ that changes every step: one graph", expected=lambda plain: changing(plain, plain))
+# A number given to the function is two graphs, of which no other number makes more: test_compile.py.
+@row(
+    COMPILE,
+    "λ that changes every step: one graph",
+    expected=lambda plain: changing(plain, plain),
+    columns=IN_MODULES,
+)
 def _(network: Network) -> list[Tensor]:
     with torch._dynamo.config.patch(error_on_recompile=True):
         return changing(network, torch.compile(network, fullgraph=True, backend="aot_eager"))
@@ -207,19 +210,27 @@ def _(network: Network) -> list[Tensor]:
     return step(traced, network.parameters())
 
 
-@row(
-    OTHER,
-    "`jit.script`",
-    Refusal(
-        HEADS,
-        "keyword-only arguments",
-        "refused: TorchScript has no keyword-only arguments; use `jit.trace` or `torch.export`",
-    ),
+NO_SCRIPT = Refusal(
+    HEADS,
+    "keyword-only arguments",
+    "refused: TorchScript has no keyword-only arguments; use `jit.trace` or `torch.export`",
 )
+
+
+@row(OTHER, "`jit.script`", NO_SCRIPT)
 def _(network: Network) -> list[Tensor]:
     script = torch.jit.script(network)
     for _ in range(2):
         step(script, script.parameters())
+    return step(script, script.parameters())
+
+
+@row(OTHER, "`jit.save` and `jit.load` of a script", NO_SCRIPT)
+def _(network: Network) -> list[Tensor]:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(network), file)
+    file.seek(0)
+    script = torch.jit.load(file)
     return step(script, script.parameters())
 
 

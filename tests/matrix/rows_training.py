@@ -98,7 +98,7 @@ def _(network: Network) -> list[Tensor]:
 @row(PRECISION, "λ = 0 with an infinite gradient: zeros", expected=lambda plain: [torch.zeros(2, 5)])
 def _(network: Network) -> list[Tensor]:
     for module in network.modules():
-        for name in ("lambda_", "alpha", "number"):
+        for name in ("lambda_", "coeff", "number"):
             if hasattr(module, name):
                 setattr(module, name, 0.0)
     features = torch.randn(2, 5, requires_grad=True)
@@ -207,7 +207,7 @@ def loaded(network: Network, **options) -> list[Tensor]:
     file.seek(0)
     other = COLUMNS[network.column]()
     for module in other.modules():
-        for name in ("lambda_", "alpha"):
+        for name in ("lambda_", "coeff"):
             if hasattr(module, name):
                 setattr(module, name, 9.0)
     other.load_state_dict(torch.load(file, weights_only=True), **options)

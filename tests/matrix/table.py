@@ -12,30 +12,34 @@ OUTCOMES = Path(__file__).with_name("outcomes.json")
 PAGE, README = ROOT / "docs" / "works-with.md", ROOT / "README.md"
 BEGIN, END = "<!-- written by tests/matrix/write.py -->", "<!-- end -->"
 
-Outcomes = dict[str, dict[str, dict[str, str]]]  # of row, column and path
-
 INTRODUCTION = """\
 # What it works with
 
-This page answers in which set-ups of PyTorch the gradient is right. Each cell is a test: a small network with an encoder, a predictor and
-an adversary is run through the set-up, and its values and all its gradients are compared with the same network in plain PyTorch, layer by
-layer. `tests/matrix` holds the tests and writes this page; `make test` fails where the two differ.
+This page answers in which set-ups of PyTorch the gradient is right. Each cell is a test: a small network with an
+encoder, a predictor and an adversary is run through the set-up, and its values and all its gradients are compared with
+the same network in plain PyTorch, layer by layer. `tests/matrix` holds the tests and writes this page; `make test`
+fails where the two differ.
 
 - **yes**: right, on the compiled path and on the one in pure Python.
-- **refused**: an error, with what to do instead. No cell of grl_ext is a wrong gradient. What no cell tries, and is not right, is said
-  under [the layer](layer.md) (infinite features in `make_fx`, and under `torch.func` inside `torch.compile`) and under
-  [several processes](heads.md#several-processes) (FSDP1's `buffer_dtype`).
-- **the usual ten lines**: the layer that everybody pastes, in the same network. *Not reversed* means that the features help the
-  adversary, without a warning. *Wrong gradient* is any other.
-- **-**: PyTorch's own linear layers do not take it.
+- **refused**: an error, with what to do instead. No cell of grl_ext is a wrong gradient. What no cell tries, and is not
+  right, is said under [the layer](layer.md) (infinite features in `make_fx`, and under `torch.func` inside
+  `torch.compile`) and under [several processes](heads.md#several-processes) (FSDP1's `buffer_dtype`).
+- **λ a number**, **λ a tensor, for each row**: given to the module's call, to `gradient_reversal` and to `grl_linear`.
+- **the usual ten lines**: the layer that everybody pastes, in the same network. *Not reversed* means that the features
+  help the adversary, without a warning. *Wrong gradient* is any other.
+- **-**: not tried, because PyTorch's own linear layers do not take it, or the row is about a λ that a module holds.
 
-Measured on torch {torch}. Rows with ** need other packages, or more time than the rest: `make matrix` runs them. So it does with the
-pure-Python path of rows with *.
+Measured on torch {torch}. Rows with ** need other packages, or more time than the rest: `make matrix` runs them. So it
+does with the pure-Python path of rows with *.
 """
 
+Outcomes = dict[str, dict[str, dict[str, str]]]  # of row, column and path
 
-def read() -> Outcomes:
-    return json.loads(OUTCOMES.read_text())["outcomes"] if OUTCOMES.exists() else {}
+
+def read() -> tuple[str, Outcomes]:
+    """The version of torch that they are of, and the outcomes."""
+    written = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {"torch": "", "outcomes": {}}
+    return written["torch"], written["outcomes"]
 
 
 class Notes:
@@ -101,7 +105,7 @@ def _ours(names: list[str], outcomes: Outcomes) -> str:
             column for column in OURS if any(outcome != YES for outcome in outcomes[name].get(column, {}).values())
         ]
         if columns:
-            others = ", ".join(column for column in OURS if column not in columns)
+            others = ", ".join(column for column in OURS if column in outcomes[name] and column not in columns)
             refused.setdefault("the heads" if columns == list(HEADS) else f"all but {others}", []).append(name)
     return "; ".join(["yes", *(f"refused for {columns}: {', '.join(own)}" for columns, own in refused.items())])
 

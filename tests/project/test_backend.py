@@ -28,7 +28,12 @@ PRELUDE = """
 import sys, warnings
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 warnings.simplefilter("always")
-warnings.showwarning = lambda message, category, *_: print(f"{category.__name__}: {message}") if "grl_ext" in str(message) else None
+
+def show(message, category, *_):
+    if "grl_ext" in str(message):
+        print(f"{category.__name__}: {message}")
+
+warnings.showwarning = show
 """
 
 USE = """
@@ -70,7 +75,8 @@ def test_an_extension_that_does_not_load_gives_one_warning_and_the_fallback_work
     warning, outcome = result.stdout.splitlines()
     assert outcome == "fallback [-0.5, -0.5, -0.5]"
     assert warning.startswith(
-        f"RuntimeWarning: grl_ext runs without its kernels: the compiled extension does not load with torch {torch.__version__}: "
+        "RuntimeWarning: grl_ext runs without its kernels: the compiled extension does not load with torch "
+        f"{torch.__version__}: "
     )
     assert file in warning, "the loader's own reason"
     assert warning.endswith("Rebuild it for this torch: pip install --force-reinstall --no-deps --no-cache-dir .")

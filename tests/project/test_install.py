@@ -257,7 +257,10 @@ def test_the_metadata_is_known_before_anything_is_compiled(source, tmp_path, fro
 def test_a_package_page_links_into_the_repository(source, tmp_path, monkeypatch):
     import grl_ext
 
-    text = "![plot](docs/a.png) and [`page`](docs/b.md), [there](https://c.org), [below](#d), `heads[0](x)`\n```python\ny[1](z)\n```\n"
+    text = (
+        "![plot](docs/a.png) and [`page`](docs/b.md), [there](https://c.org), [below](#d), `heads[0](x)`\n"
+        "```python\ny[1](z)\n```\n"
+    )
     (source / "README.md").write_text(text)
     monkeypatch.setattr(build_backend, "ROOT", source)
     monkeypatch.delenv("GRL_EXT_REPOSITORY", raising=False)
