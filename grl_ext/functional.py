@@ -379,10 +379,9 @@ def _layered_heads_loss(
         parts.append((x, linear, [lambda_[h] for h in linear]))
     if deep := [h for h, own in enumerate(weight) if len(own) > 1]:
         of_first = [weight[h][0] for h in deep], [bias[h][0] for h in deep], [lambda_[h] for h in deep]
-        outputs = run_linear_heads(x, *of_first, NUMBERED.some(deep))
-        outputs.reverse()
+        outputs = list(run_linear_heads(x, *of_first, NUMBERED.some(deep)))  # Dynamo takes nothing out of an operator's
         for h in deep:
-            hidden = hidden_layers(outputs.pop(), weight[h][1:-1], bias[h][1:-1])
+            hidden = hidden_layers(outputs.pop(0), weight[h][1:-1], bias[h][1:-1])
             parts.append((hidden, [h], [None]))
     total, losses, logits = None, {}, {}
     while parts:

@@ -357,10 +357,10 @@ class AdversarialHeads(nn.Module):
             weights, biases = weights_and_biases([heads[h].first for h in joined])
             lambdas = [heads[h].lambda_ for h in joined]
             names = Names("features", [heads[h].name for h in joined])
-            firsts = functional.run_linear_heads(self._last(features), weights, biases, lambdas, names)
-            firsts.reverse()
+            # A list of our own: Dynamo takes nothing out of an operator's.
+            firsts = list(functional.run_linear_heads(self._last(features), weights, biases, lambdas, names))
             for h in joined:
-                outputs[h].append(firsts.pop())
+                outputs[h].append(firsts.pop(0))
                 if hidden := heads[h].hidden:
                     layers = weights_and_biases(hidden[1::2])
                     outputs[h].append(functional.hidden_layers(outputs[h].pop(), *layers))
