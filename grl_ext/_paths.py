@@ -38,9 +38,7 @@ class Path(Enum):
 EXACT = (Tensor, torch.nn.Parameter)
 
 # Whether torch.fx records what runs; under the second name in torch 2.8.
-_fx_records = getattr(
-    torch.fx._symbolic_trace, "is_fx_symbolic_tracing", torch.fx._symbolic_trace.is_fx_tracing
-)
+_fx_records = getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", torch.fx._symbolic_trace.is_fx_tracing)
 
 
 def of_layer() -> Path:

@@ -21,9 +21,7 @@ def scale(grad: Tensor, factor: Tensor | float) -> Tensor:
             return scale(grad.to_dense(), factor)
         entries = grad.coalesce()
         values = scale(entries.values(), factor.reshape(()) if isinstance(factor, Tensor) else factor)
-        return torch.sparse_coo_tensor(
-            entries.indices(), values, grad.shape, is_coalesced=True, check_invariants=False
-        )
+        return torch.sparse_coo_tensor(entries.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
     if not isinstance(factor, Tensor) and factor != 0:
         return grad * factor
     if not isinstance(factor, Tensor):

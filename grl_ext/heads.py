@@ -66,9 +66,7 @@ class _Adversaries(nn.ModuleDict):
 
 
 def _no_reversal(name: str) -> str:
-    return (
-        f"adversaries[{name!r}] has no lambda_: add an adversary with heads.add_adversary({name!r}, module, lambda_=...)"
-    )
+    return f"adversaries[{name!r}] has no lambda_: add an adversary with heads.add_adversary({name!r}, module, lambda_=...)"
 
 
 class AdversarialHeads(nn.Module):
@@ -363,7 +361,8 @@ class AdversarialHeads(nn.Module):
                 outputs[h].append(firsts.pop(0))
                 if hidden := heads[h].hidden:
                     layers = weights_and_biases(hidden[1::2])
-                    outputs[h].append(functional.hidden_layers(outputs[h].pop(), *layers))
+                    names = Names("features", [heads[h].name] * len(layers[0]))
+                    outputs[h].append(functional.hidden_layers(outputs[h].pop(), *layers, names))
         for output, head in zip(outputs, heads, strict=True):
             if head.first is None:
                 seen = features if head.reversal is None else head.reversal(features)
@@ -388,7 +387,9 @@ class AdversarialHeads(nn.Module):
     @staticmethod
     def _checked(head: HeadPath, logits: object) -> Tensor:
         if not isinstance(logits, Tensor):
-            raise TypeError(f"a head must return one tensor, its logits; {head.name!r} returned {type(logits).__name__}")
+            raise TypeError(
+                f"a head must return one tensor, its logits; {head.name!r} returned {type(logits).__name__}"
+            )
         return logits
 
     def _is_moved(self, features: Tensor) -> bool:
@@ -544,9 +545,7 @@ def _module_of(kind: str, name: str, head: Head, in_features: int, bias: bool, d
     if isinstance(head, nn.Module):
         first = head[0] if isinstance(head, nn.Sequential) and len(head) else head
         if why_not_plain(first, nn.Linear) is None and first.in_features != in_features:
-            raise ValueError(
-                f"{kind}[{name!r}] takes {first.in_features} features, but in_features is {in_features}"
-            )
+            raise ValueError(f"{kind}[{name!r}] takes {first.in_features} features, but in_features is {in_features}")
         return head
     sizes = [head] if isinstance(head, int) else head
     valid = isinstance(sizes, Sequence) and not isinstance(sizes, str) and len(sizes) > 0
