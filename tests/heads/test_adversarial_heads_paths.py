@@ -1,5 +1,5 @@
-"""How `AdversarialHeads` runs each head: fused, first layer fused, as given; mixed freely, with the numbers of layer by
-layer."""
+"""How `AdversarialHeads` runs each head: fused, its first and its last layer fused, one of the two, or as given; mixed
+freely, with the numbers of layer by layer."""
 
 import copy
 
@@ -30,14 +30,15 @@ HEADS = {
         lambda: nn.Sequential(nn.Linear(7, SWITCH + 1), nn.ReLU(), nn.Linear(SWITCH + 1, 2)),
         "fused: linear layers with ReLU",
     ),
-    "one in a row": (lambda: nn.Sequential(nn.Linear(7, 2)), "fused: linear layers with ReLU"),
+    "one in a row": (lambda: nn.Sequential(nn.Linear(7, 2)), "fused: linear"),
+    "no relu": (lambda: nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2)), "fused: linear layers"),
     "tanh": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)),
-        "first layer fused: begins with a linear layer",
+        "first and last layer fused: begins and ends with a linear layer",
     ),
     "dropout": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Dropout(0.0), nn.Linear(5, 2)),
-        "first layer fused: begins with a linear layer",
+        "first and last layer fused: begins and ends with a linear layer",
     ),
     "relu at the end": (
         lambda: nn.Sequential(nn.Linear(7, 2), nn.ReLU()),
@@ -45,26 +46,34 @@ HEADS = {
     ),
     "relu6": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU6(), nn.Linear(5, 2)),
-        "first layer fused: begins with a linear layer",
+        "first and last layer fused: begins and ends with a linear layer",
     ),
     "norm": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 2)),
-        "first layer fused: begins with a linear layer",
+        "first and last layer fused: begins and ends with a linear layer",
     ),
     "norm first": (
         lambda: nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 2)),
-        "as given: its first layer: LayerNorm is not nn.Linear",
+        "last layer fused: its first layer: LayerNorm is not nn.Linear",
     ),
     "nested": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(7, 5), nn.ReLU()), nn.Linear(5, 2)),
-        "as given: its first layer: Sequential is not nn.Linear",
+        "last layer fused: its first layer: Sequential is not nn.Linear",
     ),
     "module": (lambda: Custom(), "as given: Custom is not nn.Linear"),
     "subclass": (lambda: Doubled(7, 2), "as given: Doubled is not nn.Linear"),
-    "sequential subclass": (lambda: Twice(nn.Linear(7, 2)), "as given: Twice is not nn.Linear"),
+    "sequential subclass": (lambda: Twice(nn.Linear(7, 2)), "as given: Twice is not nn.Sequential"),
+    "sequential subclass without a forward": (
+        lambda: Discriminator(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 2)),
+        "fused: linear layers with ReLU",
+    ),
     "identity": (
         lambda: nn.Sequential(nn.Identity(), nn.Linear(7, 2)),
-        "as given: its first layer: Identity is not nn.Linear",
+        "last layer fused: its first layer: Identity is not nn.Linear",
+    ),
+    "tanh at both ends": (
+        lambda: nn.Sequential(nn.Tanh(), nn.Linear(7, 2), nn.Tanh()),
+        "as given: its first layer: Tanh is not nn.Linear",
     ),
 }
 
@@ -83,6 +92,10 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Discriminator(nn.Sequential):
+    """As libraries of domain adaptation write theirs."""
+
+
 class Twice(nn.Sequential):
     def forward(self, x):
         return super().forward(x) + super().forward(x)
@@ -97,7 +110,7 @@ def build(predictors, adversaries, dtype=torch.float64, **options) -> Adversaria
 
 
 def layer_by_layer(heads, x, names):
-    lambdas = dict(zip(heads.adversaries, heads.lambda_.tolist(), strict=True))
+    lambdas = {name: lambda_.item() for name, lambda_ in heads.lambda_.items()}
     modules = {**heads.predictors, **heads.adversaries}
     return {name: modules[name](reversal(x, lambdas[name]) if name in lambdas else x) for name in names}
 
@@ -366,7 +379,9 @@ def test_a_wrapper_around_a_linear_layer_takes_the_features_as_the_layer_does(na
     heads.predictors["a"] = Wrapper(name, heads.predictors["a"])
     heads.adversaries["b"] = Wrapper(name, heads.adversaries["b"])
     heads.adversaries["c"][0] = Wrapper(name, heads.adversaries["c"][0])
-    assert "fused" not in repr(heads)
+    assert [line for line in repr(heads).splitlines() if "fused" in line] == [
+        "  (c) last layer fused: its first layer: Wrapper is not nn.Linear"
+    ]
     torch.testing.assert_close(heads(x), expected)
 
 
