@@ -124,7 +124,9 @@ def _why_not_inlined(reversal: GRL) -> str | None:
         return f"{type(reversal).__name__} is not GRL"
     fields = reversal.__dict__
     hooked = fields["_forward_hooks"] or fields["_forward_pre_hooks"] or fields["_backward_hooks"]
-    return "it has hooks" if hooked or fields["_backward_pre_hooks"] else None
+    if hooked or fields["_backward_pre_hooks"]:
+        return "it has hooks"
+    return "its forward was replaced" if "forward" in fields else None
 
 
 def _path_of_layers(name: str, parts: list[nn.Module], reversal: GRL | None) -> HeadPath:

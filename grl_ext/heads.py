@@ -55,7 +55,11 @@ class _Adversaries(nn.ModuleDict):
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        self._reversals.pop(name)
+        self._reversals._modules.pop(name, None)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._reversals._modules.pop(name, None)
 
     def clear(self) -> None:
         super().clear()
@@ -160,7 +164,7 @@ class AdversarialHeads(nn.Module):
         if not predictors and not adversaries:
             raise ValueError("predictors and adversaries are both empty: at least one head is needed")
         if shared := predictors.keys() & adversaries.keys():
-            raise ValueError(f"head names must differ, got {sorted(shared)} among both predictors and adversaries")
+            raise ValueError(_shared(sorted(shared)))
         if not isinstance(dim, int):
             raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
         self.in_features = in_features
@@ -235,7 +239,7 @@ class AdversarialHeads(nn.Module):
         """
         module = _module_of("adversaries", name, head, self.in_features, bias, device, dtype)
         if name in self.predictors:
-            raise ValueError(f"head names must differ, got ['{name}'] among both predictors and adversaries")
+            raise ValueError(_shared([name]))
         check_reversal(name, module)
         kind_of(f"losses[{name!r}]", loss)
         self.reversals[name] = _reversal(check_scalar("lambda_", lambda_), device)
@@ -268,11 +272,14 @@ class AdversarialHeads(nn.Module):
     def _heads(self, names: Mapping[str, object] | None = None) -> list[HeadPath]:
         """Those with one of the names, or all; predictors first."""
         heads = []
-        for name, module in self._modules["predictors"]._modules.items():
+        predictors = self._modules["predictors"]._modules
+        for name, module in predictors.items():
             if names is None or name in names:
                 heads.append(path_of(name, module, None))
         for name, module in self._modules["adversaries"]._modules.items():
             if names is None or name in names:
+                if name in predictors:
+                    raise ValueError(_shared([name]))
                 heads.append(path_of(name, module, self._reversal_of(name)))
                 for part in heads[-1].between:
                     check_reversal(name, part)
@@ -305,7 +312,6 @@ class AdversarialHeads(nn.Module):
         names = [head.name for head in heads]
         if len(heads) != len(targets):
             _check_known("targets", targets, self.head_names, "heads")
-            raise ValueError(f"head names must differ, got {sorted(names)}")
         if not heads:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
         given = [targets[name] for name in names]
@@ -516,7 +522,17 @@ class AdversarialHeads(nn.Module):
         lines = [f"in_features={self.in_features}" + (f", dim={self.dim}" if self.dim != -1 else "")]
         if squared := [name for name in self.head_names if self.losses.get(name) == "mse"]:
             lines[0] += f", mse={squared}"
-        return "\n".join(lines + [f"({head.name}) {head.path}: {head.why}" for head in self._heads()])
+        for name in dict.fromkeys(self.head_names):
+            try:
+                (head,) = self._heads({name: None})
+                lines.append(f"({name}) {head.path}: {head.why}")
+            except (TypeError, ValueError) as error:  # as a call would
+                lines.append(f"({name}) refused: {error}")
+        return "\n".join(lines)
+
+
+def _shared(names: list[str]) -> str:
+    return f"head names must differ, got {names} among both predictors and adversaries"
 
 
 def _by_name(kind: str, heads: Mapping[str, Head] | None) -> dict[str, Head]:
