@@ -11,7 +11,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from head_samples import reversal
+from head_samples import lambdas_of, logits_of_modules, losses_of_modules
 from samples import assert_same
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,21 +35,10 @@ def batch(device="cpu", dtype=torch.float32, rows=6):
     return torch.randn(rows, 7, device=device, dtype=dtype, requires_grad=True), targets
 
 
-def values(heads) -> dict[str, float]:
-    """Each adversary's lambda."""
-    return {name: lambda_.item() for name, lambda_ in heads.lambda_.items()}
-
-
-def layer_by_layer(heads, x, targets, **options):
+def layer_by_layer(heads, x, targets):
     """The same from the modules themselves and PyTorch's own losses."""
-    losses, logits, lambdas = {}, {}, values(heads)
-    for name, module in [*heads.predictors.items(), *heads.adversaries.items()]:
-        if name in targets:
-            z = logits[name] = module(reversal(x, lambdas[name]) if name in lambdas else x)
-            if z.shape[1] == 1:
-                losses[name] = F.binary_cross_entropy_with_logits(z[:, 0], targets[name].to(z))
-            else:
-                losses[name] = F.cross_entropy(z, targets[name], **options)
+    logits = logits_of_modules(heads, x, targets)
+    losses = losses_of_modules(heads, logits, targets)
     return HeadsOutput(sum(losses.values()), losses, logits)
 
 
@@ -282,15 +271,15 @@ def test_assignment_sets_lambda_in_place(device, value, expected):
     heads = make(device=device, dtype=torch.float64)
     buffers = heads.lambda_
     heads.lambda_ = value
-    assert list(values(heads).values()) == expected
+    assert list(lambdas_of(heads).values()) == expected
     for name, buffer in buffers.items():
         assert heads.lambda_[name] is heads.reversals[name].lambda_ is buffer
     assert reversal_by_name(heads)["speaker"] == pytest.approx(-expected[1], abs=1e-5)
 
 
 def test_lambda_may_be_a_tensor_from_the_start():
-    assert values(make(lambda_=torch.tensor(0.5))) == {"domain": 0.5, "speaker": 0.5}
-    assert values(make(lambda_={"domain": torch.tensor(0.5), "speaker": 2})) == {"domain": 0.5, "speaker": 2.0}
+    assert lambdas_of(make(lambda_=torch.tensor(0.5))) == {"domain": 0.5, "speaker": 0.5}
+    assert lambdas_of(make(lambda_={"domain": torch.tensor(0.5), "speaker": 2})) == {"domain": 0.5, "speaker": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -320,7 +309,7 @@ def test_a_refused_lambda_leaves_the_old_one(value, expected, text):
     heads = make()
     with pytest.raises(expected) as caught:
         heads.lambda_ = value
-    assert str(caught.value) == text and values(heads) == {"domain": 0.75, "speaker": 0.75}
+    assert str(caught.value) == text and lambdas_of(heads) == {"domain": 0.75, "speaker": 0.75}
     with pytest.raises(expected) as caught:
         make(lambda_=value)
     assert str(caught.value) == text
@@ -333,7 +322,7 @@ def test_functional_call_replaces_lambdas_for_one_call(device):
     state = {name: value for name, value in other.state_dict().items() if "lambda_" in name}
     ours = torch.autograd.grad(torch.func.functional_call(heads, state, (x, targets)).loss, x)[0]
     assert_same(ours, torch.autograd.grad(other(x, targets).loss, x)[0])
-    assert values(heads) == {"domain": 0.75, "speaker": 0.75}
+    assert lambdas_of(heads) == {"domain": 0.75, "speaker": 0.75}
 
 
 def test_a_change_between_forward_and_backward_concerns_the_next_forward(device):
@@ -394,7 +383,7 @@ def test_fake_tensors_go_through_real_heads(device):
 def test_a_conversion_leaves_lambda_alone(convert):
     heads = convert(nn.Sequential(make(lambda_=1 / 3)))[0]
     assert {own.dtype for own in heads.lambda_.values()} == {torch.float64}
-    assert values(heads) == {"domain": 1 / 3, "speaker": 1 / 3}
+    assert lambdas_of(heads) == {"domain": 1 / 3, "speaker": 1 / 3}
     weight = heads.adversaries["domain"].weight
     assert weight.dtype != torch.float32
     x, targets = batch(dtype=weight.dtype)
@@ -422,7 +411,7 @@ def test_the_state_dict_holds_all_under_the_modules_names_and_restores_all(devic
     ]
     other = make(device=device)
     other.load_state_dict(heads.state_dict())
-    assert values(other) == {"domain": 0.1, "speaker": 0.3}
+    assert lambdas_of(other) == {"domain": 0.1, "speaker": 0.3}
     for a, b in zip(other.parameters(), heads.parameters(), strict=True):
         assert_same(a, b)
 
@@ -434,7 +423,7 @@ def test_checkpoints_of_plain_layers_load_by_name():
     plain["adversaries"] = nn.ModuleDict({"domain": nn.Linear(7, 2), "speaker": speaker})
     heads.load_state_dict(plain.state_dict())  # strictly: lambda is not missed
     heads.adversaries["domain"].load_state_dict(nn.Linear(7, 2).state_dict())
-    assert values(heads) == {"domain": 0.3, "speaker": 0.3}
+    assert lambdas_of(heads) == {"domain": 0.3, "speaker": 0.3}
     assert_same(heads.predictors["digit"].weight, plain["predictors"]["digit"].weight)
     assert_same(heads.adversaries["speaker"][2].weight, speaker[2].weight)
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -464,7 +453,7 @@ def test_copies_are_independent(how):
     other.lambda_ = {"domain": 2.0}
     with torch.no_grad():
         other.adversaries["domain"].weight.zero_()
-    assert values(heads) == {"domain": 0.1, "speaker": 0.3} and heads.adversaries["domain"].weight.any()
+    assert lambdas_of(heads) == {"domain": 0.1, "speaker": 0.3} and heads.adversaries["domain"].weight.any()
 
 
 def test_an_average_of_the_weights_follows_training(device):
@@ -483,7 +472,7 @@ def test_an_average_of_the_weights_follows_training(device):
 
 def test_heads_on_meta_show_themselves_trace_and_are_materialised(device):
     heads = make(device="meta")
-    assert values(heads) == {"domain": 0.75, "speaker": 0.75} and "(domain): GRL(lambda_=0.75)" in repr(heads)
+    assert lambdas_of(heads) == {"domain": 0.75, "speaker": 0.75} and "(domain): GRL(lambda_=0.75)" in repr(heads)
     assert heads(torch.randn(5, 7, device="meta"))["speaker"].shape == (5, 4)
     targets = {"domain": torch.zeros(5, dtype=torch.int64, device="meta")}
     assert heads(torch.randn(5, 7, device="meta"), targets).loss.shape == ()
@@ -491,7 +480,7 @@ def test_heads_on_meta_show_themselves_trace_and_are_materialised(device):
     for module in heads.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()
-    assert values(heads) == {"domain": 0.75, "speaker": 0.75}
+    assert lambdas_of(heads) == {"domain": 0.75, "speaker": 0.75}
     x, targets = batch(device)
     check(heads, x, targets, heads(x, targets), layer_by_layer(heads, x, targets))
 

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from head_samples import SWITCH, reversal
+from head_samples import SWITCH, logits_of_modules, reversal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import assert_same
@@ -109,12 +109,6 @@ def build(predictors, adversaries, dtype=torch.float64, **options) -> Adversaria
     return AdversarialHeads(7, made(predictors), adversaries, **options).to(dtype)
 
 
-def layer_by_layer(heads, x, names):
-    lambdas = {name: lambda_.item() for name, lambda_ in heads.lambda_.items()}
-    modules = {**heads.predictors, **heads.adversaries}
-    return {name: modules[name](reversal(x, lambdas[name]) if name in lambdas else x) for name in names}
-
-
 def all_gradients(value, x, heads, **options):
     return torch.autograd.grad(value, [x, *heads.parameters()], allow_unused=True, **options)
 
@@ -129,9 +123,9 @@ def assert_equal(ours, theirs):
 def check_like_the_layers(heads, x, target, names, **options):
     """Logits and loss, then several gradients of what is returned."""
     targets = dict.fromkeys(names, target)
-    assert_equal(list(heads(x).values()), list(layer_by_layer(heads, x, heads.head_names).values()))
+    assert_equal(list(heads(x).values()), list(logits_of_modules(heads, x).values()))
     out = heads(x, targets, **options)
-    z = layer_by_layer(heads, x, [name for name in heads.head_names if name in names])
+    z = logits_of_modules(heads, x, names)
     rows = options.get("sample_weight")
     losses = {name: F.cross_entropy(own, target, reduction="none") for name, own in z.items()}
     losses = {name: loss.mean() if rows is None else (loss * rows).sum() / rows.sum() for name, loss in losses.items()}
@@ -192,7 +186,7 @@ def test_a_gradient_penalty_crosses_every_path_like_the_layers():
     results = []
     for loss in (
         heads(x, dict.fromkeys(heads.head_names, target)).loss,
-        sum(F.cross_entropy(z, target) for z in layer_by_layer(heads, x, heads.head_names).values()),
+        sum(F.cross_entropy(z, target) for z in logits_of_modules(heads, x).values()),
     ):
         first = torch.autograd.grad(loss, [x, *heads.parameters()], create_graph=True)
         results.append(all_gradients(sum(g.square().sum() for g in first), x, heads))
