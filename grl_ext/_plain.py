@@ -91,8 +91,8 @@ def linear_heads(
 
 def hidden_layers(z: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], names: Names) -> Tensor:
     z = F.relu(z)
-    for l in range(len(weight)):
-        z, (w,), (b,) = checked_heads(z, weight[l : l + 1], bias[l : l + 1], names.some([l]))
+    for i in range(len(weight)):
+        z, (w,), (b,) = checked_heads(z, weight[i : i + 1], bias[i : i + 1], names.some([i]))
         z = F.relu(F.linear(z, w, b))
     return z
 
