@@ -260,6 +260,8 @@ def check_numbers(options: HeadsOptions, names: Names = NUMBERED) -> None:
     """The options that are numbers. Of tensors what can be said without the features."""
     for h, smoothing in enumerate(options.label_smoothing or ()):
         name = names.of("label_smoothing", h)
+        if not isinstance(smoothing, Real):
+            raise TypeError(f"{name} must be a real number, got {type(smoothing).__name__}")
         if not 0 <= check_number(name, smoothing) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {smoothing:g}")
         if options.kind is not None and options.kind[h] == SQUARED_ERROR and smoothing != 0:

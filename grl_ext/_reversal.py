@@ -40,7 +40,7 @@ class _Reversal(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, lambda_: Tensor | float) -> Tensor:
-        return x.view_as(x)
+        return x.view_as(x) if x.layout is torch.strided or x.is_nested else x.detach()  # sparse ones have no views
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -332,11 +332,10 @@ def heads_loss(
         check_count("losses", kind, heads)
     if isinstance(label_smoothing, Sequence):
         smoothing = label_smoothing
+    elif isinstance(label_smoothing, Real) and label_smoothing == 0:
+        smoothing = None
     else:  # for all heads that have one
-        of_all = label_smoothing != 0
-        smoothing = (
-            [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)] if of_all else None
-        )
+        smoothing = [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)]
     if not isinstance(ignore_index, Sequence):
         ignore_index = None if ignore_index == -100 else [ignore_index] * heads
     options = HeadsOptions(

@@ -323,8 +323,9 @@ class AdversarialHeads(nn.Module):
                 for target in given
             ]
         kind = self._kinds(names)
-        plain = sample_weight is class_weight is loss_weight is kind is None and reduction == "mean"
-        if plain and not label_smoothing and ignore_index == -100:
+        smoothed = type(label_smoothing) is not float or label_smoothing != 0
+        plain = sample_weight is class_weight is loss_weight is kind is None and reduction == "mean" and not smoothed
+        if plain and type(ignore_index) is int and ignore_index == -100:
             options = DEFAULTS
         else:
             options = HeadsOptions(
@@ -332,7 +333,7 @@ class AdversarialHeads(nn.Module):
                 self._per_head("class_weight", class_weight, names, None),
                 self._per_head("loss_weight", loss_weight, names, 1.0),
                 kind,
-                self._smoothing(label_smoothing, names, kind) if label_smoothing else None,
+                self._smoothing(label_smoothing, names, kind) if smoothed else None,
                 self._per_head("ignore_index", ignore_index, names, -100),
                 check_reduction(reduction),
             )
@@ -489,6 +490,8 @@ class AdversarialHeads(nn.Module):
     ) -> LossAndLogits:
         """Of a head whose last layer is not computed with its loss."""
         by_last = self._is_by_last(head)
+        if logits.dim() == 0:
+            raise ValueError(f"a head must return logits (..., size) for a loss; {head.name!r} returned shape []")
         # Logits of the features' rank have theirs in the same place.
         rows = self._last(logits) if not by_last and logits.dim() == features.dim() else logits
         check_loss(rows, [rows.shape[-1]], targets, options, names)
@@ -559,6 +562,11 @@ def _module_of(kind: str, name: str, head: Head, in_features: int, bias: bool, d
     if not isinstance(name, str) or not name or "." in name or hasattr(_EMPTY, name):
         raise ValueError(f"{kind} cannot have a head named {name!r}: nn.ModuleDict takes no such name for a module")
     if isinstance(head, nn.Module):
+        if getattr(head.forward, "__func__", None) is nn.Module.forward:  # as of nn.ModuleList
+            raise TypeError(
+                f"{kind}[{name!r}] must be a module that can be called, got {type(head).__name__}: for layers in a row "
+                "use nn.Sequential"
+            )
         first = head[0] if isinstance(head, nn.Sequential) and len(head) else head
         if why_not_plain(first, nn.Linear) is None and first.in_features != in_features:
             raise ValueError(f"{kind}[{name!r}] takes {first.in_features} features, but in_features is {in_features}")
