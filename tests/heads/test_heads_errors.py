@@ -12,6 +12,8 @@ NAN, INF = float("nan"), float("inf")
 META = torch.device("meta")
 LABELS = torch.zeros(5, dtype=torch.int64)
 
+SAME_DTYPE = "x and weight must have the same dtype, float16, bfloat16, float32 or float64"
+
 # name: (the argument and what it is replaced by, type, text), over x (5, 7), weight (5, 7), bias (5,).
 LINEAR = {
     "x: not a tensor": ({"x": 1.0}, TypeError, "x must be a tensor, got float"),
@@ -41,22 +43,22 @@ LINEAR = {
     "weight: other dtype": (
         {"weight": torch.ones(5, 7, dtype=torch.float64)},
         TypeError,
-        "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got torch.float32 and torch.float64",
+        f"{SAME_DTYPE}, got torch.float32 and torch.float64",
     ),
     "integers": (
         {"x": torch.ones(5, 7, dtype=torch.int64), "weight": torch.ones(5, 7, dtype=torch.int64)},
         TypeError,
-        "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got torch.int64 and torch.int64",
+        f"{SAME_DTYPE}, got torch.int64 and torch.int64",
     ),
     "float8": (
         {"x": torch.ones(5, 7).to(torch.float8_e5m2), "weight": torch.ones(5, 7).to(torch.float8_e5m2)},
         TypeError,
-        "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got torch.float8_e5m2 and torch.float8_e5m2",
+        f"{SAME_DTYPE}, got torch.float8_e5m2 and torch.float8_e5m2",
     ),
     "complex": (
         {"x": torch.ones(5, 7, dtype=torch.complex64), "weight": torch.ones(5, 7, dtype=torch.complex64)},
         TypeError,
-        "x and weight must have the same dtype, float16, bfloat16, float32 or float64, got torch.complex64 and torch.complex64",
+        f"{SAME_DTYPE}, got torch.complex64 and torch.complex64",
     ),
     "bias: wrong size": ({"bias": torch.ones(4)}, ValueError, "bias must have shape [5], got [4]"),
     "bias: 2-d": ({"bias": torch.ones(1, 5)}, ValueError, "bias must have shape [5], got [1, 5]"),
@@ -423,12 +425,37 @@ LOSS = {
     "label_smoothing: str": (
         {"label_smoothing": [0.1, "0"]},
         TypeError,
-        "label_smoothing[1] must be a real number or a real tensor, got str",
+        "label_smoothing[1] must be a real number, got str",
+    ),
+    "label_smoothing: a tensor": (
+        {"label_smoothing": torch.tensor(0.1)},
+        TypeError,
+        "label_smoothing[0] must be a real number, got Tensor",
+    ),
+    "label_smoothing: a tensor for each": (
+        {"label_smoothing": torch.tensor([0.1, 0.2])},
+        TypeError,
+        "label_smoothing[0] must be a real number, got Tensor",
+    ),
+    "label_smoothing: None": (
+        {"label_smoothing": None},
+        TypeError,
+        "label_smoothing[0] must be a real number, got NoneType",
     ),
     "label_smoothing: too few": (
         {"label_smoothing": [0.1]},
         ValueError,
         "label_smoothing must have an entry for each of the 2 heads, got 1",
+    ),
+    "ignore_index: None": (
+        {"ignore_index": None},
+        TypeError,
+        "ignore_index[0] must be an integer, got NoneType",
+    ),
+    "ignore_index: a tensor": (
+        {"ignore_index": torch.tensor(1)},
+        TypeError,
+        "ignore_index[0] must be an integer, got Tensor",
     ),
     "ignore_index: too large": (
         {"ignore_index": [1, 2**63]},

@@ -282,7 +282,8 @@ def test_lambda_in_the_layer_leaves_the_adversarys_own_gradient_alone_and_on_the
         (
             GRL(0.0),
             5,
-            "the GRL was made with lambda_=0, which no schedule can multiply: give it the lambda that a factor of 1 stands for",
+            "the GRL was made with lambda_=0, which no schedule can multiply: "
+            "give it the lambda that a factor of 1 stands for",
         ),
         (
             AdversarialHeads(2, adversaries={"a": 1, "b": 1}, lambda_=0.0),
