@@ -20,12 +20,15 @@ class Names(NamedTuple):
 
     features: str = "x"
     heads: Sequence[str | int] | None = None  # None: by number
+    layers: Sequence[int] | None = None  # which of the heads' layers, where they are given one by one
 
     def of(self, argument: str, h: int) -> str:
-        return f"{argument}[{h if self.heads is None else self.heads[h]!r}]"
+        name = f"{argument}[{h if self.heads is None else self.heads[h]!r}]"
+        return name if self.layers is None or argument not in ("weight", "bias") else f"{name}[{self.layers[h]}]"
 
     def some(self, heads: Sequence[int]) -> "Names":
-        return Names(self.features, list(heads) if self.heads is None else [self.heads[h] for h in heads])
+        layers = None if self.layers is None else [self.layers[h] for h in heads]
+        return Names(self.features, list(heads) if self.heads is None else [self.heads[h] for h in heads], layers)
 
     @property
     def of_features(self) -> str:
@@ -67,6 +70,11 @@ def check_number(name: str, value: object) -> float:
 def _check_real(name: str, value: Tensor) -> None:
     if value.is_complex():
         raise TypeError(f"{name} must be a real number or a real tensor, got a tensor of {value.dtype}")
+
+
+def _is_read_by_graph(tensor: Tensor) -> bool:
+    """Whether a compiled graph can look at the values when it runs."""
+    return torch.compiler.is_compiling() and tensor.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def _check_finite(name: str, value: Tensor) -> None:
@@ -180,14 +188,18 @@ def check_matrix(name: str, weight: Tensor, features: int) -> None:
         raise ValueError(f"{name} must have shape [K, {features}] with K at least 1, got {list(weight.shape)}")
 
 
-def check_lambda_of_heads(lambda_: object, heads: int) -> None:
-    """The argument as a whole."""
+def check_lambda_of_heads(lambda_: object, heads: int) -> list[Tensor | float | None]:
+    """The argument as a whole; numbers of any type become Python's floats, which the compiled functions take."""
     if isinstance(lambda_, (Tensor, str)) or not isinstance(lambda_, Sequence):
         raise TypeError(
             "lambda_ must be a sequence with a number, a 0-d tensor or None for each head, "
             f"got {type(lambda_).__name__}"
         )
     check_count("lambda_", lambda_, heads)
+    return [
+        own if own is None or isinstance(own, Tensor) else check_number(f"lambda_[{h}]", own)
+        for h, own in enumerate(lambda_)
+    ]
 
 
 def check_lambdas(x: Tensor, lambda_: Sequence[Tensor | float | None], names: Names = NUMBERED) -> None:
@@ -231,10 +243,25 @@ def check_mapping(name: str, value: object, of: str) -> None:
         raise TypeError(f"{name} must be a mapping from head names to {of}, got {type(value).__name__}")
 
 
+def check_counts(targets: Sequence[Tensor], options: HeadsOptions, heads: int) -> None:
+    check_count("targets", targets, heads)
+    for name in ("sample_weight", "class_weight", "loss_weight", "kind", "label_smoothing", "ignore_index"):
+        entries = getattr(options, name)
+        if isinstance(entries, Tensor):
+            if entries.shape != (heads,):
+                raise ValueError(
+                    f"{name} must have an entry for each of the {heads} heads, got shape {list(entries.shape)}"
+                )
+        elif entries is not None:
+            check_count(name, entries, heads)
+
+
 def check_numbers(options: HeadsOptions, names: Names = NUMBERED) -> None:
-    """The options that are numbers and no tensors."""
+    """The options that are numbers. Of tensors what can be said without the features."""
     for h, smoothing in enumerate(options.label_smoothing or ()):
         name = names.of("label_smoothing", h)
+        if not isinstance(smoothing, Real):
+            raise TypeError(f"{name} must be a real number, got {type(smoothing).__name__}")
         if not 0 <= check_number(name, smoothing) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {smoothing:g}")
         if options.kind is not None and options.kind[h] == SQUARED_ERROR and smoothing != 0:
@@ -245,22 +272,30 @@ def check_numbers(options: HeadsOptions, names: Names = NUMBERED) -> None:
             raise TypeError(f"{name} must be an integer, got {type(index).__name__}")
         if not -(2**63) <= index < 2**63:
             raise ValueError(f"{name} must fit into int64, got {index}")
-    if not isinstance(options.loss_weight, Tensor):
+    if isinstance(options.loss_weight, Tensor):
+        if options.loss_weight.is_complex():
+            raise TypeError(f"loss_weight must hold real numbers, got {options.loss_weight.dtype}")
+        _check_loss_weight("loss_weight", options.loss_weight)
+    else:
         for h, weight in enumerate(options.loss_weight or ()):
-            check_scalar(names.of("loss_weight", h), weight)
+            if isinstance(check_scalar(names.of("loss_weight", h), weight), Tensor):
+                _check_loss_weight(names.of("loss_weight", h), weight)
+
+
+def _check_loss_weight(name: str, weight: Tensor) -> None:
+    _refuse_gradient(name, weight)
+    if _is_read_by_graph(weight):
+        torch.ops.aten._assert_async.msg(weight.isfinite().all(), f"{name} must be finite")
+    _check_finite(name, weight)
 
 
 def check_loss(
     x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], options: HeadsOptions, names: Names = NUMBERED
 ) -> None:
-    """x (..., D) or whatever else has the targets' leading sizes; `sizes`, the columns of each head's logits."""
+    """x (..., D) or whatever else has the targets' leading sizes; `sizes`, the columns of each head's logits. Of options
+    whose numbers were checked."""
     heads = len(sizes)
-    check_count("targets", targets, heads)
-    for name in ("sample_weight", "class_weight", "kind", "label_smoothing", "ignore_index"):
-        entries = getattr(options, name)
-        if entries is not None:
-            check_count(name, entries, heads)
-    check_numbers(options, names)
+    check_counts(targets, options, heads)
     options = options.filled(heads)
     leading = list(x.shape[:-1])
     for h, size in enumerate(sizes):
@@ -273,18 +308,8 @@ def check_loss(
         _check_weights(name, x, options.class_weight[h], [max(2, size)], names)
         _check_values(h, targets[h], options.sample_weight[h], max(2, size), options.ignore_index[h], names)
     weights = options.loss_weight
-    if isinstance(weights, Tensor):
-        if weights.is_complex():
-            raise TypeError(f"loss_weight must hold real numbers, got {weights.dtype}")
-        if weights.shape != (heads,):
-            raise ValueError(
-                f"loss_weight must have an entry for each of the {heads} heads, got shape {list(weights.shape)}"
-            )
-        if weights.device.type != "cpu":
-            _check_device("loss_weight", weights, x, names)
-        _refuse_gradient("loss_weight", weights)
-    elif weights is not None:
-        check_count("loss_weight", weights, heads)
+    if isinstance(weights, Tensor) and weights.device.type != "cpu":
+        _check_device("loss_weight", weights, x, names)
 
 
 def _refuse_gradient(name: str, tensor: Tensor) -> None:
@@ -329,7 +354,7 @@ def _check_values(
     h: int, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int, names: Names
 ) -> None:
     """Values are looked at where they exist and that costs no synchronisation; in a compiled graph, when it runs."""
-    in_graph = torch.compiler.is_compiling() and target.device.type == "cpu" and not torch.compiler.is_exporting()
+    in_graph = _is_read_by_graph(target)
     if not in_graph and not _paths.are_readable(target, sample_weight):
         return
     if sample_weight is not None:

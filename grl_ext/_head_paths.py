@@ -1,6 +1,7 @@
 """How a head is run: which of its layers are computed by the heads' operations, and why the others are not."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -8,9 +9,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from grl_ext.modules import GRL, GRLLinear
 
-# As they were when this was imported. Libraries replace them to watch or to change what all layers do.
-_FORWARD = {nn.Linear: nn.Linear.forward, nn.ReLU: nn.ReLU.forward, nn.Sequential: nn.Sequential.forward}
-_CALL = nn.Module.__call__
+
+
+def _own_forward(kind: type[nn.Module]) -> Callable | None:
+    """PyTorch's. Libraries replace it to watch or to change what all layers do, some before this is imported."""
+    code = getattr(kind.forward, "__code__", None)
+    return kind.forward if code and code.co_filename == sys.modules[kind.__module__].__file__ else None
+
+
+_FORWARD = {kind: _own_forward(kind) for kind in (nn.Linear, nn.ReLU, nn.Sequential)}
+_CALL, _ITERATE = nn.Module.__call__, nn.Sequential.__iter__
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -24,6 +32,8 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return f"{own.__module__ + '.' if name == kind.__name__ else ''}{name} is not nn.{kind.__name__}"
     if own.__call__ is not nn.Module.__call__ or nn.Module.__call__ is not _CALL:
         return "its __call__ was replaced"
+    if kind is nn.Sequential and own.__iter__ is not _ITERATE:
+        return "its __iter__ was replaced"
     fields = module.__dict__
     if (
         fields["_forward_hooks"]
@@ -124,7 +134,9 @@ def _why_not_inlined(reversal: GRL) -> str | None:
         return f"{type(reversal).__name__} is not GRL"
     fields = reversal.__dict__
     hooked = fields["_forward_hooks"] or fields["_forward_pre_hooks"] or fields["_backward_hooks"]
-    return "it has hooks" if hooked or fields["_backward_pre_hooks"] else None
+    if hooked or fields["_backward_pre_hooks"]:
+        return "it has hooks"
+    return "its forward was replaced" if "forward" in fields else None
 
 
 def _path_of_layers(name: str, parts: list[nn.Module], reversal: GRL | None) -> HeadPath:

@@ -37,12 +37,22 @@ class HeadsOptions(NamedTuple):
             self.mean,
         )
 
+    def packed(self) -> "HeadsOptions":
+        """The same with loss weights in one tensor where some are not Python's own numbers."""
+        weights = self.loss_weight
+        if weights is None or isinstance(weights, Tensor) or all(type(own) in (float, int) for own in weights):
+            return self
+        return self._replace(loss_weight=as_tensor(weights))
+
     def some(self, heads: Sequence[int]) -> "HeadsOptions":
         """Those of some heads."""
         if self is DEFAULTS:
             return self
         *lists, mean = self
-        return HeadsOptions(*(given if given is None else [given[h] for h in heads] for given in lists), mean)
+        options = HeadsOptions(*(given if given is None else [given[h] for h in heads] for given in lists), mean)
+        if not isinstance(self.loss_weight, Tensor):
+            return options
+        return options._replace(loss_weight=torch.stack(options.loss_weight))
 
 
 DEFAULTS = HeadsOptions()  # made once, not in every step

@@ -89,9 +89,10 @@ def linear_heads(
         return [F.linear(seen_by(x, own), w, b) for own, w, b in zip(lambda_, weight, bias, strict=True)]
 
 
-def hidden_layers(z: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]) -> Tensor:
+def hidden_layers(z: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], names: Names) -> Tensor:
     z = F.relu(z)
-    for w, b in zip(weight, bias, strict=True):
+    for i in range(len(weight)):
+        z, (w,), (b,) = checked_heads(z, weight[i : i + 1], bias[i : i + 1], names.some([i]))
         z = F.relu(F.linear(z, w, b))
     return z
 

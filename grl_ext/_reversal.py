@@ -22,10 +22,11 @@ def scale(grad: Tensor, factor: Tensor | float) -> Tensor:
         entries = grad.coalesce()
         values = scale(entries.values(), factor.reshape(()) if isinstance(factor, Tensor) else factor)
         return torch.sparse_coo_tensor(entries.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
+    if not isinstance(factor, Tensor) and factor != 0:
+        return grad * factor
     if not isinstance(factor, Tensor):
         # Not zeros_like: gradients of gradients need the graph.
-        off = torch.ones((), dtype=torch.bool, device=grad.device)
-        return grad * factor if factor != 0 else grad.masked_fill(off, 0)
+        return grad.masked_fill(torch.ones((), dtype=torch.bool, device=grad.device), 0)
     wide = torch.promote_types(grad.dtype, torch.float32)
     factor = factor.to(grad.device, wide)
     scaled = (grad.to(wide) * factor).to(grad.dtype)
@@ -39,7 +40,7 @@ class _Reversal(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, lambda_: Tensor | float) -> Tensor:
-        return x.view_as(x)
+        return x.view_as(x) if x.layout is torch.strided or x.is_nested else x.detach()  # sparse ones have no views
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

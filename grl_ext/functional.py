@@ -14,6 +14,7 @@ from grl_ext._checks import (
     NUMBERED,
     Names,
     check_count,
+    check_counts,
     check_lambda,
     check_lambda_of_heads,
     check_lambdas,
@@ -183,8 +184,7 @@ def linear_heads(
     tensors = (x, *weight, *bias)
     if has_torch_function(tensors):
         return handle_torch_function(linear_heads, tensors, x, weight, bias, lambda_=lambda_)
-    check_lambda_of_heads(lambda_, len(weight))
-    return run_linear_heads(x, weight, bias, lambda_)
+    return run_linear_heads(x, weight, bias, check_lambda_of_heads(lambda_, len(weight)))
 
 
 def run_linear_heads(
@@ -217,13 +217,13 @@ def _for_operators(x: Tensor, lambda_: Lambdas, names: Names) -> list[Tensor | N
     return [None if value is None else for_operator(value).to(x.device) for value in lambda_]
 
 
-def hidden_layers(z: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None]) -> Tensor:
+def hidden_layers(z: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], names: Names) -> Tensor:
     """ReLU of z, then for each weight a linear layer and its ReLU. Takes z over: nobody else may read it."""
     if _paths.of_heads(z, ()) is Path.EAGER:
         hidden = _backend.C.hidden_layers(z, weight, bias)
         if hidden is not None:
             return hidden
-    return _plain.hidden_layers(z, weight, bias)
+    return _plain.hidden_layers(z, weight, bias, names)
 
 
 class HeadsLoss(NamedTuple):
@@ -326,17 +326,16 @@ def heads_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    check_lambda_of_heads(lambda_, heads)
+    lambda_ = check_lambda_of_heads(lambda_, heads)
     kind = None if losses is None else [kind_of(f"losses[{h}]", loss) for h, loss in enumerate(losses)]
     if kind is not None:
         check_count("losses", kind, heads)
     if isinstance(label_smoothing, Sequence):
         smoothing = label_smoothing
+    elif isinstance(label_smoothing, Real) and label_smoothing == 0:
+        smoothing = None
     else:  # for all heads that have one
-        of_all = label_smoothing != 0
-        smoothing = (
-            [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)] if of_all else None
-        )
+        smoothing = [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)]
     if not isinstance(ignore_index, Sequence):
         ignore_index = None if ignore_index == -100 else [ignore_index] * heads
     options = HeadsOptions(
@@ -371,19 +370,22 @@ def _layered_heads_loss(
 ) -> LossAndLogits:
     """Heads of which some have hidden layers: their first layers together, each one's last with its loss."""
     _check_layers(x, weight, bias)
-    check_count("targets", targets, len(weight))
+    check_counts(targets, options, len(weight))
     parts = []
     if linear := [h for h, own in enumerate(weight) if len(own) == 1]:
-        parts.append((x, linear, [lambda_[h] for h in linear]))
+        parts.append((x, linear, [lambda_[h] for h in linear], NUMBERED.some(linear)))
     if deep := [h for h, own in enumerate(weight) if len(own) > 1]:
         of_first = [weight[h][0] for h in deep], [bias[h][0] for h in deep], [lambda_[h] for h in deep]
-        outputs = list(run_linear_heads(x, *of_first, NUMBERED.some(deep)))
+        names = Names("x", deep, [0] * len(deep))
+        outputs = list(run_linear_heads(x, *of_first, names))  # Dynamo takes nothing out of an operator's
         for h in deep:
-            hidden = hidden_layers(outputs.pop(0), weight[h][1:-1], bias[h][1:-1])
-            parts.append((hidden, [h], [None]))
+            last = len(weight[h]) - 1
+            names = Names("x", [h] * (last - 1), range(1, last))
+            hidden = hidden_layers(outputs.pop(0), weight[h][1:last], bias[h][1:last], names)
+            parts.append((hidden, [h], [None], Names("x", [h], [last])))
     total, losses, logits = None, {}, {}
     while parts:
-        features, heads, lambdas = parts.pop(0)
+        features, heads, lambdas, names = parts.pop(0)
         loss, *by_head = run_heads_loss(
             features,
             [weight[h][-1] for h in heads],
@@ -391,7 +393,7 @@ def _layered_heads_loss(
             [targets[h] for h in heads],
             lambdas,
             options.some(heads),
-            NUMBERED.some(heads),
+            names,
         )
         total = loss if total is None else total + loss
         losses.update(zip(heads, by_head[0], strict=True))
@@ -403,11 +405,16 @@ def _check_layers(x: Tensor, weight: Sequence[Sequence[Tensor]], bias: Sequence[
     """That the layers of each head fit together."""
     check_operand("x", x)
     for h, layers in enumerate(weight):
-        check_count(f"bias[{h}]", bias[h], len(layers))
+        if not layers:
+            raise ValueError(f"weight[{h}] must hold at least one layer's matrix, got none")
+        if len(bias[h]) != len(layers):
+            raise ValueError(
+                f"bias[{h}] must have an entry for each of the head's {len(layers)} layers, got {len(bias[h])}"
+            )
         for i, matrix in enumerate(layers):
             name = f"weight[{h}]" if len(layers) == 1 else f"weight[{h}][{i}]"
             check_operand(name, matrix)
-            if i > 0:
+            if i > 0 and layers[i - 1].dim() == 2:  # the first is looked at where it is run
                 check_matrix(name, matrix, layers[i - 1].shape[0])
 
 
@@ -423,7 +430,8 @@ def run_heads_loss(
     """:func:`heads_loss` of linear heads, with their options packed; its errors use the names."""
     path = _paths.of_heads(x, (*weight, *bias, *targets))
     if path is Path.EAGER:
-        result = _backend.C.heads_loss(x, weight, bias, targets, lambda_, None if options is DEFAULTS else options)
+        given = None if options is DEFAULTS else options.packed()
+        result = _backend.C.heads_loss(x, weight, bias, targets, lambda_, given)
         if result is not None:
             return result
     elif path is Path.OPERATOR:

@@ -55,7 +55,11 @@ class _Adversaries(nn.ModuleDict):
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        self._reversals.pop(name)
+        self._reversals._modules.pop(name, None)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._reversals._modules.pop(name, None)
 
     def clear(self) -> None:
         super().clear()
@@ -161,7 +165,7 @@ class AdversarialHeads(nn.Module):
         if not predictors and not adversaries:
             raise ValueError("predictors and adversaries are both empty: at least one head is needed")
         if shared := predictors.keys() & adversaries.keys():
-            raise ValueError(f"head names must differ, got {sorted(shared)} among both predictors and adversaries")
+            raise ValueError(_shared(sorted(shared)))
         if not isinstance(dim, int):
             raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
         self.in_features = in_features
@@ -236,7 +240,7 @@ class AdversarialHeads(nn.Module):
         """
         module = _module_of("adversaries", name, head, self.in_features, bias, device, dtype)
         if name in self.predictors:
-            raise ValueError(f"head names must differ, got ['{name}'] among both predictors and adversaries")
+            raise ValueError(_shared([name]))
         check_reversal(name, module)
         kind_of(f"losses[{name!r}]", loss)
         self.reversals[name] = _reversal(check_scalar("lambda_", lambda_), device)
@@ -269,11 +273,14 @@ class AdversarialHeads(nn.Module):
     def _heads(self, names: Mapping[str, object] | None = None) -> list[HeadPath]:
         """Those with one of the names, or all; predictors first."""
         heads = []
-        for name, module in self._modules["predictors"]._modules.items():
+        predictors = self._modules["predictors"]._modules
+        for name, module in predictors.items():
             if names is None or name in names:
                 heads.append(path_of(name, module, None))
         for name, module in self._modules["adversaries"]._modules.items():
             if names is None or name in names:
+                if name in predictors:
+                    raise ValueError(_shared([name]))
                 heads.append(path_of(name, module, self._reversal_of(name)))
                 for part in heads[-1].between:
                     check_reversal(name, part)
@@ -306,7 +313,6 @@ class AdversarialHeads(nn.Module):
         names = [head.name for head in heads]
         if len(heads) != len(targets):
             _check_known("targets", targets, self.head_names, "heads")
-            raise ValueError(f"head names must differ, got {sorted(names)}")
         if not heads:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
         given = [targets[name] for name in names]
@@ -318,8 +324,9 @@ class AdversarialHeads(nn.Module):
                 for target in given
             ]
         kind = self._kinds(names)
-        plain = sample_weight is class_weight is loss_weight is kind is None and reduction == "mean"
-        if plain and not label_smoothing and ignore_index == -100:
+        smoothed = type(label_smoothing) is not float or label_smoothing != 0
+        plain = sample_weight is class_weight is loss_weight is kind is None and reduction == "mean" and not smoothed
+        if plain and type(ignore_index) is int and ignore_index == -100:
             options = DEFAULTS
         else:
             options = HeadsOptions(
@@ -327,7 +334,7 @@ class AdversarialHeads(nn.Module):
                 self._per_head("class_weight", class_weight, names, None),
                 self._per_head("loss_weight", loss_weight, names, 1.0),
                 kind,
-                self._smoothing(label_smoothing, names, kind) if label_smoothing else None,
+                self._smoothing(label_smoothing, names, kind) if smoothed else None,
                 self._per_head("ignore_index", ignore_index, names, -100),
                 check_reduction(reduction),
             )
@@ -356,12 +363,14 @@ class AdversarialHeads(nn.Module):
             weights, biases = weights_and_biases([heads[h].first for h in joined])
             lambdas = [heads[h].lambda_ for h in joined]
             names = Names("features", [heads[h].name for h in joined])
+            # A list of our own: Dynamo takes nothing out of an operator's.
             firsts = list(functional.run_linear_heads(self._last(features), weights, biases, lambdas, names))
             for h in joined:
                 outputs[h].append(firsts.pop(0))
                 if hidden := heads[h].hidden:
                     layers = weights_and_biases(hidden[1::2])
-                    outputs[h].append(functional.hidden_layers(outputs[h].pop(), *layers))
+                    names = Names("features", [heads[h].name] * len(layers[0]))
+                    outputs[h].append(functional.hidden_layers(outputs[h].pop(), *layers, names))
         for output, head in zip(outputs, heads, strict=True):
             if head.first is None:
                 seen = features if head.reversal is None else head.reversal(features)
@@ -482,6 +491,8 @@ class AdversarialHeads(nn.Module):
     ) -> LossAndLogits:
         """Of a head whose last layer is not computed with its loss."""
         by_last = self._is_by_last(head)
+        if logits.dim() == 0:
+            raise ValueError(f"a head must return logits (..., size) for a loss; {head.name!r} returned shape []")
         # Logits of the features' rank have theirs in the same place.
         rows = self._last(logits) if not by_last and logits.dim() == features.dim() else logits
         check_loss(rows, [rows.shape[-1]], targets, options, names)
@@ -515,7 +526,17 @@ class AdversarialHeads(nn.Module):
         lines = [f"in_features={self.in_features}" + (f", dim={self.dim}" if self.dim != -1 else "")]
         if squared := [name for name in self.head_names if self.losses.get(name) == "mse"]:
             lines[0] += f", mse={squared}"
-        return "\n".join(lines + [f"({head.name}) {head.path}: {head.why}" for head in self._heads()])
+        for name in dict.fromkeys(self.head_names):
+            try:
+                (head,) = self._heads({name: None})
+                lines.append(f"({name}) {head.path}: {head.why}")
+            except (TypeError, ValueError) as error:  # as a call would
+                lines.append(f"({name}) refused: {error}")
+        return "\n".join(lines)
+
+
+def _shared(names: list[str]) -> str:
+    return f"head names must differ, got {names} among both predictors and adversaries"
 
 
 def _by_name(kind: str, heads: Mapping[str, Head] | None) -> dict[str, Head]:
@@ -542,6 +563,11 @@ def _module_of(kind: str, name: str, head: Head, in_features: int, bias: bool, d
     if not isinstance(name, str) or not name or "." in name or hasattr(_EMPTY, name):
         raise ValueError(f"{kind} cannot have a head named {name!r}: nn.ModuleDict takes no such name for a module")
     if isinstance(head, nn.Module):
+        if getattr(head.forward, "__func__", None) is nn.Module.forward:  # as of nn.ModuleList
+            raise TypeError(
+                f"{kind}[{name!r}] must be a module that can be called, got {type(head).__name__}: for layers in a row "
+                "use nn.Sequential"
+            )
         first = head[0] if isinstance(head, nn.Sequential) and len(head) else head
         if why_not_plain(first, nn.Linear) is None and first.in_features != in_features:
             raise ValueError(f"{kind}[{name!r}] takes {first.in_features} features, but in_features is {in_features}")

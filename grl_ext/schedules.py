@@ -138,7 +138,11 @@ class LambdaScheduler:
                 f"got {type(schedule).__name__}"
             )
         _check_steps("total_steps", total_steps, 1)
-        roots = [layers] if isinstance(layers, nn.Module) else list(layers)
+        several = isinstance(layers, Iterable) and not isinstance(layers, nn.Module)
+        roots = list(layers) if several else [layers]
+        for root in roots:
+            if not isinstance(root, nn.Module):
+                raise TypeError(f"layers must be a module, or several, got {type(root).__name__}")
         # A dict keeps the order and drops what two of the given modules share.
         modules = list({module: None for root in roots for module in root.modules()})
         self.layers = [module for module in modules if isinstance(module, LambdaModule)]

@@ -5,14 +5,14 @@ of two lines, `F.linear` and `F.relu`, and `F.cross_entropy`, `F.binary_cross_en
 float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grl_ext import HeadsLoss, _backend, heads_loss, linear_heads
+from grl_ext import AdversarialHeads, HeadsLoss, _backend, heads_loss, linear_heads
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -363,6 +363,87 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], **options) -> list[Tenso
     """With zeros where autograd gives None."""
     given = torch.autograd.grad(output, inputs, allow_unused=True, **options)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, given, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdversarialHeads, module by module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lambdas_of(heads: AdversarialHeads) -> dict[str, float]:
+    return {name: lambda_.item() for name, lambda_ in heads.lambda_.items()}
+
+
+def logits_of_modules(heads: AdversarialHeads, x: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Each head's module behind a reversal of two lines."""
+    lambdas, modules = lambdas_of(heads), {**heads.predictors, **heads.adversaries}
+    names = [name for name in heads.head_names if names is None or name in names]
+    return {name: modules[name](reversal(x, lambdas[name]) if name in lambdas else x) for name in names}
+
+
+def losses_of_modules(
+    heads: AdversarialHeads, logits: dict[str, Tensor], targets: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """By PyTorch's own functions."""
+    losses = {}
+    for name, z in logits.items():
+        target = targets[name]
+        if heads.losses[name] == "mse":
+            losses[name] = F.mse_loss(z, target.reshape(z.shape).to(z))
+        elif z.shape[-1] == 1:
+            losses[name] = F.binary_cross_entropy_with_logits(z, target.reshape(z.shape).to(z))
+        else:
+            classes = target.dtype == torch.int64
+            rows = z.reshape(-1, z.shape[-1])
+            losses[name] = F.cross_entropy(rows, target.reshape(-1) if classes else target.reshape(rows.shape).to(z))
+    return losses
+
+
+def check_heads(
+    heads: AdversarialHeads, x: Tensor, targets: dict[str, Tensor], seed: int = 0, penalty: bool = True, **tolerance
+) -> None:
+    """Logits, losses, all gradients of either, and those of a gradient penalty: as module by module, from one seed."""
+    inputs = [x, *(p for p in heads.parameters() if p.requires_grad)]
+
+    def run(f):
+        torch.manual_seed(seed)
+        return f()
+
+    def compare(ours: Tensor, theirs: Tensor) -> None:
+        close(ours, theirs)
+
+        def of_inputs(**options):
+            return [torch.autograd.grad(y, inputs, allow_unused=True, **options) for y in (ours, theirs)]
+
+        close_gradients(*of_inputs(retain_graph=True))
+        if penalty:
+            first = of_inputs(create_graph=True)
+            close_gradients(*first)
+            squares = [sum(g.square().sum() for g in own if g is not None) for own in first]
+            close_gradients(*(gradients(square, inputs, retain_graph=True) for square in squares))
+        close_gradients(*of_inputs())
+
+    def close(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a, b, **tolerance)
+
+    def close_gradients(ours, theirs) -> None:
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                close(a, b)
+
+    z, exact = run(lambda: heads(x)), run(lambda: logits_of_modules(heads, x))
+    assert list(z) == list(exact) == list(heads.head_names)
+    for name in z:
+        close(z[name], exact[name])
+    compare(sum(own.sin().sum() for own in z.values()), sum(own.sin().sum() for own in exact.values()))
+    out, exact = run(lambda: heads(x, targets)), run(lambda: logits_of_modules(heads, x, targets))
+    losses = losses_of_modules(heads, exact, targets)
+    assert list(out.logits) == list(out.head_losses) == list(losses)
+    for name in losses:
+        close(out.logits[name], exact[name])
+        close(out.head_losses[name], losses[name])
+    compare(out.loss, sum(losses.values()))
 
 
 # Ways in which a matrix may lie in memory.

@@ -1,12 +1,12 @@
-"""How `AdversarialHeads` runs each head: fused, first layer fused, as given; mixed freely, with the numbers of layer by
-layer."""
+"""How `AdversarialHeads` runs each head: fused, its first and its last layer fused, one of the two, or as given; mixed
+freely, with the numbers of layer by layer."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from head_samples import SWITCH, reversal
+from head_samples import SWITCH, logits_of_modules, reversal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import assert_same
@@ -30,14 +30,15 @@ HEADS = {
         lambda: nn.Sequential(nn.Linear(7, SWITCH + 1), nn.ReLU(), nn.Linear(SWITCH + 1, 2)),
         "fused: linear layers with ReLU",
     ),
-    "one in a row": (lambda: nn.Sequential(nn.Linear(7, 2)), "fused: linear layers with ReLU"),
+    "one in a row": (lambda: nn.Sequential(nn.Linear(7, 2)), "fused: linear"),
+    "no relu": (lambda: nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2)), "fused: linear layers"),
     "tanh": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)),
-        "first layer fused: begins with a linear layer",
+        "first and last layer fused: begins and ends with a linear layer",
     ),
     "dropout": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Dropout(0.0), nn.Linear(5, 2)),
-        "first layer fused: begins with a linear layer",
+        "first and last layer fused: begins and ends with a linear layer",
     ),
     "relu at the end": (
         lambda: nn.Sequential(nn.Linear(7, 2), nn.ReLU()),
@@ -45,26 +46,34 @@ HEADS = {
     ),
     "relu6": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU6(), nn.Linear(5, 2)),
-        "first layer fused: begins with a linear layer",
+        "first and last layer fused: begins and ends with a linear layer",
     ),
     "norm": (
         lambda: nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 2)),
-        "first layer fused: begins with a linear layer",
+        "first and last layer fused: begins and ends with a linear layer",
     ),
     "norm first": (
         lambda: nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 2)),
-        "as given: its first layer: LayerNorm is not nn.Linear",
+        "last layer fused: its first layer: LayerNorm is not nn.Linear",
     ),
     "nested": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(7, 5), nn.ReLU()), nn.Linear(5, 2)),
-        "as given: its first layer: Sequential is not nn.Linear",
+        "last layer fused: its first layer: Sequential is not nn.Linear",
     ),
     "module": (lambda: Custom(), "as given: Custom is not nn.Linear"),
     "subclass": (lambda: Doubled(7, 2), "as given: Doubled is not nn.Linear"),
-    "sequential subclass": (lambda: Twice(nn.Linear(7, 2)), "as given: Twice is not nn.Linear"),
+    "sequential subclass": (lambda: Twice(nn.Linear(7, 2)), "as given: Twice is not nn.Sequential"),
+    "sequential subclass without a forward": (
+        lambda: Discriminator(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 2)),
+        "fused: linear layers with ReLU",
+    ),
     "identity": (
         lambda: nn.Sequential(nn.Identity(), nn.Linear(7, 2)),
-        "as given: its first layer: Identity is not nn.Linear",
+        "last layer fused: its first layer: Identity is not nn.Linear",
+    ),
+    "tanh at both ends": (
+        lambda: nn.Sequential(nn.Tanh(), nn.Linear(7, 2), nn.Tanh()),
+        "as given: its first layer: Tanh is not nn.Linear",
     ),
 }
 
@@ -83,6 +92,10 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Discriminator(nn.Sequential):
+    """As libraries of domain adaptation write theirs."""
+
+
 class Twice(nn.Sequential):
     def forward(self, x):
         return super().forward(x) + super().forward(x)
@@ -94,12 +107,6 @@ def build(predictors, adversaries, dtype=torch.float64, **options) -> Adversaria
 
     adversaries = {name.replace(" ", "-", 1): head for name, head in made(adversaries).items()}
     return AdversarialHeads(7, made(predictors), adversaries, **options).to(dtype)
-
-
-def layer_by_layer(heads, x, names):
-    lambdas = dict(zip(heads.adversaries, heads.lambda_.tolist(), strict=True))
-    modules = {**heads.predictors, **heads.adversaries}
-    return {name: modules[name](reversal(x, lambdas[name]) if name in lambdas else x) for name in names}
 
 
 def all_gradients(value, x, heads, **options):
@@ -116,9 +123,9 @@ def assert_equal(ours, theirs):
 def check_like_the_layers(heads, x, target, names, **options):
     """Logits and loss, then several gradients of what is returned."""
     targets = dict.fromkeys(names, target)
-    assert_equal(list(heads(x).values()), list(layer_by_layer(heads, x, heads.head_names).values()))
+    assert_equal(list(heads(x).values()), list(logits_of_modules(heads, x).values()))
     out = heads(x, targets, **options)
-    z = layer_by_layer(heads, x, [name for name in heads.head_names if name in names])
+    z = logits_of_modules(heads, x, names)
     rows = options.get("sample_weight")
     losses = {name: F.cross_entropy(own, target, reduction="none") for name, own in z.items()}
     losses = {name: loss.mean() if rows is None else (loss * rows).sum() / rows.sum() for name, loss in losses.items()}
@@ -179,7 +186,7 @@ def test_a_gradient_penalty_crosses_every_path_like_the_layers():
     results = []
     for loss in (
         heads(x, dict.fromkeys(heads.head_names, target)).loss,
-        sum(F.cross_entropy(z, target) for z in layer_by_layer(heads, x, heads.head_names).values()),
+        sum(F.cross_entropy(z, target) for z in logits_of_modules(heads, x).values()),
     ):
         first = torch.autograd.grad(loss, [x, *heads.parameters()], create_graph=True)
         results.append(all_gradients(sum(g.square().sum() for g in first), x, heads))
@@ -366,7 +373,9 @@ def test_a_wrapper_around_a_linear_layer_takes_the_features_as_the_layer_does(na
     heads.predictors["a"] = Wrapper(name, heads.predictors["a"])
     heads.adversaries["b"] = Wrapper(name, heads.adversaries["b"])
     heads.adversaries["c"][0] = Wrapper(name, heads.adversaries["c"][0])
-    assert "fused" not in repr(heads)
+    assert [line for line in repr(heads).splitlines() if "fused" in line] == [
+        "  (c) last layer fused: its first layer: Wrapper is not nn.Linear"
+    ]
     torch.testing.assert_close(heads(x), expected)
 
 

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from samples import assert_same, case
 from torch.profiler import ProfilerActivity, profile
 
-from grl_ext import _paths, functional
+from grl_ext import _paths
 
 pytestmark = [pytest.mark.sanitized, pytest.mark.usefixtures("path")]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from head_samples import DTYPES, SHAPES, assert_near, check_network, naive_linear, sample_linear, second_order
+from head_samples import DTYPES, SHAPES, SWITCH, assert_near, check_network, naive_linear, sample_linear, second_order
 from samples import assert_same, case
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -46,10 +46,14 @@ def test_equals_the_reversal_and_the_linear_layer(device, dtype, form):
             check_network(lambda *t: grl_linear(*t, lambda_), lambda *t: naive_linear(*t, lambda_), *inputs)
 
 
-def test_the_forward_is_the_linear_layers_own_bit_by_bit(device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 5, SWITCH, SWITCH + 1, 3 * SWITCH])
+def test_narrow_and_wide_layers_equal_the_two_layers(device, dtype, columns):
+    """The narrow ones in the heads' kernel, the others by matrix products."""
     for rows, features in SHAPES:
-        x, weight, bias = sample_linear(device, leading=(rows,), features=features).inputs
-        assert_same(grl_linear(x, weight, bias, 0.3), F.linear(x, weight, bias))
+        inputs = sample_linear(device, dtype, (rows,), features, columns).inputs
+        with case(rows, features):
+            check_network(lambda *t: grl_linear(*t, 0.3), lambda *t: naive_linear(*t, 0.3), *inputs)
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3), (2, 0, 3), (2, 1, 3, 4)], ids=str)

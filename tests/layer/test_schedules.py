@@ -90,8 +90,8 @@ def test_the_schedule_multiplies_the_constructors_lambda():
 def test_several_modules_may_be_given_and_share_layers():
     layer, heads = GRL(), AdversarialHeads(4, adversaries={"domain": 2})
     scheduler = LambdaScheduler([nn.Sequential(layer), layer, heads], schedules.constant(0.3), total_steps=1)
-    assert scheduler.layers == [layer, heads]
-    assert layer.lambda_.item() == heads.lambda_.item() == 0.3
+    assert scheduler.layers == [layer, heads.reversals["domain"]]
+    assert layer.lambda_.item() == heads.lambda_["domain"].item() == 0.3
 
 
 def test_lambda_is_written_in_place_and_a_forward_never_advances_it():
@@ -305,7 +305,7 @@ def test_some_adversaries_may_be_off_and_heads_may_have_none():
         nn.ModuleList([heads, AdversarialHeads(2, predictors={"y": 1})]), schedules.constant(0.5), 5
     )
     scheduler.step()
-    assert heads.lambda_.tolist() == [0.0, 0.25]
+    assert {name: value.item() for name, value in heads.lambda_.items()} == {"a": 0.0, "b": 0.25}
 
 
 def test_a_schedule_that_gives_no_number_is_refused():
