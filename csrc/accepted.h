@@ -57,6 +57,15 @@ inline bool accepts_heads(const at::Tensor& x, at::TensorList weight, const Opti
   return true;
 }
 
+// Layers of which each takes the output of the one before, the first of them z.
+inline bool accepts_layers(const at::Tensor& z, at::TensorList weight, const OptionalTensors& bias) {
+  bool accepted = z.dim() > 0 && is_floating(z) && bias.size() == weight.size();
+  for (size_t l = 0; accepted && l < weight.size(); ++l) {
+    accepted = accepts_layer(z, l == 0 ? z.sym_size(-1) : weight[l - 1].sym_size(0), weight[l], bias.get(l));
+  }
+  return accepted;
+}
+
 inline bool accepts_target(
     const at::Tensor& target, bool squared, c10::SymIntArrayRef leading, const c10::SymInt& size) {
   const auto sizes = target.sym_sizes();

@@ -1,7 +1,6 @@
 #include "heads.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
@@ -61,6 +60,14 @@ std::vector<bool> recorded(const HeadInputs& inputs) {
 
 bool any(const std::vector<bool>& flags) {
   return std::find(flags.begin(), flags.end(), true) != flags.end();
+}
+
+bool any_defined(const variable_list& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return tensor.defined(); });
+}
+
+bool any_batched(const variable_list& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && is_batched(t); });
 }
 
 torch::autograd::edge_list edges_of(const HeadInputs& inputs) {
@@ -188,11 +195,9 @@ HeadsGradients composite(const variable_list& grad_logits, const HeadInputs& inp
 }
 
 HeadsGradients by_kernel(const variable_list& grad_logits, const HeadInputs& inputs, const std::vector<bool>& needs) {
-  static const auto kernel = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("grl_ext::_heads_gradients", "")
-                                 .typed<HeadsGradients(
-                                     at::TensorList, const std::optional<Tensor>&, at::TensorList, at::ArrayRef<double>,
-                                     const OptionalTensors&, const c10::List<bool>&)>();
+  static const auto kernel = find_kernel<HeadsGradients(
+      at::TensorList, const std::optional<Tensor>&, at::TensorList, at::ArrayRef<double>, const OptionalTensors&,
+      const c10::List<bool>&)>("_heads_gradients");
   const auto weight = needs[inputs.slots().x()] ? at::TensorList(inputs.weight) : at::TensorList();
   const auto [factor, lambda] = to_lists(inputs.factors);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -218,10 +223,9 @@ variable_list gradients_of_heads(
   const auto chosen_needs = needs_of(needs, asked);
   // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const bool in_operators = at::GradMode::is_enabled() ||
-      std::any_of(grads.begin(), grads.end(), [](const Tensor& g) { return is_batched(g); });
-  return among_all(
-      in_operators ? composite(grads, chosen, chosen_needs) : by_kernel(grads, chosen, chosen_needs), asked, needs);
+  auto gradients = at::GradMode::is_enabled() || any_batched(grads) ? composite(grads, chosen, chosen_needs)
+                                                                    : by_kernel(grads, chosen, chosen_needs);
+  return among_all(std::move(gradients), asked, needs);
 }
 
 }  // namespace grl_ext

@@ -6,7 +6,6 @@
 // backward where single heads' losses have incoming gradients. Where logits have some, or the gradients are to be
 // differentiated, it is made of ATen operators and linear_heads.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -31,13 +30,10 @@ using torch::autograd::variable_list;
 HeadsLossResult call_kernel(
     const HeadInputs& inputs, const HeadsOptions& options, const std::optional<Tensor>& loss_weight,
     const std::vector<bool>& needs) {
-  static const auto kernel =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("grl_ext::_heads_loss", "")
-          .typed<HeadsLossResult(
-              const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
-              const OptionalTensors&, at::ArrayRef<double>, const OptionalTensors&, const std::optional<Tensor>&,
-              at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>();
+  static const auto kernel = find_kernel<HeadsLossResult(
+      const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
+      const OptionalTensors&, at::ArrayRef<double>, const OptionalTensors&, const std::optional<Tensor>&,
+      at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>("_heads_loss");
   const auto [factor, lambda] = to_lists(inputs.factors);
   return kernel.call(
       inputs.x, inputs.weight, inputs.bias, options.targets, options.sample_weight, options.class_weight, factor,
@@ -52,38 +48,28 @@ HeadsOptions options_of(const HeadsOptions& options, const std::vector<size_t>& 
           some(options.ignore_index, heads), options.mean};
 }
 
-// The incoming gradients: of the loss, of each head's loss, of each head's logits. Undefined where there is none.
+// Undefined where there is none.
 struct IncomingGradients {
-  const variable_list& grads;
-  size_t heads;
+  Tensor loss;
+  variable_list head_losses, logits;
 
-  const Tensor& of_loss() const { return grads[0]; }
-  const Tensor& of_head_loss(size_t h) const { return grads[1 + h]; }
-  const Tensor& of_logits(size_t h) const { return grads[1 + heads + h]; }
-  bool any_of_head_losses() const { return any(1, 1 + heads); }
-  bool any_of_logits() const { return any(1 + heads, grads.size()); }
-
-  bool any_batched() const {
-    return std::any_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined() && is_batched(g); });
+  IncomingGradients(const variable_list& grads, size_t heads) : loss(grads[0]) {
+    const auto at_logits = grads.begin() + 1 + static_cast<std::ptrdiff_t>(heads);
+    head_losses.assign(grads.begin() + 1, at_logits);
+    logits.assign(at_logits, grads.end());
   }
 
-  // The gradient of head h's loss in all: its own, plus the total's times the head's loss weight. Undefined if there is
-  // neither.
-  Tensor in_all(size_t h, const std::optional<Tensor>& loss_weight) const {
-    Tensor own = of_head_loss(h);
-    if (const auto& total = of_loss(); total.defined()) {
-      const auto part = loss_weight
-          ? total * loss_weight->select(0, static_cast<int64_t>(h)).to(total.scalar_type())  // on whichever device
-          : total;
-      own = own.defined() ? own + part : part;
+  bool is_of_loss_alone() const { return loss.defined() && !any_defined(head_losses) && !any_defined(logits); }
+
+  // Of head h's loss in all: its own, plus the total's times the head's loss weight.
+  Tensor of_head(size_t h, const std::optional<Tensor>& loss_weight) const {
+    if (!loss.defined()) {
+      return head_losses[h];
     }
-    return own;
-  }
-
- private:
-  bool any(size_t begin, size_t end) const {
-    const auto at = [&](size_t i) { return grads.begin() + static_cast<std::ptrdiff_t>(i); };
-    return std::any_of(at(begin), at(end), [](const Tensor& grad) { return grad.defined(); });
+    const auto part = loss_weight
+        ? loss * loss_weight->select(0, static_cast<int64_t>(h)).to(loss.scalar_type())  // on whichever device
+        : loss;
+    return head_losses[h].defined() ? head_losses[h] + part : part;
   }
 };
 
@@ -95,7 +81,7 @@ variable_list backward_by_kernel(
   std::vector<size_t> asked;
   std::vector<Tensor> weights;
   for (size_t h = 0; h < inputs.count(); ++h) {
-    if (auto weight = incoming.in_all(h, options.loss_weight); weight.defined()) {
+    if (auto weight = incoming.of_head(h, options.loss_weight); weight.defined()) {
       asked.push_back(h);
       weights.push_back(std::move(weight));
     }
@@ -120,11 +106,11 @@ variable_list backward_in_operators(
   }
   variable_list grad_logits(inputs.count());
   for (size_t h = 0; h < inputs.count(); ++h) {
-    if (const auto weight = incoming.in_all(h, options.loss_weight); weight.defined()) {
+    if (const auto weight = incoming.of_head(h, options.loss_weight); weight.defined()) {
       const auto z = at::GradMode::is_enabled() ? logits[h] : logits[h].detach();
       grad_logits[h] = (loss_gradient(z, options, h) * weight).to(z.scalar_type());
     }
-    if (const auto& own = incoming.of_logits(h); own.defined()) {
+    if (const auto& own = incoming.logits[h]; own.defined()) {
       grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
     }
   }
@@ -134,8 +120,7 @@ variable_list backward_in_operators(
 // Whether the forward's gradients can be returned: they are what is asked for, and an earlier backward that failed has
 // not consumed them.
 bool can_reuse(const IncomingGradients& incoming, const std::vector<bool>& needs, const variable_list& gradients) {
-  if (!incoming.of_loss().defined() || incoming.any_of_head_losses() || incoming.any_of_logits() ||
-      is_batched(incoming.of_loss()) || at::GradMode::is_enabled()) {
+  if (!incoming.is_of_loss_alone() || is_batched(incoming.loss) || at::GradMode::is_enabled()) {
     return false;
   }
   for (size_t i = 0; i < needs.size(); ++i) {
@@ -187,7 +172,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   std::string name() const override { return "HeadsLossBackward"; }
 
   variable_list apply(variable_list&& grads) override {
-    const IncomingGradients incoming{grads, heads_};
+    const IncomingGradients incoming(grads, heads_);
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto needs = this->needs();
     if (can_reuse(incoming, needs, gradients_)) {
@@ -197,8 +182,8 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     for (const auto& factor : factors_) {
       factors.push_back(factor.unpack());
     }
-    auto logits = incoming.any_of_logits() || incoming.any_batched() ? logits_.unpack(*this) : std::vector<Tensor>();
-    return backward(incoming, saved_.unpack(*this), options_, std::move(factors), std::move(logits), needs);
+    auto logits = any_defined(incoming.logits) || any_batched(grads) ? logits_.unpack(*this) : std::vector<Tensor>();
+    return backward(grads, saved_.unpack(*this), options_, std::move(factors), std::move(logits), needs);
   }
 
   void release_variables() override {
@@ -243,24 +228,25 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
       if (own.loss_weight) {
         own.loss_weight = saved[after_factors];
       }
-      const IncomingGradients incoming{grads, heads};
+      const IncomingGradients incoming(grads, heads);
       variable_list gradients(at(after_factors + own.loss_weight.has_value()), saved.end());
       if (can_reuse(incoming, needs, gradients)) {
         return scaled(grads[0], needs, /*last=*/false, gradients);
       }
       return backward(
-          incoming, {at(0), at(at_logits)}, own, factors(at(at_factors)), {at(at_logits), at(at_factors)}, needs);
+          grads, {at(0), at(at_logits)}, own, factors(at(at_factors)), {at(at_logits), at(at_factors)}, needs);
     };
   }
 
  private:
   // From what the constructor saves. `logits`: as saved, where the logits or batches have incoming gradients.
   static variable_list backward(
-      const IncomingGradients& incoming, const std::vector<Tensor>& saved, HeadsOptions options,
-      std::vector<Factor> factors, std::vector<Tensor> logits, const std::vector<bool>& needs) {
-    if (!incoming.of_loss().defined() && !incoming.any_of_head_losses() && !incoming.any_of_logits()) {
+      const variable_list& grads, const std::vector<Tensor>& saved, HeadsOptions options, std::vector<Factor> factors,
+      std::vector<Tensor> logits, const std::vector<bool>& needs) {
+    if (!any_defined(grads)) {
       return variable_list(needs.size());
     }
+    const IncomingGradients incoming(grads, (saved.size() - 1) / 5);
     HeadInputs inputs{saved[0], {}, OptionalTensors(), std::move(factors)};
     options.sample_weight = OptionalTensors();  // lists are shared, not copied
     options.class_weight = OptionalTensors();
@@ -273,7 +259,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     }
     // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const bool in_operators = incoming.any_of_logits() || incoming.any_batched() || at::GradMode::is_enabled();
+    const bool in_operators = any_defined(incoming.logits) || any_batched(grads) || at::GradMode::is_enabled();
     return in_operators ? backward_in_operators(incoming, inputs, options, std::move(logits), needs)
                         : backward_by_kernel(incoming, inputs, options, needs);
   }

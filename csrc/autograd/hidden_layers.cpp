@@ -175,20 +175,6 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
   SavedList saved_;  // z, weight and bias of each layer, the outputs above z's
 };
 
-bool accepts(const Tensor& z, at::TensorList weight, const OptionalTensors& bias) {
-  if (z.dim() == 0 || !is_floating(z) || !has_kernel(z) || bias.size() != weight.size()) {
-    return false;
-  }
-  auto features = z.sym_size(-1);
-  for (size_t l = 0; l < weight.size(); ++l) {
-    if (!accepts_layer(z, features, weight[l], bias.get(l))) {
-      return false;
-    }
-    features = weight[l].sym_size(0);
-  }
-  return true;
-}
-
 }  // namespace
 
 std::optional<Tensor> hidden_layers(const Tensor& z, at::TensorList weight_, const OptionalTensors& bias_) {
@@ -198,7 +184,7 @@ std::optional<Tensor> hidden_layers(const Tensor& z, at::TensorList weight_, con
     inputs.weight.push_back(cast(weight_[l]));
     inputs.bias.push_back(cast(bias_.get(l)));
   }
-  if (!accepts(z, inputs.weight, inputs.bias)) {
+  if (!has_kernel(z) || !accepts_layers(z, inputs.weight, inputs.bias)) {
     return std::nullopt;
   }
   inputs.x = as_rows(z);

@@ -1,10 +1,7 @@
 // linear_heads: linear layers over the same features. In the features' gradient each adversary's part is multiplied by
 // its -lambda.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
-
-#include <algorithm>
 
 #include "../ops.h"
 #include "heads.h"
@@ -22,9 +19,10 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
   LinearHeadsBackward(const HeadInputs& inputs, const std::vector<bool>& needs)
       : factors_(inputs.factors.begin(), inputs.factors.end()) {
     const auto slots = inputs.slots();
-    const auto weights_begin = needs.begin() + static_cast<std::ptrdiff_t>(slots.weight(0));
-    const bool any_weight = std::find(weights_begin, weights_begin + inputs.count(), true) !=
-        weights_begin + inputs.count();
+    bool any_weight = false;
+    for (size_t h = 0; h < inputs.count(); ++h) {
+      any_weight = any_weight || needs[slots.weight(h)];
+    }
     saved_.save(any_weight ? inputs.x : Tensor());
     for (const auto& weight : inputs.weight) {
       saved_.save(needs[slots.x()] ? weight : Tensor());
@@ -88,9 +86,8 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
 
 std::optional<std::vector<Tensor>> linear_heads(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, std::vector<Factor> factors) {
-  static const auto kernel = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("grl_ext::_heads_logits", "")
-                                 .typed<std::vector<Tensor>(const Tensor&, at::TensorList, const OptionalTensors&)>();
+  static const auto kernel = find_kernel<std::vector<Tensor>(const Tensor&, at::TensorList, const OptionalTensors&)>(
+      "_heads_logits");
   auto inputs = prepare(x, weight, bias, std::move(factors));
   if (!inputs) {
     return std::nullopt;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <functional>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -32,6 +34,14 @@ inline auto holder_of(torch::autograd::Node& node) {
 #else
   return node.getptr();
 #endif
+}
+
+// An operator of schema.cpp.
+template <class Signature>
+auto find_kernel(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string("grl_ext::") + name).c_str(), "")
+      .typed<Signature>();
 }
 
 // Tensors that a node has saved, undefined ones among them. The caller holds the node's mutex.

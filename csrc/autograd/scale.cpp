@@ -1,7 +1,6 @@
 #include "scale.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
@@ -88,14 +87,9 @@ at::Tensor scale_composite(const at::Tensor& grad, const Factor& factor) {
 }
 
 at::Tensor scale(at::Tensor grad, const Factor& factor, Made made) {
-  static const auto out_of_place =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("grl_ext::_scale", "")
-          .typed<at::Tensor(const at::Tensor&, double, const std::optional<at::Tensor>&)>();
-  static const auto in_place = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("grl_ext::_scale_", "")
-                                   .typed<void(at::Tensor&, double, const std::optional<at::Tensor>&)>();
-
+  static const auto out_of_place = find_kernel<at::Tensor(const at::Tensor&, double, const std::optional<at::Tensor>&)>(
+      "_scale");
+  static const auto in_place = find_kernel<void(at::Tensor&, double, const std::optional<at::Tensor>&)>("_scale_");
   const auto given = is_for_kernel(grad) ? for_kernel(factor, grad) : std::nullopt;
   if (!given) {
     return scale_composite(grad, factor);
@@ -114,10 +108,8 @@ at::Tensor scale(at::Tensor grad, const Factor& factor, Made made) {
 }
 
 void scale_list(std::vector<at::Tensor>& grads, const Factor& factor) {
-  static const auto in_place = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("grl_ext::_scale_list_", "")
-                                   .typed<void(at::TensorList, double, const std::optional<at::Tensor>&)>();
-
+  static const auto in_place = find_kernel<void(at::TensorList, double, const std::optional<at::Tensor>&)>(
+      "_scale_list_");
   const bool readable = !factor.tensor || is_plain(*factor.tensor);
   std::vector<at::Tensor> together;
   together.reserve(grads.size());
