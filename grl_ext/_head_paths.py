@@ -10,7 +10,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from grl_ext.modules import GRL, GRLLinear
 
 
-
 def _own_forward(kind: type[nn.Module]) -> Callable | None:
     """PyTorch's. Libraries replace it to watch or to change what all layers do, some before this is imported."""
     code = getattr(kind.forward, "__code__", None)
