@@ -568,7 +568,8 @@ def _module_of(kind: str, name: str, head: Head, in_features: int, bias: bool, d
                 f"{kind}[{name!r}] must be a module that can be called, got {type(head).__name__}: for layers in a row "
                 "use nn.Sequential"
             )
-        first = head[0] if isinstance(head, nn.Sequential) and len(head) else head
+        # One with a forward of its own may give its first layer something else.
+        first = head[0] if why_not_plain(head, nn.Sequential) is None and len(head) else head
         if why_not_plain(first, nn.Linear) is None and first.in_features != in_features:
             raise ValueError(f"{kind}[{name!r}] takes {first.in_features} features, but in_features is {in_features}")
         return head

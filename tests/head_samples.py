@@ -388,7 +388,7 @@ def losses_of_modules(
     losses = {}
     for name, z in logits.items():
         target = targets[name]
-        if heads.losses[name] == "mse":
+        if heads.losses.get(name) == "mse":
             losses[name] = F.mse_loss(z, target.reshape(z.shape).to(z))
         elif z.shape[-1] == 1:
             losses[name] = F.binary_cross_entropy_with_logits(z, target.reshape(z.shape).to(z))
