@@ -25,8 +25,8 @@ fails where the two differ.
   right, is said under [the layer](layer.md) (infinite features in `make_fx`, and under `torch.func` inside
   `torch.compile`) and under [several processes](heads.md#several-processes) (FSDP1's `buffer_dtype`).
 - **λ a number**, **λ a tensor, for each row**: given to the module's call, to `gradient_reversal` and to `grl_linear`.
-- **the common Python layer**: the `torch.autograd.Function` of ten lines that most code bases have, in the same network.
-  *Not reversed* means that the features help the adversary, without a warning. *Wrong gradient* is any other.
+- **the common Python layer**: the `torch.autograd.Function` of ten lines that most code bases have, in the same
+  network. *Not reversed* means that the features help the adversary, without a warning. *Wrong gradient* is any other.
 - **-**: not tried, because PyTorch's own linear layers do not take it, or the row is about a λ that a module holds.
 
 Measured on torch {torch}. Rows with ** need other packages, or more time than the rest: `make matrix` runs them. So it
