@@ -26,7 +26,10 @@ def settings() -> dict[str, dict[str, str]]:
         "glibc, nothing returned": {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
         "PyTorch's large pages": {"THP_MEM_ALLOC_ENABLE": "1"},
     }
-    guide = "oversize_threshold:1,background_thread:true,metadata_thp:auto,dirty_decay_ms:9000000000,muzzy_decay_ms:9000000000"
+    guide = (
+        "oversize_threshold:1,background_thread:true,metadata_thp:auto,dirty_decay_ms:9000000000,"
+        "muzzy_decay_ms:9000000000"
+    )
     never = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
     for name, library, extra in (
         ("tcmalloc", "tcmalloc", {}),

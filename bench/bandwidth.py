@@ -1,4 +1,5 @@
-"""The scaling of a gradient alone, against the copy that any such pass must cost: the CUDA kernel in each of its forms."""
+"""The scaling of a gradient alone, against the copy that any such pass must cost: the CUDA kernel in each of its
+forms."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,8 +39,8 @@ def _build(numel: int, settings: Settings) -> Work:
         Row("tuned: one mul", "peer", in_turns(lambda grad: grad * -COEFF)),
         Row("out of place, lambda on the host", "ours", in_turns(lambda grad: scale(grad, *host))),
         Row("out of place, lambda on the device", "ours", in_turns(lambda grad: scale(grad, *device))),
-        # The factors 1 and -1 by turns would leave the numbers in range; a constant keeps the kernel from skipping its work,
-        # and what the buffers become, zeros at last, takes as long to move.
+        # The factors 1 and -1 by turns would leave the numbers in range, but the kernel skips its work for a 1. With
+        # this constant the buffers become zeros at last, which take as long to move.
         Row("in place, lambda on the host", "ours", in_turns(lambda grad: scale_(grad, *host))),
         Row("in place, lambda on the device", "ours", in_turns(lambda grad: scale_(grad, *device))),
         Row("yardstick", "yardstick", in_turns(out.copy_)),

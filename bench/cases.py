@@ -68,7 +68,8 @@ def check_gradients(name: str, found: Sequence[Tensor], expected: Sequence[Tenso
         error = (a.double() - b.double()).abs().max().item() / scale
         if not error <= tolerance:  # NaN is an error too
             raise WrongResult(
-                f"{name}: gradient {index} of shape {list(a.shape)} is off by {error:.2g} of its largest entry, allowed are {tolerance:.2g}"
+                f"{name}: gradient {index} of shape {list(a.shape)} is off by {error:.2g} of its largest entry, "
+                f"allowed are {tolerance:.2g}"
             )
 
 

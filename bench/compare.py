@@ -169,7 +169,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--threads", type=int, help="CPU threads (default: PyTorch's own choice, which is what users get)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the tax by size (PNG, SVG, ...)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the layer's overhead by size (PNG, SVG, ...)")
     return parser.parse_args(argv)
 
 
@@ -190,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Not a matter of width only: each parallel loop then waits a whole time slice for the thread that was
         # descheduled.
         print(
-            f"the machine is busy (load {facts['load']} on {facts['cores']} cores): repeat when it is not, or with --threads 1"
+            f"the machine is busy (load {facts['load']} on {facts['cores']} cores): repeat when it is not, or with "
+            "--threads 1"
         )
     for reason in baselines.layers()[1]:
         print(reason)

@@ -31,7 +31,10 @@ ROOT = Path(__file__).parents[1]
 BUDGET = 24 * 60  # seconds, for all parts together
 DTYPES = ("float32", "bfloat16")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-COUNTERS = "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum"
+COUNTERS = (
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed,"
+    "gpu__time_duration.sum"
+)
 
 
 @dataclass(frozen=True)

@@ -246,9 +246,8 @@ def _if_it_runs(name: str, make: Callable[[], Callable[[], Sequence[Tensor]]]) -
         step = make()
         step()
     except Exception as error:  # a compiler fails in many ways
-        print(
-            f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        )
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        print(f"{name} is left out: {type(error).__name__}: {first_line}")
         return []
     return [Row(name, "peer", step)]
 

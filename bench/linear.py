@@ -67,7 +67,7 @@ def _build_switch(columns: int, settings: Settings) -> Work:
     torch.manual_seed(0)
     sizes = [columns - 2, 2]
     x, weight = torch.randn(n, d), [torch.randn(size, d) / math.sqrt(d) for size in sizes]
-    lambda_, index = torch.tensor([COEFF], dtype=torch.float64), [-1, 0]
+    factor, lambda_ = [1.0, -COEFF], [None, None]
     dz = [torch.randn(n, size) / n for size in sizes]
 
     def by_products() -> tuple[Tensor, ...]:
@@ -78,7 +78,7 @@ def _build_switch(columns: int, settings: Settings) -> Work:
 
     def ours() -> tuple[Tensor, ...]:
         torch.ops.grl_ext._heads_logits(x, weight, [None, None])
-        dx, dw, _ = torch.ops.grl_ext._heads_gradients(dz, x, weight, lambda_, index, [True, True, True, False, False])
+        dx, dw, _ = torch.ops.grl_ext._heads_gradients(dz, x, weight, factor, lambda_, [True] * 3 + [False] * 2)
         return dx, *dw
 
     def check() -> None:

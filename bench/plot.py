@@ -1,5 +1,5 @@
-"""Draws the tax from a document that compare.py wrote: `python bench/plot.py results.json tax.png`, or compare.py's
---plot."""
+"""Draws the layer's overhead (the cases `tax`) from a document that compare.py wrote:
+`python bench/plot.py results.json overhead.png`, or compare.py's --plot."""
 
 import itertools
 import json

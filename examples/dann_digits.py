@@ -363,8 +363,8 @@ def run(args: Namespace) -> dict | None:
     finding = (
         "finding: target accuracy "
         + ", ".join(f"{method} {experiment.shown(results[method]['target_accuracy'])}" for method in JUDGED)
-        + f"; gap closed {experiment.shown(results['gap_closed'], 2)}; DANN over the control {experiment.shown(results['over_control'])}; "
-        + "DANN "
+        + f"; gap closed {experiment.shown(results['gap_closed'], 2)}"
+        + f"; DANN over the control {experiment.shown(results['over_control'])}; DANN "
         + ", ".join(
             f"{name.replace('_', ' ')} {experiment.shown(results['DANN'][name])}" for name in list(results["DANN"])[1:]
         )

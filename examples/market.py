@@ -255,7 +255,8 @@ def plot(results: dict, daily: dict[str, list[Tensor]]):
 def verdict(results: dict, fixed_data: bool) -> str:
     rows = [
         f"{name}: probe's R^2 of the market {experiment.shown(results[name]['market_r2'])}, "
-        f"rank correlation {experiment.shown(results[name]['rank_correlation'], 4)} (t over dates {results[name]['t']:.1f})"
+        f"rank correlation {experiment.shown(results[name]['rank_correlation'], 4)} "
+        f"(t over dates {results[name]['t']:.1f})"
         for name in METHODS
     ]
     rows += [
@@ -276,7 +277,8 @@ def main(arguments: list[str] | None = None) -> dict:
     options.add_argument(
         "--csv",
         type=Path,
-        help="prices (columns date, ticker, close; or a date and one column a ticker; gz or not), instead of generated returns",
+        help="prices (columns date, ticker, close; or a date and one column a ticker; gz or not), instead of generated "
+        "returns",
     )
     options.add_argument(
         "--index",

@@ -140,7 +140,8 @@ def main(arguments: list[str] | None = None) -> dict:
     last = results[f"{n} points"]
     figure = plot({title: (networks[title][-1], last[title]) for title in last}, source, labels, target)
     finding = "finding: target accuracy " + "; ".join(
-        f"{points}: plain {experiment.shown(by['plain']['target_accuracy'])}, DANN {experiment.shown(by['DANN']['target_accuracy'])}"
+        f"{points}: plain {experiment.shown(by['plain']['target_accuracy'])}, "
+        f"DANN {experiment.shown(by['DANN']['target_accuracy'])}"
         for points, by in results.items()
     )
     return experiment.finish(args, results, figure, finding)

@@ -197,7 +197,8 @@ def plot(curves: dict[str, list[Curves]], args: Namespace):
         "accuracy": "predictor: accuracy on held-out pairs",
         "training_accuracy": "predictor: accuracy on the training pairs",
         "loss": "predictor: loss on held-out pairs",
-        "training_adversary": "adversary: accuracy against the label\non the training pairs (its target is the complement)",
+        "training_adversary": "adversary: accuracy against the label\n"
+        "on the training pairs (its target is the complement)",
         "agreement": "cosine of reversed and own gradient\nat the features",
     }
     *axes, for_legend = axes.flat
@@ -260,7 +261,8 @@ def verdict(results: dict, args: Namespace) -> str:
     if "published_to_fused" in results:
         furthest = results["published_to_fused"]
         parts.append(
-            f"published and fused network differ by at most {furthest['accuracy']:.3f} in accuracy, {furthest['loss']:.1g} in loss"
+            f"published and fused network differ by at most {furthest['accuracy']:.3f} in accuracy, "
+            f"{furthest['loss']:.1g} in loss"
         )
     return "finding: " + "; ".join(parts)
 

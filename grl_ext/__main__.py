@@ -12,9 +12,8 @@ def main() -> None:
     untested = ""
     if _backend.release(torch.__version__) > _backend.NEWEST_TESTED_TORCH:
         untested = f" (not tested; the newest tested torch is {'.'.join(map(str, _backend.NEWEST_TESTED_TORCH))})"
-    print(
-        f"grl_ext {__version__} on torch {torch.__version__}{untested}, Python {platform.python_version()}, {platform.machine()}"
-    )
+    python = f"Python {platform.python_version()}, {platform.machine()}"
+    print(f"grl_ext {__version__} on torch {torch.__version__}{untested}, {python}")
     if info is None:
         print(f"compiled: no ({_backend.why_not})")
     else:
@@ -32,17 +31,13 @@ def main() -> None:
         why = "" if compiled else f" ({'nothing compiled for it' if info else 'nothing compiled'})"
         scale = "fused scale backward" + (", in place where unshared" if device == "cpu" else "")
         layer = f"view forward; {scale}" if compiled else "PyTorch operators" + why
-        linear = (
-            "PyTorch's matrix products, lambda inside where the host knows it" if info else "PyTorch operators" + why
-        )
         heads = "PyTorch operators" + why
         if compiled:
             heads = f"fused kernels up to {info[f'max_columns_{device}']} columns, matrix products beyond"
         print(f"{device}:")
-        print(f"  gradient_reversal                   {layer}")
-        print(f"  grl_linear                          {linear}")
-        print(f"  linear_heads, heads_loss   {heads}")
-    print("under torch.compile: registered operators; under torch.func: PyTorch operators")
+        print(f"  gradient_reversal                      {layer}")
+        print(f"  grl_linear, linear_heads, heads_loss   {heads}")
+    print("under torch.compile and torch.export: registered operators; under torch.func: PyTorch operators")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def read_mnist(folder: Path) -> Digits:
         digits = read_idx(_find(folder, f"{split}-labels-idx1-ubyte"))
         if images.dim() != 3 or digits.dim() != 1 or len(images) != len(digits):
             raise DataError(
-                f"{folder}: the {split} files do not belong together: images {list(images.shape)}, labels {list(digits.shape)}"
+                f"{folder}: the {split} files do not belong together: images {list(images.shape)}, "
+                f"labels {list(digits.shape)}"
             )
         parts += [images.unsqueeze(1).float() / 255, digits.long()]
     return Digits(*parts)
@@ -319,7 +320,8 @@ def read_index(path: Path, dates: list[str]) -> Tensor:
     prices = read_prices(path, at_least=1)
     if len(prices.tickers) > 1:
         raise DataError(
-            f"{path} has {len(prices.tickers)} series ({', '.join(prices.tickers[:3])}, ...); the market's must be the only one"
+            f"{path} has {len(prices.tickers)} series ({', '.join(prices.tickers[:3])}, ...); the market's must be the "
+            "only one"
         )
     close = dict(zip(prices.dates, prices.closes[:, 0].tolist(), strict=True))
     if missing := [date for date in dates if date not in close]:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from matrix import table
-from matrix.networks import LAYER, USUAL
+from matrix.networks import COMMON, LAYER
 from matrix.rows import ROWS, outcome
 from matrix.rows_autograd import FUNC
 from matrix.rows_graphs import COMPILE, EXPORT, OTHER
@@ -36,7 +36,7 @@ def cell(name: str, column: str):
     return pytest.param(name, column, marks=pytest.mark.core if ROWS[name].group in VARYING else pytest.mark.once)
 
 
-@pytest.mark.parametrize("name, column", [cell(*of) for of in cells() if AS_WRITTEN or of[1] != USUAL])
+@pytest.mark.parametrize("name, column", [cell(*of) for of in cells() if AS_WRITTEN or of[1] != COMMON])
 def test_a_cell_gives_what_the_table_says(compiled, runner, name, column):
     found = runner.outcome(name, column)  # raises for anything but the right gradients and documented refusals
     assert found == WRITTEN[name][column]["compiled"] or not AS_WRITTEN, HOW

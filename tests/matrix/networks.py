@@ -159,7 +159,7 @@ class Hidden(Loss):
         )
 
 
-USUAL = "the usual ten lines"
+COMMON = "the common Python layer"
 COLUMNS: dict[str, Callable[[], Network]] = {
     "`gradient_reversal`, `GRL`": lambda: Layers(OurReversal()),
     "`GRLLinear`": lambda: Linear(GRLLinear(FEATURES, DOMAINS, lambda_=LAMBDA)),
@@ -168,13 +168,13 @@ COLUMNS: dict[str, Callable[[], Network]] = {
     "heads' logits": Logits,
     "heads' loss": Loss,
     "heads' loss, hidden layers": Hidden,
-    USUAL: lambda: Layers(Pasted(LAMBDA)),
+    COMMON: lambda: Layers(Pasted(LAMBDA)),
 }
 LAYER, LINEAR = tuple(COLUMNS)[:2]
 OTHER_FORMS = tuple(column for column in COLUMNS if column.startswith("λ"))  # of lambda than the modules' buffer
 HEADS = tuple(column for column in COLUMNS if column.startswith("heads'"))
 OURS = tuple(COLUMNS)[:-1]
-IN_MODULES = (LAYER, LINEAR, *HEADS, USUAL)  # the columns in which a module holds lambda
+IN_MODULES = (LAYER, LINEAR, *HEADS, COMMON)  # the columns in which a module holds lambda
 
 
 def network(column: str, seed: int = 1) -> Network:

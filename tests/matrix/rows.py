@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from matrix.networks import OURS, USUAL, Network, eager, network, plain_like
+from matrix.networks import COMMON, OURS, Network, eager, network, plain_like
 from torch import Tensor
 
 YES = "yes"
-NOT_REVERSED, WRONG, ERROR = "not reversed", "wrong gradient", "error"  # of the usual layer; grl_ext has none of these
+NOT_REVERSED, WRONG, ERROR = "not reversed", "wrong gradient", "error"  # of the common layer; grl_ext has none of these
 
 
 PATHS = ("compiled", "fallback")
@@ -49,7 +49,7 @@ def row(
     name: str,
     *refusals: Refusal,
     expected: Callable[[Network], list[Tensor]] = eager,
-    columns: Sequence[str] = (*OURS, USUAL),
+    columns: Sequence[str] = (*OURS, COMMON),
     rtol: float | None = None,
     atol: float | None = None,
     where: str = HERE,
@@ -87,7 +87,7 @@ def outcome(row: Row, column: str, path: str) -> str:
     try:
         found = row.run(made)
     except Exception as error:
-        if column == USUAL:
+        if column == COMMON:
             return ERROR
         for refusal in row.refusals:
             if column in refusal.columns and path in refusal.paths and re.search(refusal.error, str(error)):
@@ -96,7 +96,7 @@ def outcome(row: Row, column: str, path: str) -> str:
     difference = _differs(found, row.expected(plain), row)
     if difference is None:
         return YES
-    if column != USUAL:
+    if column != COMMON:
         raise AssertionError(difference)
     plain.reversal = torch.nn.Identity()
     return WRONG if _differs(found, row.expected(plain), row) else NOT_REVERSED

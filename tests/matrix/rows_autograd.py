@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
-from matrix.networks import FEATURES, HEADS, IN_MODULES, LAYER, LINEAR, ROWS, USUAL, Network, batch, eager, step
+from matrix.networks import COMMON, FEATURES, HEADS, IN_MODULES, LAYER, LINEAR, ROWS, Network, batch, eager, step
 from matrix.rows import Refusal, row
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -135,7 +135,7 @@ def embedded(network: Network) -> list[Tensor]:
     EAGER,
     "a sparse gradient that arrives at the layer",
     expected=lambda plain: looked_up(plain),
-    columns=(LAYER, USUAL),
+    columns=(LAYER, COMMON),
 )
 def looked_up(network: Network) -> list[Tensor]:
     features = batch()[0].requires_grad_()

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from matrix import rows_autograd, rows_extras, rows_graphs, rows_processes, rows_training  # noqa: E402, F401
-from matrix.networks import USUAL  # noqa: E402
+from matrix.networks import COMMON  # noqa: E402
 from matrix.rows import IN_TWO_PROCESSES, ROWS, outcome  # noqa: E402
 from pure_python import copy_package  # noqa: E402
 from two_processes import TwoProcesses  # noqa: E402
@@ -28,10 +28,10 @@ def path_here() -> str:
 
 
 def cells() -> list[tuple[str, str]]:
-    """Of this process. The usual layer does not depend on the path: it is tried on the compiled one."""
+    """Of this process. The common layer does not depend on the path: it is tried on the compiled one."""
     path, every = path_here(), os.environ.get("GRL_EXT_MATRIX") == "all"
     names = [name for name, row in ROWS.items() if every or path not in row.heavy]
-    return [(name, column) for name in names for column in ROWS[name].columns if column != USUAL or path == "compiled"]
+    return [(name, column) for name in names for column in ROWS[name].columns if column != COMMON or path == "compiled"]
 
 
 def start_pure_python(folder: Path) -> tuple[subprocess.Popen, Path]:

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from matrix.networks import HEADS, OURS, USUAL
+from matrix.networks import COMMON, HEADS, OURS
 from matrix.rows import ROWS, YES
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +25,8 @@ fails where the two differ.
   right, is said under [the layer](layer.md) (infinite features in `make_fx`, and under `torch.func` inside
   `torch.compile`) and under [several processes](heads.md#several-processes) (FSDP1's `buffer_dtype`).
 - **λ a number**, **λ a tensor, for each row**: given to the module's call, to `gradient_reversal` and to `grl_linear`.
-- **the usual ten lines**: the layer that everybody pastes, in the same network. *Not reversed* means that the features
-  help the adversary, without a warning. *Wrong gradient* is any other.
+- **the common Python layer**: the `torch.autograd.Function` of ten lines that most code bases have, in the same
+  network. *Not reversed* means that the features help the adversary, without a warning. *Wrong gradient* is any other.
 - **-**: not tried, because PyTorch's own linear layers do not take it, or the row is about a λ that a module holds.
 
 Measured on torch {torch}. Rows with ** need other packages, or more time than the rest: `make matrix` runs them. So it
@@ -78,9 +78,9 @@ def groups() -> dict[str, list[str]]:
 def page(outcomes: Outcomes, torch_version: str) -> str:
     notes, lines = Notes(), [INTRODUCTION.format(torch=torch_version).rstrip()]
     for group, names in groups().items():
-        lines += [f"\n## {group}\n", "| | " + " | ".join((*OURS, USUAL)) + " |", "|---" * (len(OURS) + 2) + "|"]
+        lines += [f"\n## {group}\n", "| | " + " | ".join((*OURS, COMMON)) + " |", "|---" * (len(OURS) + 2) + "|"]
         for name in names:
-            cells = [notes.cell(outcomes.get(name, {}).get(column)) for column in (*OURS, USUAL)]
+            cells = [notes.cell(outcomes.get(name, {}).get(column)) for column in (*OURS, COMMON)]
             lines.append(
                 f"| {name}{' ' + '*' * len(ROWS[name].heavy) if ROWS[name].heavy else ''} | " + " | ".join(cells) + " |"
             )
@@ -91,10 +91,10 @@ def page(outcomes: Outcomes, torch_version: str) -> str:
 
 
 def short_form(outcomes: Outcomes) -> str:
-    """One row for each group: what all cells of grl_ext give, and in which set-ups the usual layer fails."""
-    lines = ["| set-ups | grl_ext | the usual ten lines |", "|---|---|---|"]
+    """One row for each group: what all cells of grl_ext give, and in which set-ups the common layer fails."""
+    lines = ["| set-ups | grl_ext | the common Python layer |", "|---|---|---|"]
     for group, names in groups().items():
-        lines.append(f"| {group}: {len(names)} | {_ours(names, outcomes)} | {_usual(names, outcomes)} |")
+        lines.append(f"| {group}: {len(names)} | {_ours(names, outcomes)} | {_common(names, outcomes)} |")
     return "\n".join(lines)
 
 
@@ -110,10 +110,10 @@ def _ours(names: list[str], outcomes: Outcomes) -> str:
     return "; ".join(["yes", *(f"refused for {columns}: {', '.join(own)}" for columns, own in refused.items())])
 
 
-def _usual(names: list[str], outcomes: Outcomes) -> str:
+def _common(names: list[str], outcomes: Outcomes) -> str:
     failures: dict[str, list[str]] = {}
     for name in names:
-        outcome = outcomes[name].get(USUAL, {}).get("compiled", YES)
+        outcome = outcomes[name].get(COMMON, {}).get("compiled", YES)
         if outcome != YES:
             failures.setdefault(outcome, []).append(re.sub(r" \(.*?\)", "", name))
     if not failures:

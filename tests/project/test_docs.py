@@ -61,6 +61,26 @@ def python_blocks(page: Path) -> list[tuple[str, str]]:
     return blocks
 
 
+def test_the_snippets_in_the_readme_run():
+    (_, side_by_side), *blocks = python_blocks(README)
+    assert "# before" in side_by_side and len(blocks) >= 5  # that one is two programs
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), grl_ext.GRL())
+    names = {
+        "torch": torch,
+        "grl_ext": grl_ext,
+        "x": torch.randn(4, 3),
+        "features": torch.randn(64, 1764, requires_grad=True),
+        "digits": torch.randint(10, (64,)),
+        "domains": torch.randint(2, (64,)),
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters()),
+        "total_steps": 10,
+        "data": range(3),
+    }
+    for _, code in blocks:
+        exec(compile(code, str(README), "exec"), names)
+
+
 # A page's first block is what the others begin with. Each of them runs by itself.
 SNIPPETS = [
     pytest.param(page, first, code, id=f"{page.stem}: {heading}")

@@ -488,7 +488,7 @@ def test_dann_digits_learns():
     losses = [training.step() for _ in range(60)]
     assert losses[0].keys() == {"digit", "domain"}
     assert sum(loss["digit"] for loss in losses[-5:]) < 0.6 * sum(loss["digit"] for loss in losses[:5])
-    assert training.network.heads.lambda_.item() > 0.99
+    assert training.network.heads.lambda_["domain"].item() > 0.99
 
 
 # --- resumed, and distributed
