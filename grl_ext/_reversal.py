@@ -33,6 +33,13 @@ def scale(grad: Tensor, factor: Tensor | float) -> Tensor:
     return torch.where(factor == 0, torch.zeros((), dtype=grad.dtype, device=grad.device), scaled)
 
 
+def _minus(lambda_: Tensor | float) -> Tensor | float:
+    """Unsigned integers would wrap around, and booleans have no minus."""
+    if isinstance(lambda_, Tensor) and not lambda_.is_floating_point():
+        lambda_ = lambda_.to(torch.float32)
+    return -lambda_
+
+
 class _Reversal(torch.autograd.Function):
     """No jvp here: torch.compile refuses a Function that has one."""
 
@@ -52,7 +59,7 @@ class _Reversal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return scale(grad, -(ctx.saved_tensors[0] if ctx.lambda_ is None else ctx.lambda_)), None
+        return scale(grad, _minus(ctx.saved_tensors[0] if ctx.lambda_ is None else ctx.lambda_)), None
 
 
 class _ReversalWithJvp(_Reversal):
@@ -60,7 +67,7 @@ class _ReversalWithJvp(_Reversal):
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _) -> Tensor:
-        return scale(tangent, -(ctx.saved_tensors[0] if ctx.lambda_ is None else ctx.lambda_))
+        return scale(tangent, _minus(ctx.saved_tensors[0] if ctx.lambda_ is None else ctx.lambda_))
 
 
 def _recorded(x: Tensor, lambda_: Tensor | float) -> Tensor:
@@ -69,7 +76,7 @@ def _recorded(x: Tensor, lambda_: Tensor | float) -> Tensor:
     if not x.is_floating_point() and not x.is_complex():
         return x.view_as(x)
     value = x.detach()
-    factor = -(lambda_.detach() if isinstance(lambda_, Tensor) else lambda_)
+    factor = _minus(lambda_.detach() if isinstance(lambda_, Tensor) else lambda_)
     return torch.where(value.isfinite(), value + scale(x - value, factor), value)
 
 
@@ -98,7 +105,7 @@ def gradient_reversal(x: Tensor, lambda_: Tensor | float = 1.0) -> Tensor:
     # A Function that returns a view may not scale its tangent: forward mode is done by hand.
     primal, tangent = forward_ad.unpack_dual(x) if forward_ad._current_level >= 0 else (x, None)
     y = _Reversal.apply(primal, lambda_)
-    return y if tangent is None else forward_ad.make_dual(y, scale(tangent, -lambda_))
+    return y if tangent is None else forward_ad.make_dual(y, scale(tangent, _minus(lambda_)))
 
 
 def seen_by(x: Tensor, lambda_: Tensor | float | None) -> Tensor:

@@ -75,6 +75,17 @@ def test_lambda_zero_gives_zeros_of_an_infinite_gradient(x):
         assert_same(grad(lambda x: (gradient_reversal(x, zero) * float("inf")).sum())(x), torch.zeros_like(x))  # noqa: B023
 
 
+@pytest.mark.parametrize("lambda_", [torch.tensor(2, dtype=torch.uint8), torch.tensor(True)], ids=["uint8", "bool"])
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_a_lambda_of_a_type_without_negative_numbers(x, lambda_, shape):
+    lambda_ = lambda_.expand(shape).to(x.device)
+    expected = -int(lambda_.max()) * 3 * x**2
+    torch.testing.assert_close(grad(cubes(lambda_))(x), expected)
+    torch.testing.assert_close(jvp(cubes(lambda_), (x,), (torch.ones_like(x),))[1], expected.sum())
+    cubes(lambda_)(x.requires_grad_()).backward()
+    torch.testing.assert_close(x.grad, expected.detach())
+
+
 def test_no_gradient_reaches_lambda(x):
     value, pull_back = vjp(lambda x, lambda_: gradient_reversal(x, lambda_), x, torch.full_like(x, LAMBDA))
     assert_same(pull_back(torch.ones_like(value))[1], torch.zeros_like(x))
