@@ -381,7 +381,7 @@ class AdversarialHeads(nn.Module):
         return outputs
 
     def _check_features(self, features: Tensor) -> None:
-        if features.dim() > 0 and features.shape[self.dim] != self.in_features:
+        if features.dim() > 0 and features.size(self.dim) != self.in_features:
             raise ValueError(
                 f"features must have in_features = {self.in_features} elements in dimension {self.dim}, "
                 f"got shape {list(features.shape)}"

@@ -62,11 +62,11 @@ bool any(const std::vector<bool>& flags) {
   return std::find(flags.begin(), flags.end(), true) != flags.end();
 }
 
-bool any_defined(const variable_list& tensors) {
+bool any_defined(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return tensor.defined(); });
 }
 
-bool any_batched(const variable_list& tensors) {
+bool any_batched(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && is_batched(t); });
 }
 
@@ -100,6 +100,8 @@ std::optional<Tensor> to_optional(const Tensor& tensor) {
 
 std::pair<std::vector<double>, OptionalTensors> to_lists(const std::vector<Factor>& factors) {
   std::pair<std::vector<double>, OptionalTensors> lists;
+  lists.first.reserve(factors.size());
+  lists.second.reserve(factors.size());
   for (const auto& factor : factors) {
     lists.first.push_back(factor.value);
     lists.second.push_back(factor.tensor);

@@ -85,8 +85,8 @@ std::optional<HeadInputs> prepare(
 std::vector<bool> recorded(const HeadInputs& inputs);
 
 bool any(const std::vector<bool>& flags);
-bool any_defined(const torch::autograd::variable_list& tensors);
-bool any_batched(const torch::autograd::variable_list& tensors);
+bool any_defined(at::TensorList tensors);
+bool any_batched(at::TensorList tensors);
 
 // A node's edges: to x, to each weight, to each bias.
 torch::autograd::edge_list edges_of(const HeadInputs& inputs);

@@ -50,14 +50,12 @@ HeadsOptions options_of(const HeadsOptions& options, const std::vector<size_t>& 
 
 // Undefined where there is none.
 struct IncomingGradients {
-  Tensor loss;
-  variable_list head_losses, logits;
+  const Tensor& loss;
+  at::TensorList head_losses, logits;
 
-  IncomingGradients(const variable_list& grads, size_t heads) : loss(grads[0]) {
-    const auto at_logits = grads.begin() + 1 + static_cast<std::ptrdiff_t>(heads);
-    head_losses.assign(grads.begin() + 1, at_logits);
-    logits.assign(at_logits, grads.end());
-  }
+  IncomingGradients(const variable_list& grads, size_t heads)
+      : loss(grads[0]), head_losses(at::TensorList(grads).slice(1, heads)),
+        logits(at::TensorList(grads).slice(1 + heads)) {}
 
   bool is_of_loss_alone() const { return loss.defined() && !any_defined(head_losses) && !any_defined(logits); }
 
@@ -148,6 +146,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   HeadsLossBackward(const HeadInputs& inputs, HeadsOptions options, variable_list gradients)
       : heads_(inputs.count()), factors_(inputs.factors.begin(), inputs.factors.end()), options_(std::move(options)),
         gradients_(std::move(gradients)) {
+    saved_.reserve(1 + 5 * heads_);
     saved_.save(inputs.x);
     for (size_t h = 0; h < heads_; ++h) {
       saved_.save(inputs.weight[h]);
@@ -164,6 +163,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
 
   // Called after set_history: saved logits must know that this node made them.
   void save_logits(const std::vector<Tensor>& logits) {
+    logits_.reserve(logits.size());
     for (const auto& own : logits) {
       logits_.save(own, /*is_output=*/true);
     }

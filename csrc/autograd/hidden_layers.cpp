@@ -102,6 +102,7 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
  public:
   // z holds the first output by now. As ReLU of it is the same, it is differentiated through that.
   HiddenLayersBackward(const HeadInputs& inputs, const std::vector<Tensor>& outputs) : layers_(inputs.count()) {
+    saved_.reserve(2 + 3 * layers_);
     saved_.save(inputs.x);
     for (size_t l = 0; l < layers_; ++l) {
       saved_.save(inputs.weight[l]);

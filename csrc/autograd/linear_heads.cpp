@@ -23,6 +23,7 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
     for (size_t h = 0; h < inputs.count(); ++h) {
       any_weight = any_weight || needs[slots.weight(h)];
     }
+    saved_.reserve(1 + inputs.count());
     saved_.save(any_weight ? inputs.x : Tensor());
     for (const auto& weight : inputs.weight) {
       saved_.save(needs[slots.x()] ? weight : Tensor());

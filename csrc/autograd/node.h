@@ -47,6 +47,8 @@ auto find_kernel(const char* name) {
 // Tensors that a node has saved, undefined ones among them. The caller holds the node's mutex.
 class SavedList {
  public:
+  void reserve(size_t size) { list_.reserve(size); }
+
   void save(const at::Tensor& tensor, bool is_output = false) { list_.emplace_back(tensor, is_output); }
 
   void save(const std::optional<at::Tensor>& tensor) { save(tensor.value_or(at::Tensor())); }
