@@ -37,7 +37,7 @@ class _PastedFunction(torch.autograd.Function):
 
 
 class Pasted(nn.Module):
-    """The layer that everybody pastes: a view forward, two passes backward.
+    """The common Python layer: a view forward, two passes backward.
 
     Some code bases have a copy in the forward, `x * 1.0` or `x.clone()`. That costs one pass more, and is not measured.
     """

@@ -8,22 +8,19 @@
 // - align shared arrays with __align__: __shared__ __align__(16) float tile[32];
 // - use no more of CUDA than is here, in cuda_types.h and in half_types.h: what a new kernel needs is added there.
 // A test is a program that launches the kernel on ordinary host memory and exits with 0, named in
-// tests/test_cuda_on_cpu.py.
+// tests/cuda_on_cpu/test_cuda_on_cpu.py.
 //
 // What is found that a GPU may let pass:
 // - AddressSanitizer: accesses outside global buffers and outside the dynamic shared memory that was asked for.
 // - UndefinedBehaviorSanitizer: misaligned vector accesses, indices outside static shared arrays.
 // - ThreadSanitizer: races between the threads of a block (a missing __syncthreads or __syncwarp) and between blocks.
-// Each CUDA
-//   thread is a thread of its own to it, ordered with others by barriers and __threadfence only: a shuffle orders no
-//   memory. The fibres run one at a time and in a fixed order, so what it reports does not depend on luck. 8000 threads
-//   a grid at most.
+//   Each CUDA thread is a thread of its own to it, ordered with others by barriers and __threadfence only: a shuffle
+//   orders no memory. The fibres run one at a time and in a fixed order, so what it reports does not depend on luck.
+//   8000 threads a grid at most.
 // - Here: threads that wait for one that has returned or waits elsewhere (the message lists the places), lanes outside
-// the mask
-//   they name, misaligned asynchronous copies.
+//   the mask they name, misaligned asynchronous copies.
 // - Launches that a device refuses (device_limits.h): threads, grid, parameters, static and dynamic shared memory
-// together. Not
-//   registers, of which only the compiler knows: tests/test_cuda_code.py looks at those.
+//   together. Not registers, of which only the compiler knows: tests/project/test_cuda_code.py looks at those.
 // - Dynamic shared memory begins as NaN. The target of an asynchronous copy is NaN until the copy has been waited for.
 //
 // What differs from a GPU: blocks run one after another, the last one first, so that they cannot wait for each other;

@@ -1,5 +1,5 @@
 // Does the emulation behave as a GPU does, and does it find what it is there to find? `emulation_test NAME` runs one
-// case: 0 and silence where the kernel is right; the planted errors end in a sanitizer's report or in the emulation's
+// case: 0 and no output where the kernel is right; the planted errors end in a sanitizer's report or in the emulation's
 // own.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

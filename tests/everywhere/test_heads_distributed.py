@@ -736,7 +736,7 @@ def logits_by_rows(rank: int, fused: bool) -> None:
     assert (operators.seen["_heads_logits"] > 0) == fused and not operators.seen["all_reduce"], operators.seen
     expected = whole(theirs)
     for of in (logits, expected):
-        (of["digit"].square().sum() + of["domain"].exp().sum()).backward()  # the others take no part
+        (of["digit"].square().sum() + of["domain"].exp().sum()).backward()  # the others are ignored
     for name, z in expected.items():
         torch.testing.assert_close(logits[name].full_tensor(), z)
         assert logits[name].placements == (Shard(0),)

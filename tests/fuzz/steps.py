@@ -106,7 +106,7 @@ def run(count: int, step: Callable[[int], None]) -> list[Sample]:
     every = max(1, (count - warm_up) // SAMPLES)
     samples = []
     gc.disable()  # so that garbage adds up until it is counted
-    gc.freeze()  # what is there before takes no part, and no time
+    gc.freeze()  # what is there before is not looked at, which saves time
     try:
         for i in range(warm_up):
             step(i)

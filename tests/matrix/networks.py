@@ -150,7 +150,7 @@ class Loss(Logits):
 
 
 class Hidden(Loss):
-    """The adversary's layers are fused; of the predictor's, those that follow the first run as they are."""
+    """The adversary's layers are fused; of the predictor's, the first and the last."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -59,11 +59,11 @@ def package_without_extension(tmp_path) -> Path:
     return tmp_path / "grl_ext"
 
 
-def test_the_compiled_extension_is_used_in_silence(compiled):
+def test_the_compiled_extension_is_used_without_a_word(compiled):
     assert run(USE).stdout.splitlines() == ["compiled [-0.5, -0.5, -0.5]"]
 
 
-def test_without_an_extension_the_fallback_works_in_silence(package_without_extension):
+def test_without_an_extension_the_fallback_works_without_a_word(package_without_extension):
     result = run(USE, package_without_extension)
     assert (result.stdout.splitlines(), result.stderr) == (["fallback [-0.5, -0.5, -0.5]"], "")
 
