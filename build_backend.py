@@ -4,7 +4,7 @@ What it finds decides what setup.py compiles, the wheel's version and its torch 
 and the machine has no CUDA toolkit, it asks the installer for the packages that make one up. torch itself is only read
 here, not imported.
 
-GRL_EXT_BUILD=auto (default)   CUDA kernels too, if torch is a CUDA build and a matching toolkit is found or can be fetched
+GRL_EXT_BUILD=auto (default)   CUDA kernels too, if torch is a CUDA build and its toolkit is found or can be fetched
               cuda             the same, or an error that says what is missing
               cpu              CPU kernels only
               python           nothing compiled: the pure PyTorch path
@@ -131,7 +131,8 @@ def find_toolkit(torch: Torch) -> tuple[Path | None, str]:
             return home, ""
         problem = (
             problem
-            or f"nvcc in {home} is {version} but torch was built for CUDA {torch.cuda}; set CUDA_HOME to a matching toolkit"
+            or f"nvcc in {home} is {version} but torch was built for CUDA {torch.cuda}; "
+            "set CUDA_HOME to a matching toolkit"
         )
     if problem:
         return None, problem
@@ -236,7 +237,8 @@ def missing_toolkit_packages() -> list[str]:
     if torch is None or not torch.toolkit_packages or find_toolkit(torch)[0]:
         return []
     say(
-        f"torch {torch.version} is a CUDA build and no CUDA toolkit is here: fetching {', '.join(torch.toolkit_packages)} for this build "
+        f"torch {torch.version} is a CUDA build and no CUDA toolkit is here: "
+        f"fetching {', '.join(torch.toolkit_packages)} for this build "
         "(GRL_EXT_BUILD=cpu does without)"
     )
     return torch.toolkit_packages

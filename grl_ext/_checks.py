@@ -74,7 +74,8 @@ def _check_real(name: str, value: Tensor) -> None:
 
 def _is_read_by_graph(tensor: Tensor) -> bool:
     """Whether a compiled graph can look at the values when it runs."""
-    return torch.compiler.is_compiling() and tensor.device.type == "cpu" and not torch.compiler.is_exporting()
+    plain = tensor.device.type == "cpu" and not hasattr(type(tensor), "__tensor_flatten__")  # a DTensor is none
+    return plain and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def _check_finite(name: str, value: Tensor) -> None:
@@ -292,7 +293,7 @@ def _check_loss_weight(name: str, weight: Tensor) -> None:
 def check_loss(
     x: Tensor, sizes: Sequence[int], targets: Sequence[Tensor], options: HeadsOptions, names: Names = NUMBERED
 ) -> None:
-    """x (..., D) or whatever else has the targets' leading sizes; `sizes`, the columns of each head's logits. Of options
+    """x (..., D) or what else has the targets' leading sizes; `sizes`, the columns of each head's logits. Of options
     whose numbers were checked."""
     heads = len(sizes)
     check_counts(targets, options, heads)

@@ -54,12 +54,12 @@ def of_layer() -> Path:
     return Path.PLAIN if _backend.C is None else Path.EAGER
 
 
-def of_linear() -> Path:
+def of_linear(tensors: Iterable[Tensor | None]) -> Path:
     """The path of one reversed linear layer. Where it is EAGER the compiled function may still decline."""
     path = of_layer()
     if forward_ad._current_level >= 0 or path in (Path.FUNCTION, Path.RECORDED):
         return Path.PLAIN  # whose reversals ask of_layer() again
-    return path
+    return Path.PLAIN if path is Path.OPERATOR and _any_wraps(tensors) else path
 
 
 def of_heads(features: Tensor, others: Iterable[Tensor | None]) -> Path:
@@ -80,8 +80,12 @@ def _has_operator(features: Tensor, others: Iterable[Tensor | None]) -> bool:
         return False
     if not torch.compiler.is_compiling():
         return False  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.
-    # A subclass in a graph, such as DTensor, has a strategy for each of PyTorch's own operators.
-    return not any(t is not None and hasattr(type(t), "__tensor_flatten__") for t in (features, *others))
+    return not _any_wraps((features, *others))
+
+
+def _any_wraps(tensors: Iterable[Tensor | None]) -> bool:
+    """A subclass in a graph, such as DTensor, has a strategy for each of PyTorch's own operators, and none for ours."""
+    return any(tensor is not None and hasattr(type(tensor), "__tensor_flatten__") for tensor in tensors)
 
 
 def _is_distributed(features: Tensor) -> bool:

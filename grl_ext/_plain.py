@@ -64,7 +64,7 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
     lambda_ = check_lambda(x, lambda_)
     x, weight, bias = autocast(x, weight, bias)
     check_linear_shapes(x, weight, bias)
-    return F.linear(gradient_reversal(x, lambda_), weight, bias)
+    return F.linear(seen_by(x, lambda_), weight, bias)
 
 
 def checked_heads(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], names: Names = NUMBERED):

@@ -11,7 +11,7 @@ from grl_ext._paths import Path
 
 
 def scale(grad: Tensor, factor: Tensor | float) -> Tensor:
-    """factor * grad in its dtype, rounded once, and exact zeros where the factor is 0 (even of an infinite gradient)."""
+    """factor * grad in its dtype, rounded once, exact zeros where the factor is 0 (even of an infinite gradient)."""
     if isinstance(grad, MaskedTensor):  # torch.where would take the mask of the zeros
         return as_masked_tensor(scale(grad.get_data(), factor), grad.get_mask())
     if grad.is_complex():  # by parts: the product with a complex number would make NaN of infinity times 0

@@ -129,7 +129,7 @@ def grl_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: T
 def _grl_linear(x, weight, bias, lambda_):
     if has_torch_function((x, weight, bias)):
         return handle_torch_function(grl_linear, (x, weight, bias), x, weight, bias, lambda_)
-    path = _paths.of_linear()
+    path = _paths.of_linear((x, weight, bias))
     if path is Path.EAGER:
         y = _backend.C.grl_linear(x, weight, bias, lambda_)
         if y is not None:

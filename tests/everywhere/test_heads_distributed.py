@@ -300,13 +300,13 @@ def ddp_keeps_one_lambda(rank: int) -> None:
     heads = network().heads
     heads.lambda_ = 0.1 + rank
     ddp = DistributedDataParallel(heads)
-    assert heads.lambda_.tolist() == [0.1] * 3  # that of the first process, in both
+    assert [value.item() for value in heads.lambda_.values()] == [0.1] * 3  # that of the first process, in both
     state = {name.removeprefix("module."): value for name, value in ddp.state_dict().items()}
     other = AdversarialHeads(
         7, {"digit": 3, "age": [6, 1]}, {"domain": 2, "speaker": [6, 4], "room": OwnModule()}, losses={"age": "mse"}
     )
     other.load_state_dict(state)
-    assert other.lambda_.tolist() == [0.1] * 3 and other.lambda_.dtype == torch.float64
+    assert all(value.dtype == torch.float64 and value.item() == 0.1 for value in other.lambda_.values())
     del ddp
 
 
@@ -376,7 +376,7 @@ def fsdp_around_the_heads(rank: int, wrap, dtype: torch.dtype) -> None:
         expected = rounded_gradients(stock, features, targets, dtype)
         assert_whole_gradients(sharded, stock, TOLERANCE[dtype])
         torch.testing.assert_close(ours.grad, part(rank, expected), **TOLERANCE[dtype])
-    assert heads.lambda_.dtype == torch.float64 and heads.lambda_.tolist() == list(LAMBDAS.values())
+    assert heads.lambda_ == {name: torch.tensor(value, dtype=torch.float64) for name, value in LAMBDAS.items()}
 
 
 def assert_whole_gradients(sharded: nn.Module, stock: nn.Module, tolerance: dict) -> None:
@@ -494,9 +494,10 @@ def fsdp2_state_and_hooks(rank: int) -> None:
     assert whole.keys() == state.keys()
     for name, tensor in state.items():
         torch.testing.assert_close(whole[name], tensor, rtol=0, atol=0)
-    state["lambda_"] = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    numbers = dict(zip(heads.lambda_, (0.1, 0.2, 0.3), strict=True))
+    state.update({f"reversals.{name}.lambda_": torch.tensor(own, dtype=torch.float64) for name, own in numbers.items()})
     checkpoint.set_model_state_dict(sharded, state, options=options)
-    assert heads.lambda_.tolist() == [0.1, 0.2, 0.3]
+    assert {name: value.item() for name, value in heads.lambda_.items()} == numbers
     _, features, targets = batch()
     sharded(part(rank, features), part(rank, targets)).loss.backward()
     assert fired == ["before", "HeadsOutput"], fired
@@ -512,7 +513,7 @@ def fsdp1_that_casts_buffers(rank: int) -> None:
         network().heads, device_id=torch.device("cpu"), mixed_precision=precision, use_orig_params=True
     )
     _, features, targets = batch()
-    with pytest.raises(TypeError, match=r"^lambda_ must be float32 or float64, got torch.bfloat16$"):
+    with pytest.raises(TypeError, match=r"^lambda_\['domain'\] must be float32 or float64, got torch.bfloat16$"):
         sharded(part(rank, features), part(rank, {name: targets[name] for name in ("digit", "domain")}))
 
 
@@ -633,9 +634,14 @@ def exactly_as_in_one_process(rank: int, layout: str, option: str, fused: bool) 
     with Operators() as operators:
         out = heads(ours, {name: over_rows(target) for name, target in targets.items()}, **own)
     assert (operators.seen["_heads_loss"] > 0) == fused, operators.seen
-    # One sum of the norms before the operator and one of the loss after it, whatever the number of heads.
+    # One sum of the norms before the operator and one of the loss after it: for all linear heads together, and for each
+    # head with hidden layers.
     if placements == [Shard(0)]:
-        assert operators.seen["all_reduce"] == (1 if options.get("reduction") == "sum" else 2), operators.seen
+        calls = 1 + sum(
+            isinstance(module, nn.Sequential) for module in (*heads.predictors.values(), *heads.adversaries.values())
+        )
+        each = 1 if options.get("reduction") == "sum" else 2
+        assert operators.seen["all_reduce"] == each * calls, operators.seen
     expected = whole(theirs, targets, **options)
     torch.testing.assert_close(out.loss.full_tensor(), expected.loss)
     assert out.loss.placements == (Replicate(),) * len(placements)

@@ -47,7 +47,8 @@ def test_x_and_gradient_may_lie_in_memory_in_any_way(device, lambda_form, unshar
             assert_same(gradient(x, lambda_, grad, unshared), expected_gradient(grad, lambda_))
 
 
-def test_the_kernel_multiplies_by_the_factor_and_the_tensor(device, compiled):
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
+def test_the_kernel_multiplies_by_the_factor_and_the_tensor(device, path):
     grad = torch.randn(3, 7, device=device)
     for tensor in (None, torch.tensor(0.3), torch.randn(3, 1), torch.randn(7), torch.randn(3, 7)):
         for factor in (1.0, -1.0, 0.7, 0.0):
@@ -56,7 +57,8 @@ def test_the_kernel_multiplies_by_the_factor_and_the_tensor(device, compiled):
             torch.testing.assert_close(torch.ops.grl_ext._scale(grad, factor, tensor), grad * product)
 
 
-def test_the_kernel_gives_zeros_where_the_product_of_factor_and_tensor_is_zero(device, compiled):
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
+def test_the_kernel_gives_zeros_where_the_product_of_factor_and_tensor_is_zero(device, path):
     grad = torch.full((2, 3), float("inf"), device=device)
     each = torch.tensor([0.0, -0.0, 2.0], device=device)
     for factor, tensor in ((0.0, None), (-0.0, None), (0.0, torch.tensor(2.0, device=device)), (0.0, each)):
@@ -74,9 +76,10 @@ NOT_DENSE = {
 }
 
 
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
 @pytest.mark.parametrize("layout", NOT_DENSE)
 @pytest.mark.parametrize("tensor", [None, torch.tensor(0.3), torch.randn(3)], ids=["number", "0-d", "each"])
-def test_the_kernel_refuses_a_gradient_that_is_not_dense(device, compiled, layout, tensor):
+def test_the_kernel_refuses_a_gradient_that_is_not_dense(device, path, layout, tensor):
     """Its loops run over the memory from the first element on."""
     grad = NOT_DENSE[layout](torch.randn(4, 3, device=device))
     tensor = None if tensor is None else tensor.to(device)
@@ -89,8 +92,9 @@ def test_the_kernel_refuses_a_gradient_that_is_not_dense(device, compiled, layou
             call()
 
 
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
 @pytest.mark.parametrize("shape", [(2,), (4, 2), (2, 3), (2, 4, 3), (4, 1, 3)], ids=str)
-def test_the_kernel_refuses_a_tensor_that_does_not_broadcast_to_the_gradient(device, compiled, shape):
+def test_the_kernel_refuses_a_tensor_that_does_not_broadcast_to_the_gradient(device, path, shape):
     grad = torch.randn(4, 3, device=device)
     with pytest.raises(ValueError, match="^_scale: "):
         torch.ops.grl_ext._scale(grad, -1.0, torch.randn(shape, device=device))

@@ -356,7 +356,7 @@ def zeros_for_holes(values: Tensor, seen: Tensor) -> Tensor:
     "`MaskedTensor` features",
     Refusal(
         (LINEAR, *HEADS),
-        "^x must not be a MaskedTensor",
+        "^(x|features) must not be a MaskedTensor",
         "refused: linear layers of PyTorch take none; pass `features.to_tensor(0)`",
     ),
     expected=lambda plain: with_holes(plain, zeros_for_holes),

@@ -293,7 +293,9 @@ def test_the_memory_of_conditioning_is_what_the_recipe_says():
     recipe = (BENCH.parent / "docs" / "recipes.md").read_text()
     outer, without = (
         float(number)
-        for number in re.search(r"hold ([\d.]+) MB over the outer product and ([\d.]+) MB", recipe).groups()
+        for number in re.search(
+            r"hold\s+([\d.]+)\s+MB\s+over\s+the\s+outer\s+product\s+and\s+([\d.]+)\s+MB", recipe
+        ).groups()
     )
     found = conditioning.peaks(rows=64, features=2048, classes=65, domains=2)
     # Tensors are counted exactly; another version of torch may hold a small one more.
