@@ -5,7 +5,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from grl_ext import _plain
+from grl_ext import _plain, _reversal
 from grl_ext._options import HeadsOptions
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -27,7 +27,7 @@ def register() -> None:
 def _register_layer() -> None:
     """What a graph holds where no extension has registered it, so that its gradient is reversed too."""
     for name, function, schema in (
-        ("gradient_reversal", _plain.gradient_reversal, "(Tensor(a) x, Tensor lambda_) -> Tensor(a)"),
+        ("gradient_reversal", _reversal.gradient_reversal, "(Tensor(a) x, Tensor lambda_) -> Tensor(a)"),
         ("grl_linear", _plain.grl_linear, "(Tensor x, Tensor weight, Tensor? bias, Tensor lambda_) -> Tensor"),
     ):
         _library.define(name + schema)

@@ -24,7 +24,7 @@ from grl_ext._checks import (
     check_operands,
 )
 from grl_ext._options import SQUARED_ERROR, HeadsOptions, as_tensor
-from grl_ext._reversal import gradient_reversal, seen_by
+from grl_ext._reversal import seen_by
 
 LossAndLogits = tuple[Tensor, list[Tensor], list[Tensor]]  # the total, each head's loss, each head's logits
 
