@@ -26,6 +26,7 @@ def kind_of(error: Exception) -> str:
         "second time|already been freed",
         "does not require grad",
         "unused|not have been used",
+        "single memory location",
     ):
         if re.search(word, text):
             return f"{type(error).__name__}: {word}"
@@ -143,7 +144,10 @@ class Program:
     def binary(self, x: Tensor) -> Tensor:
         others = [t for t in self.live if t.shape == x.shape and t.dtype == x.dtype]
         other = self.random.choice(others)
-        return self.random.choice([torch.add, torch.mul, torch.sub, lambda a, b: torch.stack([a, b]).sum(0)])(x, other)
+        # Without the product PyTorch gives both the same memory as .grad where they have one element, and adds to it
+        # twice: the gradients of stack and sum are views of one number.
+        forms = [torch.add, torch.mul, torch.sub, lambda a, b: (torch.stack([a, b]) * 1).sum(0)]
+        return self.random.choice(forms)(x, other)
 
     def view(self, x: Tensor) -> Tensor:
         forms: list[Callable[[Tensor], Tensor]] = [
@@ -361,10 +365,14 @@ class Program:
             first = torch.autograd.grad(self.loss(), inputs, create_graph=True, allow_unused=True)
             record("first", first)
             differentiable = [g for g in first if g is not None and g.requires_grad]
+            parameters = [t for t in [*self.leaves, *self.lambdas] if t.requires_grad and t.is_leaf]
+            second = [None] * len(parameters)
             if differentiable:
                 total = sum((g.abs() if g.is_complex() else g).double().square().sum() for g in differentiable)
-                parameters = [t for t in [*self.leaves, *self.lambdas] if t.requires_grad and t.is_leaf]
-                record("second", torch.autograd.grad(total, parameters, retain_graph=retain, allow_unused=True))
+                second = torch.autograd.grad(total, parameters, retain_graph=retain, allow_unused=True)
+            if self.linear_outputs:  # F.linear's result may be a view, which has a graph after zero_() too
+                second = [torch.zeros_like(t) if g is None else g for t, g in zip(parameters, second, strict=True)]
+            record("second", second)
         else:
             losses, results = [self.loss(), self.loss()], [None, None]
 

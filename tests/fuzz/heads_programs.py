@@ -1,45 +1,45 @@
-"""Random heads over the same features: their shapes, options, and what is asked of their losses and logits.
+"""Random heads over the same features: their modules and options, what becomes of them between steps, and what is asked
+of their losses and logits.
 
-As in `autograd_programs`, a program is drawn from its seed while it runs, and never looks at values. In float32 heads
-are linear
-only: a hidden unit at ReLU's kink may be on in one implementation and off in the other.
+As in `autograd_programs`, a program is drawn from its seed while it runs, and never looks at values. Heads are added,
+removed, renamed and replaced, and a checkpoint of them is loaded into heads that are declared in another order.
 """
 
+import copy
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from head_kinds import HeadKinds
 from torch import Tensor, nn
 
-NAMES = ["label", "digit", "domain", "speaker"]
+NAMES = ["label", "digit", "domain", "speaker", "site", "age"]
+LAMBDAS = [0.0, 0.3, 1.0, -2.0]
 
 
 class Program:
     def __init__(self, seed: int, operations: SimpleNamespace):
         self.random = random.Random(seed)
         self.numbers = torch.Generator().manual_seed(seed)
+        self.operations = operations
         self.records: list[tuple[str, object]] = []
         self.dtype = self.random.choice([torch.float32, torch.float64, torch.float64])
         self.leading = self.random.choice([(5,), (1,), (0,), (70,), (2, 3), (3, 1, 4), ()])
         self.features = self.random.choice([1, 2, 3, 7, 8, 33])
+        self.dim = self.random.choice([1, 1, 0, -2]) if len(self.leading) and self.flip(0.15) else -1
+        self.kinds = HeadKinds(self.numbers, self.dtype, self.leading, self.features, self.dim)
         scale = self.random.choice([1, 1, 30]) if self.dtype == torch.float64 else 1  # 30: saturated losses
-        self.x = (self.tensor(*self.leading, self.features) * scale).requires_grad_(self.flip(0.9))
-        modules = {name: self.head() for name in self.random.sample(NAMES, self.random.randint(1, 4))}
-        split = self.random.randint(0, len(modules))
-        self.sizes = {name: size for name, (_, size) in modules.items()}
-        predictors, adversaries = list(modules)[:split], list(modules)[split:]
-        self.losses = {name: "mse" for name in modules if self.flip(0.2)}
-        self.heads = operations.AdversarialHeads(
-            self.features,
-            {name: modules[name][0] for name in predictors},
-            {name: modules[name][0] for name in adversaries},
-            lambda_={name: self.random.choice([0.0, 0.3, 1.0, -2.0]) for name in adversaries},
-            losses=self.losses,
+        self.x = (self.tensor(*self.shape(self.features)) * scale).requires_grad_(self.flip(0.9))
+        self.leaves = [self.x]
+        self.sizes: dict[str, int] = {}  # of the heads that there are
+        self.scheduler = None
+        names = self.random.sample(NAMES, self.random.randint(1, 4))
+        split = self.random.randint(0, len(names))
+        self.heads = self.made(
+            {name: self.head(name) for name in names[:split]}, {name: self.head(name) for name in names[split:]}
         )
-        self.adversaries = adversaries
-        self.leaves = [self.x, *self.heads.parameters()]
-        for parameter in self.leaves[1:]:
-            parameter.requires_grad_(self.flip(0.85))
+        self.keep_parameters()
 
     def flip(self, probability: float) -> bool:
         return self.random.random() < probability
@@ -47,35 +47,58 @@ class Program:
     def tensor(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.numbers, dtype=torch.float64).to(self.dtype)
 
-    def linear(self, inputs: int, outputs: int) -> nn.Linear:
-        layer = nn.Linear(inputs, outputs, bias=self.flip(0.7), dtype=self.dtype)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.copy_(self.tensor(*parameter.shape))
-        return layer
+    def shape(self, size: int) -> tuple[int, ...]:
+        shape = list(self.leading)
+        shape.insert(self.dim % (len(shape) + 1), size)
+        return tuple(shape)
 
-    def head(self) -> tuple[nn.Module, int]:
-        size = self.random.choice([1, 1, 2, 3, 5, 45])
-        form = self.random.random() if self.dtype == torch.float64 else 0
-        if form < 0.5:
-            return self.linear(self.features, size), size
-        hidden = self.random.choice([1, 4])
-        if form < 0.8:
-            return nn.Sequential(self.linear(self.features, hidden), nn.ReLU(), self.linear(hidden, size)), size
-        if form < 0.9:
-            return nn.Sequential(self.linear(self.features, hidden), nn.Tanh(), self.linear(hidden, size)), size
-        return nn.Sequential(nn.Tanh(), self.linear(self.features, size)), size
+    # --- heads --------------------------------------------------------------------------------------------------------
 
-    # --- a call's arguments
-    # --------------------------------------------------------------------------------------------
+    def head(self, name: str) -> nn.Module:
+        if self.sizes and self.flip(0.03):  # layers that two heads share
+            other = self.random.choice(list(self.sizes))
+            module = self.modules[other]
+            self.sizes[name] = self.sizes[other]
+        else:
+            module, self.sizes[name] = self.kinds.draw(self.random)
+        self.modules[name] = module
+        return module
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return self.__dict__.setdefault("_modules", {})
+
+    def made(self, predictors: dict[str, nn.Module], adversaries: dict[str, nn.Module], losses=None):
+        if losses is None:
+            losses = {name: "mse" for name in (*predictors, *adversaries) if self.flip(0.2)}
+        lambda_ = {name: self.random.choice(LAMBDAS) for name in adversaries if self.flip(0.9)}
+        return self.operations.AdversarialHeads(
+            self.features,
+            predictors,
+            adversaries,
+            lambda_=self.random.choice(LAMBDAS) if self.flip(0.2) else lambda_,
+            losses=losses,
+            dim=self.dim,
+        )
+
+    def keep_parameters(self) -> None:
+        """What was taken out stays among the leaves: no later step may reach it."""
+        for parameter in self.heads.parameters():
+            if not any(parameter is leaf for leaf in self.leaves):
+                self.leaves.append(parameter.requires_grad_(self.flip(0.85)))
+
+    def loss_of(self, name: str) -> str:
+        return self.heads.losses.get(name, "cross_entropy")
+
+    # --- a call's arguments -------------------------------------------------------------------------------------------
 
     def target(self, name: str) -> Tensor:
         size = self.sizes[name]
-        if name in self.losses:
-            return self.tensor(*self.leading, size)
+        if self.loss_of(name) == "mse":
+            return self.tensor(*self.shape(size))
         if self.flip(0.3):
-            soft = self.tensor(*self.leading, size)
-            return soft.sigmoid() if size == 1 else soft.softmax(-1)
+            soft = self.tensor(*self.shape(size))
+            return soft.sigmoid() if size == 1 else soft.softmax(self.dim)
         target = torch.randint(max(2, size), self.leading, generator=self.numbers)
         share = self.random.choice([0, 0, 0.4, 1])
         return target.masked_fill(torch.rand(self.leading, generator=self.numbers) < share, -7)
@@ -85,26 +108,171 @@ class Program:
         return weight * (torch.rand(self.leading, generator=self.numbers) > self.random.choice([0, 0.3, 1]))
 
     def options(self, names: list[str]) -> dict[str, object]:
-        options: dict[str, object] = {"ignore_index": -7}
+        classes = [name for name in names if self.loss_of(name) != "mse"]
+
+        def some(among: list[str], draw: Callable[[str], object]) -> dict[str, object]:
+            return {name: draw(name) for name in among if self.flip(0.6)}
+
+        options: dict[str, object] = {"ignore_index": -7 if self.flip(0.8) else dict.fromkeys(names, -7)}
         if self.flip(0.4):
-            options["sample_weight"] = (
-                self.rows() if self.flip(0.5) else {name: self.rows() for name in names if self.flip(0.5)}
-            )
+            options["sample_weight"] = self.rows() if self.flip(0.5) else some(names, lambda name: self.rows())
         if self.flip(0.3):
-            classes = [name for name in names if name not in self.losses]
-            options["class_weight"] = {
-                name: self.tensor(max(2, self.sizes[name])).abs() for name in classes if self.flip(0.6)
-            }
+            options["class_weight"] = some(classes, lambda name: self.tensor(max(2, self.sizes[name])).abs())
         if self.flip(0.4):
-            options["loss_weight"] = {name: self.random.choice([0.0, 0.5, 3.0]) for name in names if self.flip(0.6)}
+            numbers = [0.0, 0.5, 3.0]
+            by_name = some(names, lambda name: self.random.choice(numbers))
+            options["loss_weight"] = self.random.choice(numbers) if self.flip(0.2) else by_name
         if self.flip(0.3):
-            options["label_smoothing"] = self.random.choice([0.1, 1.0])
+            number = self.random.choice([0.1, 1.0])
+            options["label_smoothing"] = number if self.flip(0.7) else some(classes, lambda name: number)
         if self.flip(0.3):
             options["reduction"] = "sum"
         return options
 
-    # --- steps
-    # ---------------------------------------------------------------------------------------------------------
+    # --- what becomes of the heads ------------------------------------------------------------------------------------
+
+    def change(self) -> None:
+        changes = [self.add, self.remove, self.rename, self.replace, self.set_lambda, self.set_lambda, self.set_loss]
+        changes += [self.load_into_another_order, self.copy, self.schedule, self.schedule, self.turn, self.refuse]
+        self.random.choice(changes)()
+        self.keep_parameters()
+        lambdas = {name: value.item() for name, value in self.heads.lambda_.items()}
+        self.records.append(("heads", f"{list(self.heads.predictors)} {lambdas}"))
+        repr(self.heads)
+
+    def unused(self) -> str | None:
+        return self.random.choice([name for name in NAMES if name not in self.sizes] or [None])
+
+    def any_of(self, heads) -> str | None:
+        return self.random.choice(list(heads) or [None])
+
+    def add(self) -> None:
+        if (name := self.unused()) is None:
+            return
+        if self.flip(0.4):
+            self.heads.predictors[name] = self.head(name)
+            return
+        lambda_, loss = self.random.choice(LAMBDAS), self.random.choice(["cross_entropy", "cross_entropy", "mse"])
+        if self.flip(0.3):  # layers that the heads make themselves
+            sizes = [self.random.choice([1, 4])] * (self.dtype == torch.float64) + [self.random.choice([1, 2, 5])]
+            given = sizes[0] if len(sizes) == 1 and self.flip(0.5) else sizes
+            bias = self.flip(0.7)
+            self.heads.add_adversary(name, given, lambda_, loss=loss, bias=bias, dtype=self.dtype)
+            self.modules[name], self.sizes[name] = self.kinds.fill(self.heads.adversaries[name]), sizes[-1]
+        else:
+            self.heads.add_adversary(name, self.head(name), lambda_, loss=loss)
+
+    def remove(self) -> None:
+        if len(self.sizes) == 1:
+            return
+        name = self.any_of(self.sizes)
+        part = self.heads.predictors if name in self.heads.predictors else self.heads.adversaries
+        if self.flip(0.5):
+            del part[name]
+        else:
+            part.pop(name)
+        del self.sizes[name]
+
+    def rename(self) -> None:
+        old, new = self.any_of(self.sizes), self.unused()
+        if new is None:
+            return
+        loss = self.loss_of(old)
+        if old in self.heads.predictors:
+            self.heads.predictors[new] = self.heads.predictors.pop(old)
+        elif self.flip(0.5):
+            module, lambda_ = self.heads.adversaries[old], self.heads.lambda_[old].item()
+            del self.heads.adversaries[old]
+            self.heads.add_adversary(new, module, lambda_)
+        else:  # with its reversal, which a scheduler may hold
+            self.heads.reversals[new] = self.heads.reversals[old]
+            self.heads.adversaries[new] = self.heads.adversaries.pop(old)
+        self.heads.losses[new] = loss
+        self.sizes[new] = self.sizes.pop(old)
+        self.modules[new] = self.modules.pop(old)
+
+    def replace(self) -> None:
+        """The module; lambda and loss stay."""
+        name = self.any_of(self.sizes)
+        part = self.heads.predictors if name in self.heads.predictors else self.heads.adversaries
+        part[name] = self.head(name)
+
+    def turn(self) -> None:
+        """A predictor becomes an adversary, or the other way round."""
+        name = self.any_of(self.sizes)
+        if name in self.heads.predictors:
+            self.heads.add_adversary(name, self.heads.predictors.pop(name), self.random.choice(LAMBDAS))
+        else:
+            self.heads.predictors[name] = self.heads.adversaries.pop(name)
+
+    def set_lambda(self) -> None:
+        name, value = self.any_of(self.heads.adversaries), self.random.choice(LAMBDAS)
+        if name is None:
+            return
+        if self.flip(0.3):
+            self.heads.lambda_ = torch.tensor(value) if self.flip(0.3) else value
+        elif self.flip(0.5):
+            self.heads.lambda_ = {name: value}
+        else:
+            self.heads.reversals[name].lambda_ = value
+
+    def set_loss(self) -> None:
+        self.heads.losses[self.any_of(self.sizes)] = self.random.choice(["mse", "cross_entropy"])
+
+    def schedule(self) -> None:
+        if self.scheduler is None:
+            if any(reversal.initial_lambda != 0 for reversal in self.heads.reversals.values()):
+                factor = self.random.choice([lambda p: p, lambda p: 1 - p, lambda p: 2 * p * p])
+                self.scheduler = self.operations.LambdaScheduler(self.heads, factor, self.random.choice([1, 2, 4]))
+            return
+        for _ in range(self.random.randint(1, 3)):
+            self.scheduler.step()
+
+    def load_into_another_order(self) -> None:
+        # Together, so that shared layers are shared again.
+        parts = copy.deepcopy((dict(self.heads.predictors.items()), dict(self.heads.adversaries.items())))
+        predictors, adversaries = (
+            {name: part[name] for name in self.random.sample(list(part), len(part))} for part in parts
+        )
+        self.modules.update(predictors | adversaries)
+        for module in (*predictors.values(), *adversaries.values()):
+            self.kinds.fill(module)
+        losses = {name: self.loss_of(name) for name in self.sizes}
+        state = self.heads.state_dict()
+        self.heads = self.made(predictors, adversaries, losses)
+        self.heads.load_state_dict(state)
+        self.scheduler = None
+
+    def copy(self) -> None:
+        self.heads, self.scheduler = copy.deepcopy(self.heads), None
+        self.modules.update(self.heads.predictors.items())
+        self.modules.update(self.heads.adversaries.items())
+
+    def refuse(self) -> None:
+        """What the heads do not take leaves them as they were."""
+        new, adversary = self.unused(), self.any_of(self.heads.adversaries)
+        layer = nn.Linear(self.features, 2, dtype=self.dtype)
+        reversed_ = nn.Sequential(self.operations.GRL(), layer)
+
+        def assign(name: str, module: nn.Module) -> None:
+            self.heads.adversaries[name] = module
+
+        wrong: list[Callable[[], object]] = [
+            lambda: setattr(self.heads, "lambda_", {"nobody": 0.5}),
+            lambda: self.heads(self.x, {"nobody": torch.zeros(self.leading)}),
+        ]
+        if new is not None:
+            wrong += [lambda: assign(new, layer), lambda: self.heads.add_adversary(new, reversed_)]
+        if adversary is not None:
+            wrong.append(lambda: assign(adversary, reversed_))
+        if predictor := self.any_of(self.heads.predictors):
+            wrong.append(lambda: self.heads.add_adversary(predictor, layer))
+        try:
+            self.random.choice(wrong)()
+        except ValueError:
+            self.records.append(("refused", "ValueError"))
+
+    # --- steps --------------------------------------------------------------------------------------------------------
 
     def total(self) -> Tensor:
         """One number of what the heads give for features that somebody else may use too."""
@@ -114,6 +282,7 @@ class Program:
             features.register_hook(lambda grad: seen.append(grad.detach().clone()))
             self.hooked = seen
         parts = [features.square().sum() * 0.1] if self.flip(0.3) else []
+        torch.manual_seed(self.random.randrange(1000))  # of dropout
         if self.flip(0.2):
             logits = self.heads(features)
             self.records += [(f"logits of {name}", z.detach()) for name, z in logits.items()]
@@ -171,18 +340,21 @@ class Program:
     def run(self) -> list[tuple[str, object]]:
         self.hooked: list[Tensor] = []
         for _ in range(self.random.randint(1, 3)):
-            self.differentiate(self.total())
+            while self.flip(0.4):
+                self.change()
+            total = self.total()
+            if self.flip(0.15):  # the backward is of the heads as they were in the forward
+                self.change()
+            self.differentiate(total)
             self.record("hooked", self.hooked)
             self.record("gradient", [t.grad for t in self.leaves])
-            change = self.random.choice(["nothing", "values", "lambda", "zero"])
+            form = self.random.choice(["nothing", "values", "zero"])
             with torch.no_grad():
                 for leaf in self.leaves:
-                    if change == "values":
+                    if form == "values":
                         leaf.mul_(0.9)
-                    elif change == "zero":
+                    elif form == "zero":
                         leaf.grad = None
-            if change == "lambda" and self.adversaries:
-                self.heads.lambda_ = {self.random.choice(self.adversaries): self.random.choice([0.0, 0.5])}
         return self.records
 
 

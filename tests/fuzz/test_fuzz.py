@@ -2,6 +2,7 @@
 
 import fuzz
 import pytest
+import torch
 
 pytestmark = pytest.mark.sanitized
 
@@ -16,3 +17,12 @@ def test_random_programs_do_as_in_plain_pytorch(path, kind):
 def test_a_missing_reversal_is_found(monkeypatch):
     monkeypatch.setattr(fuzz.OURS, "gradient_reversal", lambda x, lambda_=1.0: x.view_as(x))
     assert sum(fuzz.check("autograd", seed) is not None for seed in range(100)) > 30
+
+
+def test_a_lambda_that_goes_by_position_is_found(monkeypatch):
+    heads = fuzz.OURS.AdversarialHeads
+    monkeypatch.setattr(
+        heads, "_reversal_of", lambda self, name: list(self.reversals.values())[list(self.adversaries).index(name)]
+    )
+    monkeypatch.setattr("grl_ext.heads._Adversaries.__delitem__", torch.nn.ModuleDict.__delitem__)
+    assert sum(fuzz.check("heads", seed) is not None for seed in range(200)) > 5
