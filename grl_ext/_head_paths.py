@@ -104,13 +104,16 @@ class HeadPath(NamedTuple):
     between: tuple[nn.Module, ...] = ()
     last: nn.Module | None = None  # a linear layer, computed with its loss
 
-    @property
-    def is_linear(self) -> bool:
-        return self.path == "fused" and self.last is None
 
-    @property
-    def lambda_(self) -> Tensor | None:
-        return None if self.reversal is None else self.reversal._buffers["lambda_"]
+# Functions: Dynamo of torch 2.8 takes no property of a named tuple.
+
+
+def is_linear(head: HeadPath) -> bool:
+    return head.path == "fused" and head.last is None
+
+
+def lambda_of(head: HeadPath) -> Tensor | None:
+    return None if head.reversal is None else head.reversal._buffers["lambda_"]
 
 
 def path_of(name: str, module: nn.Module, reversal: GRL | None) -> HeadPath:

@@ -17,7 +17,16 @@ from grl_ext._checks import (
     check_tensor,
     kind_of,
 )
-from grl_ext._head_paths import HeadPath, begins_linear, check_reversal, path_of, weights_and_biases, why_not_plain
+from grl_ext._head_paths import (
+    HeadPath,
+    begins_linear,
+    check_reversal,
+    is_linear,
+    lambda_of,
+    path_of,
+    weights_and_biases,
+    why_not_plain,
+)
 from grl_ext._options import DEFAULTS, SQUARED_ERROR, HeadsOptions
 from grl_ext._plain import LossAndLogits, loss_of_logits
 from grl_ext.modules import GRL
@@ -364,7 +373,7 @@ class AdversarialHeads(nn.Module):
         if joined := [h for h, head in enumerate(heads) if head.first is not None]:
             self._check_features(features)
             weights, biases = weights_and_biases([heads[h].first for h in joined])
-            lambdas = [heads[h].lambda_ for h in joined]
+            lambdas = [lambda_of(heads[h]) for h in joined]
             names = Names("features", [heads[h].name for h in joined])
             # A list of our own: Dynamo takes nothing out of an operator's.
             firsts = list(functional.run_linear_heads(self._last(features), weights, biases, lambdas, names))
@@ -438,7 +447,7 @@ class AdversarialHeads(nn.Module):
         names: Names,
     ) -> LossAndLogits:
         """Linear heads together, then the others one by one."""
-        linear = [h for h, head in enumerate(heads) if head.is_linear]
+        linear = [h for h, head in enumerate(heads) if is_linear(head)]
         if len(linear) == len(heads):
             return self._linear_losses(features, heads, targets, options, names)
         total: Tensor | None = None
@@ -475,7 +484,7 @@ class AdversarialHeads(nn.Module):
     ) -> LossAndLogits:
         self._check_features(features)
         weights, biases = weights_and_biases([head.first for head in heads])
-        lambdas = [head.lambda_ for head in heads]
+        lambdas = [lambda_of(head) for head in heads]
         if self.dim == -1:
             return functional.run_heads_loss(features, weights, biases, targets, lambdas, options, names)
         loss, losses, logits = functional.run_heads_loss(
@@ -506,7 +515,7 @@ class AdversarialHeads(nn.Module):
 
     def _kinds(self, names: Sequence[str]) -> list[int] | None:
         losses = [self.losses.get(name, "cross_entropy") for name in names]
-        if losses.count("cross_entropy") == len(losses):
+        if all(loss == "cross_entropy" for loss in losses):
             return None
         return [kind_of(f"losses[{name!r}]", loss) for name, loss in zip(names, losses, strict=True)]
 
