@@ -46,8 +46,6 @@ class HeadsOptions(NamedTuple):
 
     def some(self, heads: Sequence[int]) -> "HeadsOptions":
         """Those of some heads."""
-        if self is DEFAULTS:
-            return self
         *lists, mean = self
         options = HeadsOptions(*(given if given is None else [given[h] for h in heads] for given in lists), mean)
         if not isinstance(self.loss_weight, Tensor):

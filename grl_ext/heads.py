@@ -324,7 +324,7 @@ class AdversarialHeads(nn.Module):
         heads = self._heads(targets)
         names = [head.name for head in heads]
         if len(heads) != len(targets):
-            _check_known("targets", targets, self.head_names, "heads")
+            self._check_names("targets", targets)
         if not heads:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
         given = [targets[name] for name in names]
@@ -525,7 +525,7 @@ class AdversarialHeads(nn.Module):
             return None
         if not isinstance(given, Mapping):
             return [given] * len(names)
-        _check_known(option, given, self.head_names, "heads")
+        self._check_names(option, given)
         return [given.get(name, otherwise) for name in names]
 
     def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str], kind) -> list[float] | None:
@@ -533,6 +533,10 @@ class AdversarialHeads(nn.Module):
             return self._per_head("label_smoothing", given, names, 0.0)
         # One number is for all that have one.
         return [0.0 if kind is not None and kind[h] == SQUARED_ERROR else given for h in range(len(names))]
+
+    def _check_names(self, what: str, given: Mapping[str, object]) -> None:
+        if unknown := [name for name in given if name not in self.predictors and name not in self.adversaries]:
+            raise ValueError(f"{what} names {unknown}, but the heads are {list(self.head_names)}")
 
     def extra_repr(self) -> str:
         lines = [f"in_features={self.in_features}" + (f", dim={self.dim}" if self.dim != -1 else "")]
