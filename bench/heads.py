@@ -65,6 +65,7 @@ CUDA_LINEAR = [
 ]
 WEIGHTED = [Shape(1000, 1764, (2,), (2,), weighted=True), Shape(4096, 1024, (10,), (2,), weighted=True)]
 REGRESSION = [Shape(4096, 1024, (10,), (1,), adversary_loss="mse")]
+LABELS = [Shape(4096, 1024, (10,), (5,), adversary_loss="bce")]
 HIDDEN = [
     Shape(64, 256, (10,), (1024, 1024, 2)),
     Shape(128, 768, (100, 100, 10), (100, 2)),
@@ -83,13 +84,14 @@ class Problem:
         features = torch.randn(n, d, generator=generator).to(**kwargs)
         self.turns = [features.clone().requires_grad_() for _ in range(turns(features))]
         self.features = self.turns[0]
-        self.regression = shape.adversary_loss == "mse"
         classes = torch.randint(shape.predictor[-1], (n,), generator=generator)
-        other = (
-            torch.randn(n, 1, generator=generator)
-            if self.regression
-            else torch.randint(shape.adversary[-1], (n,), generator=generator)
-        )
+        columns = shape.adversary[-1]
+        if shape.adversary_loss == "mse":
+            other = torch.randn(n, columns, generator=generator)
+        elif shape.adversary_loss == "bce":
+            other = torch.randint(2, (n, columns), generator=generator).float()
+        else:
+            other = torch.randint(columns, (n,), generator=generator)
         self.targets = [target.to(settings.device) for target in (classes, other)]
         self.sample_weight = torch.rand(n, generator=generator).to(settings.device) if shape.weighted else None
         self.class_weight = (
@@ -108,11 +110,9 @@ class Problem:
     def losses(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """As plain PyTorch has them."""
         if self.sample_weight is None:
-            adversary = (
-                F.mse_loss(other, self.targets[1].to(other))
-                if self.regression
-                else F.cross_entropy(other, self.targets[1])
-            )
+            by_output = {"mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}.get(self.shape.adversary_loss)
+            target = self.targets[1]
+            adversary = by_output(other, target.to(other)) if by_output else F.cross_entropy(other, target)
             return F.cross_entropy(logits, self.targets[0]), adversary
         weight, classes = self.sample_weight.to(logits), self.class_weight.to(logits)
         rows = F.cross_entropy(logits, self.targets[0], weight=classes, reduction="none")
@@ -315,7 +315,8 @@ def _rows(problem: Problem, measured: str, settings: Settings) -> list[Row]:
         rows += _if_it_runs("compiled pasted", lambda: _in_turns((compiled_in(loss, "compiled"), parameters), buffers))
         if settings.device == "cuda":
             rows += _if_it_runs("compiled pasted, reduce-overhead", lambda: _reduce_overhead(pasted(), buffers))
-    plain = len(shape.predictor) == len(shape.adversary) == 1 and not shape.weighted and not problem.regression
+    plain = len(shape.predictor) == len(shape.adversary) == 1 and not shape.weighted
+    plain = plain and shape.adversary_loss == "cross_entropy"
     if plain and hasattr(F, "linear_cross_entropy"):  # torch 2.13
         chunked = {"options": nn.LinearCrossEntropyOptions()}
         rows += _if_it_runs("F.linear_cross_entropy", lambda: _in_turns(_linear_cross_entropy(problem), buffers))
@@ -386,6 +387,11 @@ def heads_mse(settings: Settings) -> list[Case]:
     return [_case("heads_mse", shape, "a classifier and a regression adversary", settings) for shape in shapes]
 
 
+def heads_bce(settings: Settings) -> list[Case]:
+    shapes = [Shape(128, 256, (10,), (5,), adversary_loss="bce")] if settings.quick else LABELS
+    return [_case("heads_bce", shape, "a classifier and an adversary of several labels", settings) for shape in shapes]
+
+
 def heads_hidden(settings: Settings) -> list[Case]:
     shapes = [Shape(64, 256, (10,), (32, 2))] if settings.quick else HIDDEN
     return [
@@ -424,6 +430,7 @@ GROUPS = {
     "heads": heads,
     "heads_weighted": heads_weighted,
     "heads_mse": heads_mse,
+    "heads_bce": heads_bce,
     "heads_hidden": heads_hidden,
     "heads_memory": heads_memory,
     "heads_launches": heads_launches,

@@ -66,15 +66,21 @@ inline bool accepts_layers(const at::Tensor& z, at::TensorList weight, const Opt
   return accepted;
 }
 
+// Whether these are leading sizes and one more.
+inline bool have_one_more(c10::SymIntArrayRef sizes, c10::SymIntArrayRef leading, const c10::SymInt& more) {
+  return !sizes.empty() && sizes.slice(0, sizes.size() - 1) == leading && sizes.back() == more;
+}
+
 inline bool accepts_target(
-    const at::Tensor& target, bool squared, c10::SymIntArrayRef leading, const c10::SymInt& size) {
-  const auto sizes = target.sym_sizes();
-  const bool with_size = !sizes.empty() && sizes.slice(0, sizes.size() - 1) == leading && sizes.back() == size;
-  const bool without = sizes == leading;
-  const bool labels = target.scalar_type() == at::kLong;
-  return (
-      labels ? !squared && (without || (with_size && size == 1))
-             : is_floating(target) && (with_size || (without && size == 1)));
+    const at::Tensor& target, int64_t kind, c10::SymIntArrayRef leading, const c10::SymInt& size) {
+  const bool with_size = have_one_more(target.sym_sizes(), leading, size);
+  const bool without = target.sym_sizes() == leading;
+  const bool integral = target.scalar_type() == at::kLong;
+  if (kind == kCrossEntropy && integral) {
+    return without || (with_size && size == 1);
+  }
+  const bool zero_or_one = kind == kBinaryCrossEntropy && (integral || target.scalar_type() == at::kBool);
+  return (is_floating(target) || zero_or_one) && (with_size || (without && size == 1));
 }
 
 // Head h has sizes[h] columns of logits. What is a number is checked where the options are packed.
@@ -94,11 +100,15 @@ inline bool accepts_options(const at::Tensor& x, const std::vector<c10::SymInt>&
   };
   const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
   for (size_t h = 0; h < heads; ++h) {
-    const bool squared = options.kind[h] == kSquaredError;
+    const auto kind = options.kind[h];
     const c10::SymInt classes = sizes[h] > 1 ? sizes[h] : c10::SymInt(2);
-    if (!is_data(options.targets[h]) || !accepts_target(options.targets[h], squared, leading, sizes[h]) ||
-        !are_weights(options.sample_weight.get(h), leading) || (squared && options.class_weight.get(h)) ||
-        !are_weights(options.class_weight.get(h), {classes})) {
+    const auto sample_weight = options.sample_weight.get(h), class_weight = options.class_weight.get(h);
+    const bool of_entries = is_by_output(kind) && sample_weight &&
+        have_one_more(sample_weight->sym_sizes(), leading, sizes[h]);
+    if (!is_data(options.targets[h]) || !accepts_target(options.targets[h], kind, leading, sizes[h]) ||
+        !are_weights(sample_weight, of_entries ? sample_weight->sym_sizes() : leading) ||
+        (is_by_output(kind) && (class_weight || options.label_smoothing[h] != 0)) ||
+        !are_weights(class_weight, {classes})) {
       return false;
     }
   }

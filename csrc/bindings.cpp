@@ -172,7 +172,7 @@ std::optional<HeadsOptions> to_options(py::handle given, py::handle targets, siz
       .kind = to_numbers<int64_t>(option("kind"), heads, kCrossEntropy),
       .label_smoothing = to_numbers(option("label_smoothing"), heads, 0.0),
       .ignore_index = to_numbers<int64_t>(option("ignore_index"), heads, -100),
-      .mean = given.is_none() || given.attr("mean").cast<bool>()};
+      .mean = given.is_none() || given.attr("reduction").cast<std::string>() == "mean"};
 }
 
 py::object linear_heads_eager(py::handle x, py::handle weight, py::handle bias, py::handle lambda) {

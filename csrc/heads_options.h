@@ -13,7 +13,13 @@ namespace grl_ext {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-enum LossKind : int64_t { kCrossEntropy = 0, kSquaredError = 1 };
+enum LossKind : int64_t { kCrossEntropy = 0, kSquaredError = 1, kBinaryCrossEntropy = 2 };
+
+// Whether each output has a target and a loss of its own, over which a row's loss is summed. Otherwise a softmax joins
+// them.
+inline bool is_by_output(int64_t kind) {
+  return kind == kSquaredError || kind == kBinaryCrossEntropy;
+}
 
 // What a gradient is multiplied by: value, times the tensor if there is one.
 struct Factor {
@@ -22,11 +28,11 @@ struct Factor {
 };
 
 struct HeadsOptions {
-  std::vector<at::Tensor> targets;  // (N): classes; (N, size): probabilities, or a squared error's values
-  OptionalTensors sample_weight;    // (N), or none: 1
-  OptionalTensors class_weight;     // (classes), or none: 1; a head of size 1 has two classes
+  std::vector<at::Tensor> targets;  // (N): classes; (N, size): probabilities, or what is_by_output() kinds compare with
+  OptionalTensors sample_weight;  // (N), or none: 1; (N, size) where the loss is by output
+  OptionalTensors class_weight;  // (classes), or none: 1; a head of size 1 has two classes
   std::optional<at::Tensor> loss_weight;  // (heads), or none: 1
-  std::vector<int64_t> kind;              // LossKind
+  std::vector<int64_t> kind;  // LossKind
   std::vector<double> label_smoothing;
   std::vector<int64_t> ignore_index;
   bool mean = true;  // over the rows; false: their sum

@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.masked import MaskedTensor
 
 from grl_ext import _paths
-from grl_ext._options import KINDS, SQUARED_ERROR, HeadsOptions
+from grl_ext._options import (
+    BINARY_CROSS_ENTROPY,
+    CROSS_ENTROPY,
+    KINDS,
+    SQUARED_ERROR,
+    HeadsOptions,
+    Kind,
+    is_by_output,
+    is_own,
+)
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -226,17 +235,29 @@ def check_count(name: str, entries: Sequence[object], heads: int) -> None:
         raise ValueError(f"{name} must have an entry for each of the {heads} heads, got {len(entries)}")
 
 
-def kind_of(name: str, loss: str) -> int:
-    if loss not in KINDS:
-        raise ValueError(f"{name} must be one of {list(KINDS)}, got {loss!r}")
-    return KINDS[loss]
+def kind_of(name: str, loss: object) -> Kind:
+    if isinstance(loss, str) and loss in KINDS:
+        return KINDS[loss]
+    if not callable(loss):
+        raise ValueError(f"{name} must be one of {list(KINDS)} or a function, got {loss!r}")
+    return loss
 
 
-def check_reduction(reduction: str) -> bool:
-    """Whether it is the mean."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    return reduction == "mean"
+def check_own_losses(losses: object, rows: int) -> None:
+    """What a loss of the user's own has returned."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"a loss function must return a tensor with a loss for each row, got {type(losses).__name__}")
+    if losses.dim() != 1 or losses.shape[0] != rows:
+        raise ValueError(
+            f"a loss function must return a loss for each row, of shape [{rows}], got shape {list(losses.shape)}: "
+            "leave the mean to the heads, as with reduction='none'"
+        )
+
+
+def check_reduction(reduction: str) -> str:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    return reduction
 
 
 def check_mapping(name: str, value: object, of: str) -> None:
@@ -265,8 +286,8 @@ def check_numbers(options: HeadsOptions, names: Names = NUMBERED) -> None:
             raise TypeError(f"{name} must be a real number, got {type(smoothing).__name__}")
         if not 0 <= check_number(name, smoothing) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {smoothing:g}")
-        if options.kind is not None and options.kind[h] == SQUARED_ERROR and smoothing != 0:
-            raise ValueError(f"{name} is for a cross entropy, this head has a squared error")
+        if options.kind is not None and smoothing != 0:
+            _check_cross_entropy(name, options.kind[h])
     for h, index in enumerate(options.ignore_index or ()):
         name = names.of("ignore_index", h)
         if not isinstance(index, Integral):
@@ -300,14 +321,16 @@ def check_loss(
     options = options.filled(heads)
     leading = list(x.shape[:-1])
     for h, size in enumerate(sizes):
-        squared = options.kind[h] == SQUARED_ERROR
-        _check_target(names.of("targets", h), x, targets[h], leading, size, squared, names)
-        _check_weights(names.of("sample_weight", h), x, options.sample_weight[h], leading, names)
+        kind, sample_weight = options.kind[h], options.sample_weight[h]
+        _check_target(names.of("targets", h), x, targets[h], leading, size, kind, names)
+        of_entries = is_by_output(kind) and isinstance(sample_weight, Tensor) and sample_weight.dim() == x.dim()
+        shape = [*leading, size] if of_entries else leading
+        _check_weights(names.of("sample_weight", h), x, sample_weight, shape, names)
         name = names.of("class_weight", h)
-        if squared and options.class_weight[h] is not None:
-            raise ValueError(f"{name} is for a cross entropy, this head has a squared error")
+        if options.class_weight[h] is not None:
+            _check_cross_entropy(name, kind)
         _check_weights(name, x, options.class_weight[h], [max(2, size)], names)
-        _check_values(h, targets[h], options.sample_weight[h], max(2, size), options.ignore_index[h], names)
+        _check_values(h, targets[h], sample_weight, max(2, size), options.ignore_index[h], kind, names)
     weights = options.loss_weight
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
         _check_device("loss_weight", weights, x, names)
@@ -322,14 +345,34 @@ def _refuse_gradient(name: str, tensor: Tensor) -> None:
         )
 
 
+def _check_cross_entropy(name: str, kind: Kind) -> None:
+    if is_own(kind) or kind != CROSS_ENTROPY:
+        others = {SQUARED_ERROR: "a squared error", BINARY_CROSS_ENTROPY: "a binary cross entropy for each output"}
+        other = "a loss function of its own" if is_own(kind) else others[kind]
+        raise ValueError(f"{name} is for a cross entropy, this head has {other}")
+
+
+# What targets a loss takes beside floating-point ones, and how the error calls them all.
+_TARGETS = {
+    CROSS_ENTROPY: ((torch.int64,), "torch.int64 (classes) or floating point (probabilities)"),
+    SQUARED_ERROR: ((), "floating point (values)"),
+    BINARY_CROSS_ENTROPY: ((torch.int64, torch.bool), "0 and 1 (torch.bool, torch.int64) or floating point in [0, 1]"),
+}
+
+
 def _check_target(
-    name: str, x: Tensor, target: Tensor, leading: list[int], size: int, squared: bool, names: Names
+    name: str, x: Tensor, target: Tensor, leading: list[int], size: int, kind: Kind, names: Names
 ) -> None:
     check_operand(name, target)
-    labels = target.dtype == torch.int64
-    if target.dtype not in FLOATING and not (labels and not squared):
-        wanted = "floating point (values)" if squared else "torch.int64 (classes) or floating point (probabilities)"
+    if is_own(kind):  # the rest is the function's; it may also give the targets a gradient
+        if list(target.shape[: len(leading)]) != leading:
+            raise ValueError(f"{name} must have shape {leading}, or more dimensions, got {list(target.shape)}")
+        _check_device(name, target, x, names)
+        return
+    others, wanted = _TARGETS[kind]
+    if target.dtype not in FLOATING and target.dtype not in others:
         raise TypeError(f"{name} must be {wanted}, got {target.dtype}")
+    labels = kind == CROSS_ENTROPY and target.dtype == torch.int64
     with_size = [*leading, size]
     shapes = ([leading] if labels else [with_size]) + ([with_size, leading] if size == 1 else [])
     if list(target.shape) not in shapes:
@@ -352,7 +395,7 @@ def _check_weights(name: str, x: Tensor, weights: Tensor | None, sizes: list[int
 
 
 def _check_values(
-    h: int, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int, names: Names
+    h: int, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int, kind: Kind, names: Names
 ) -> None:
     """Values are looked at where they exist and that costs no synchronisation; in a compiled graph, when it runs."""
     in_graph = _is_read_by_graph(target)
@@ -365,7 +408,21 @@ def _check_values(
             torch.ops.aten._assert_async.msg(right.all(), name)
         elif not right.all():
             raise ValueError(f"{name}, got {sample_weight[~right][0].item():g}")
-    if target.dtype == torch.int64:
+    if is_own(kind):
+        return
+    if kind == BINARY_CROSS_ENTROPY and target.dtype != torch.bool:
+        name = f"{names.of('targets', h)} must be in [0, 1]"
+        right = (target >= 0) & (target <= 1)
+        if sample_weight is not None:
+            out = sample_weight == 0
+            if out.dim() != right.dim():  # a row's weight for all its outputs, or an only output's for its row
+                out = out[..., None] if out.dim() < right.dim() else out[..., 0]
+            right = right | out
+        if in_graph:
+            torch.ops.aten._assert_async.msg(right.all(), name)
+        elif not right.all():
+            raise ValueError(f"{name}, got {target[~right].flatten()[0].item():g}")
+    elif target.dtype == torch.int64 and kind == CROSS_ENTROPY:
         name = f"{names.of('targets', h)} must be in [0, {classes}) or ignore_index ({ignore_index})"
         right = (target == ignore_index) | ((target >= 0) & (target < classes))
         if in_graph:

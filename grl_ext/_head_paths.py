@@ -1,8 +1,8 @@
 """How a head is run: which of its layers are computed by the heads' operations, and why the others are not."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -103,6 +103,8 @@ class HeadPath(NamedTuple):
     hidden: tuple[nn.Module, ...] = ()  # ReLU, then linear layers, each with its ReLU
     between: tuple[nn.Module, ...] = ()
     last: nn.Module | None = None  # a linear layer, computed with its loss
+    lambda_: Tensor | float | None = None  # for one call, in place of the reversal's
+    inputs: Mapping[str, Any] | None = None  # for one call, beside the features
 
 
 # Functions: Dynamo of torch 2.8 takes no property of a named tuple.
@@ -112,11 +114,22 @@ def is_linear(head: HeadPath) -> bool:
     return head.path == "fused" and head.last is None
 
 
-def lambda_of(head: HeadPath) -> Tensor | None:
-    return None if head.reversal is None else head.reversal._buffers["lambda_"]
+def lambda_of(head: HeadPath) -> Tensor | float | None:
+    if head.reversal is None or head.lambda_ is not None:
+        return head.lambda_
+    return head.reversal._buffers["lambda_"]
 
 
-def path_of(name: str, module: nn.Module, reversal: GRL | None) -> HeadPath:
+def reverse(head: HeadPath, tensor: Tensor) -> Tensor:
+    """What the head sees of a tensor, where its reversal is called."""
+    if head.reversal is None:
+        return tensor
+    return head.reversal(tensor) if head.lambda_ is None else head.reversal(tensor, head.lambda_)
+
+
+def path_of(name: str, module: nn.Module, reversal: GRL | None, inputs: Mapping[str, Any] | None = None) -> HeadPath:
+    if inputs is not None:
+        return HeadPath(name, reversal, "as given", "it has inputs of its own", between=(module,), inputs=inputs)
     if _has_any_global_hook():
         return HeadPath(name, reversal, "as given", "there are hooks for all modules", between=(module,))
     if reversal is not None and (why := _why_not_inlined(reversal)):

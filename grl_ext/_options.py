@@ -1,13 +1,26 @@
 """What a loss is told of its heads, packed once and carried as it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CROSS_ENTROPY, SQUARED_ERROR = 0, 1
-KINDS = {"cross_entropy": CROSS_ENTROPY, "mse": SQUARED_ERROR}
+CROSS_ENTROPY, SQUARED_ERROR, BINARY_CROSS_ENTROPY = 0, 1, 2
+KINDS = {"cross_entropy": CROSS_ENTROPY, "mse": SQUARED_ERROR, "bce": BINARY_CROSS_ENTROPY}
+
+LossOfRows = Callable[[Tensor, Tensor], Tensor]  # from a head's logits and targets a loss for each row
+Kind = int | LossOfRows
+
+
+def is_own(kind: Kind) -> bool:
+    """Whether the loss is a function of the user's."""
+    return not isinstance(kind, int)
+
+
+def is_by_output(kind: Kind) -> bool:
+    """Whether each output has a target and a loss of its own, over which a row's loss is summed."""
+    return isinstance(kind, int) and kind != CROSS_ENTROPY
 
 
 class HeadsOptions(NamedTuple):
@@ -16,10 +29,10 @@ class HeadsOptions(NamedTuple):
     sample_weight: Sequence[Tensor | None] | None = None
     class_weight: Sequence[Tensor | None] | None = None
     loss_weight: Sequence[Tensor | float] | Tensor | None = None
-    kind: Sequence[int] | None = None
+    kind: Sequence[Kind] | None = None
     label_smoothing: Sequence[float] | None = None
     ignore_index: Sequence[int] | None = None
-    mean: bool = True
+    reduction: str = "mean"
 
     def filled(self, heads: int) -> "HeadsOptions":
         """The same without None in place of lists, but for loss_weight."""
@@ -34,7 +47,7 @@ class HeadsOptions(NamedTuple):
             each(self.kind, CROSS_ENTROPY),
             each(self.label_smoothing, 0.0),
             each(self.ignore_index, -100),
-            self.mean,
+            self.reduction,
         )
 
     def packed(self) -> "HeadsOptions":
@@ -46,8 +59,8 @@ class HeadsOptions(NamedTuple):
 
     def some(self, heads: Sequence[int]) -> "HeadsOptions":
         """Those of some heads."""
-        *lists, mean = self
-        options = HeadsOptions(*(given if given is None else [given[h] for h in heads] for given in lists), mean)
+        *lists, reduction = self
+        options = HeadsOptions(*(given if given is None else [given[h] for h in heads] for given in lists), reduction)
         if not isinstance(self.loss_weight, Tensor):
             return options
         return options._replace(loss_weight=torch.stack(options.loss_weight))

@@ -22,8 +22,18 @@ from grl_ext._checks import (
     check_linear_shapes,
     check_loss,
     check_operands,
+    check_own_losses,
 )
-from grl_ext._options import SQUARED_ERROR, HeadsOptions, as_tensor
+from grl_ext._options import (
+    CROSS_ENTROPY,
+    SQUARED_ERROR,
+    HeadsOptions,
+    Kind,
+    LossOfRows,
+    as_tensor,
+    is_by_output,
+    is_own,
+)
 from grl_ext._reversal import seen_by
 
 LossAndLogits = tuple[Tensor, list[Tensor], list[Tensor]]  # the total, each head's loss, each head's logits
@@ -107,98 +117,150 @@ def weights_of_rows(
     target: Tensor,
     *,
     size: int,
-    kind: int,
+    kind: Kind,
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """The weight of each row (N,), 0 for one that is not valid, and what their mean is divided by.
+    """The weight of each row (N,), or of its entries (N, size), 0 for what is not valid; and what the mean is divided
+    by.
 
     `like` (N, ...) is any float tensor.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     weights = torch.ones_like(like[:, 0], dtype=dtype) if sample_weight is None else sample_weight.to(dtype)
     valid = weights != 0
-    labels = target.dtype == torch.int64
+    labels = _are_labels(target, kind)
     if labels:
         valid = valid & (target != ignore_index)
     weights = torch.where(valid, weights, weights.new_zeros(()))
     norm = weights.sum()
-    if kind == SQUARED_ERROR:
-        norm = norm * size
+    if is_by_output(kind):
+        norm = norm if weights.dim() == 2 else norm * size
     elif class_weight is not None and labels:
         of_rows = class_weight.to(dtype)[target.masked_fill(~valid, 0)]
         norm = torch.where(valid, weights * of_rows, weights.new_zeros(())).sum()
     return weights, norm
 
 
+def _are_labels(target: Tensor, kind: Kind) -> bool:
+    """Of targets as rows: whether they are classes, of which one is to be ignored."""
+    return target.dtype == torch.int64 and target.dim() == 1 and not is_by_output(kind)
+
+
 def head_loss(
     logits: Tensor,
     target: Tensor,
     *,
-    kind: int,
+    kind: Kind,
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
-    mean: bool,
+    reduction: str,
 ) -> Tensor:
-    """One head's loss from logits (N, size) and targets (N) or (N, size). Rows that are not valid add nothing, not even
-    a NaN."""
-    size = logits.shape[1]
+    """One head's loss from logits (N, size) and targets (N) or (N, size). What is not valid adds nothing, not even a
+    NaN."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = target.dtype == torch.int64
-    row_weight, norm = weights_of_rows(
+    weights, norm = weights_of_rows(
         z,
         target,
-        size=size,
+        size=logits.shape[1],
         kind=kind,
         sample_weight=sample_weight,
         class_weight=class_weight,
         ignore_index=ignore_index,
     )
-    valid, zero = row_weight != 0, z.new_zeros(())
-    if mean:
+    valid, zero = weights != 0, z.new_zeros(())
+    if reduction == "mean":
         valid = valid & (norm != 0)  # without a norm no row counts
-    z = torch.where(valid[:, None], z, zero)
-    if kind == SQUARED_ERROR:
-        losses = (z - torch.where(valid[:, None], target.to(z.dtype), zero)).square().sum(1)
+    if is_own(kind):
+        losses = _own_losses(kind, z, target, valid)
+    elif is_by_output(kind):
+        of_entries = valid if valid.dim() == 2 else valid[:, None]
+        losses = _output_losses(torch.where(of_entries, z, zero), target, of_entries, kind)
+        losses = losses if valid.dim() == 2 else losses.sum(1)
     else:
-        if size == 1:
-            z = torch.cat([torch.zeros_like(z), z], 1)  # binary: the softmax over 0 and z
-        classes = z.shape[1]
-        if labels:
-            target = target.masked_fill(~valid, 0)
-            wanted = torch.zeros_like(z).scatter(1, target[:, None], 1.0)
-        else:
-            given = target.to(z.dtype)
-            wanted = torch.where(valid[:, None], torch.cat([1 - given, given], 1) if size == 1 else given, zero)
-        wanted = wanted * (1 - label_smoothing) + label_smoothing / classes
-        if class_weight is not None:  # the weight of a class that is not wanted may be infinite
-            wanted = torch.where(valid[:, None] & (wanted != 0), wanted * class_weight.to(z.dtype), zero)
-        # A class that is not wanted at all adds nothing, though its logit be -infinity.
-        losses = -torch.where(wanted == 0, zero, wanted * z.log_softmax(1)).sum(1)
-    total = torch.where(valid, row_weight * losses, zero).sum()
-    return total * torch.where(norm == 0, zero, 1 / norm) if mean else total
+        losses = _cross_entropies(z, target, valid, class_weight, label_smoothing)
+    losses = torch.where(valid, weights * losses, zero)
+    if reduction == "none":
+        return losses if losses.dim() == 1 else losses.sum(1)
+    total = losses.sum()
+    return total * torch.where(norm == 0, zero, 1 / norm) if reduction == "mean" else total
+
+
+def _cross_entropies(
+    z: Tensor, target: Tensor, valid: Tensor, class_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    zero = z.new_zeros(())
+    binary = z.shape[1] == 1
+    z = torch.where(valid[:, None], z, zero)
+    if binary:
+        z = torch.cat([torch.zeros_like(z), z], 1)  # the softmax over 0 and z
+    if target.dtype == torch.int64:
+        target = target.masked_fill(~valid, 0)
+        wanted = torch.zeros_like(z).scatter(1, target[:, None], 1.0)
+    else:
+        given = target.to(z.dtype)
+        wanted = torch.where(valid[:, None], torch.cat([1 - given, given], 1) if binary else given, zero)
+    wanted = wanted * (1 - label_smoothing) + label_smoothing / z.shape[1]
+    if class_weight is not None:  # the weight of a class that is not wanted may be infinite
+        wanted = torch.where(valid[:, None] & (wanted != 0), wanted * class_weight.to(z.dtype), zero)
+    # A class that is not wanted at all adds nothing, though its logit be -infinity.
+    return -torch.where(wanted == 0, zero, wanted * z.log_softmax(1)).sum(1)
+
+
+def _output_losses(z: Tensor, target: Tensor, valid: Tensor, kind: int) -> Tensor:
+    """Of each output, (N, size)."""
+    zero = z.new_zeros(())
+    wanted = torch.where(valid, target.to(z.dtype), zero)
+    if kind == SQUARED_ERROR:
+        return (z - wanted).square()
+    # A side that is not wanted adds nothing, though its logit be infinite.
+    of_one, of_zero = F.softplus(-z), F.softplus(z)
+    return torch.where(wanted == 0, zero, wanted * of_one) + torch.where(wanted == 1, zero, (1 - wanted) * of_zero)
+
+
+def _own_losses(loss: LossOfRows, z: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """By the user's function, which sees zeros in place of rows that are not valid: what it makes of them must be
+    finite to have no gradient."""
+    target = torch.where(valid.view(-1, *[1] * (target.dim() - 1)), target, target.new_zeros(()))
+    losses = loss(torch.where(valid[:, None], z, z.new_zeros(())), target)
+    check_own_losses(losses, z.shape[0])
+    return losses
 
 
 def loss_of_head(logits: Tensor, targets: Sequence[Tensor], options: HeadsOptions, h: int) -> Tensor:
     """Head h's loss from logits (..., size) and targets that were checked; `options` with all lists filled."""
-    target, sample_weight = targets[h], options.sample_weight[h]
-    if logits.is_nested:  # jagged sequences: their steps lie one behind the other
+    target, sample_weight, kind = targets[h], options.sample_weight[h], options.kind[h]
+    leading = logits.shape[:-1]
+    of_entries = sample_weight is not None and sample_weight.dim() == logits.dim()
+    if is_own(kind):
+        inner = target.shape[logits.dim() - 1 :]
+    else:
+        inner = () if target.dtype == torch.int64 and kind == CROSS_ENTROPY else logits.shape[-1:]
+    jagged = logits if logits.is_nested else None
+    if jagged is not None:  # sequences: their steps lie one behind the other
         logits, target = logits.values(), target.values()
         sample_weight = None if sample_weight is None else sample_weight.values()
     rows = as_rows(logits)
-    return head_loss(
+    if sample_weight is not None:
+        sample_weight = sample_weight.reshape(rows.shape if of_entries else rows.shape[:1])
+    losses = head_loss(
         rows,
-        target.reshape(rows.shape[:1] if target.dtype == torch.int64 else rows.shape),
-        kind=options.kind[h],
-        sample_weight=None if sample_weight is None else sample_weight.reshape(rows.shape[:1]),
+        target.reshape(rows.shape[0], *inner),
+        kind=kind,
+        sample_weight=sample_weight,
         class_weight=options.class_weight[h],
         label_smoothing=options.label_smoothing[h],
         ignore_index=options.ignore_index[h],
-        mean=options.mean,
+        reduction=options.reduction,
     )
+    if options.reduction != "none":
+        return losses
+    if jagged is not None:
+        return torch.nested.nested_tensor_from_jagged(losses, jagged.offsets())
+    return losses.reshape(leading)
 
 
 def heads_loss(
@@ -226,5 +288,16 @@ def loss_of_logits(logits: list[Tensor], targets: Sequence[Tensor], options: Hea
     weights = options.loss_weight
     if weights is not None and not isinstance(weights, Tensor):
         weights = as_tensor(weights)
-    total = sum(loss if weights is None else loss * weights[h].to(loss) for h, loss in enumerate(losses))
+    total = losses[0] if weights is None else losses[0] * weights[0].to(losses[0])
+    for h in range(1, len(losses)):
+        total = add_losses(total, losses[h] if weights is None else losses[h] * weights[h].to(losses[h]))
     return total, losses, logits
+
+
+def add_losses(total: Tensor, loss: Tensor) -> Tensor:
+    if total.shape != loss.shape:
+        raise ValueError(
+            "reduction 'none' needs heads with the same rows, whose losses can be added, got losses of shapes "
+            f"{list(total.shape)} and {list(loss.shape)}"
+        )
+    return total + loss

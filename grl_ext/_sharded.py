@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from grl_ext._checks import Names, check_lambdas, check_loss
-from grl_ext._options import HeadsOptions, as_tensor
+from grl_ext._options import CROSS_ENTROPY, HeadsOptions, as_tensor
 from grl_ext._plain import LossAndLogits, as_rows, checked_heads, weights_of_rows
 
 Placements = tuple[Placement, ...]
@@ -158,11 +158,11 @@ def heads_loss(
         sample_weight=[_here(weights, rows.placements) for weights in options.sample_weight],
         class_weight=[_here(weights, rows.everywhere) for weights in options.class_weight],
         loss_weight=_here(loss_weight, rows.everywhere),
-        mean=False,
+        reduction="sum",
     )
     targets = [_here(target, rows.placements) for target in targets]
     factors = None
-    if options.mean:
+    if options.reduction == "mean":
         factors = _factors(rows, sizes, targets, local)
         of_all = factors if local.loss_weight is None else factors * local.loss_weight.to(factors)
         local = local._replace(loss_weight=of_all)
@@ -179,13 +179,16 @@ def _factors(rows: _Rows, sizes: Sequence[int], targets: Sequence[Tensor], local
     norms = []
     for h, size in enumerate(sizes):
         target, sample_weight = targets[h], local.sample_weight[h]
-        labels = target.dtype == torch.int64
+        labels = target.dtype == torch.int64 and local.kind[h] == CROSS_ENTROPY
+        of_entries = sample_weight is not None and sample_weight.dim() == rows.x.dim()
         _, norm = weights_of_rows(
             like,
             target.reshape(like.shape[:1] if labels else (len(like), size)),
             size=size,
             kind=local.kind[h],
-            sample_weight=None if sample_weight is None else sample_weight.reshape(like.shape[:1]),
+            sample_weight=None
+            if sample_weight is None
+            else sample_weight.reshape((len(like), size) if of_entries else like.shape[:1]),
             class_weight=local.class_weight[h],
             ignore_index=local.ignore_index[h],
         )

@@ -27,7 +27,7 @@ from grl_ext._checks import (
     check_tensor,
     kind_of,
 )
-from grl_ext._options import DEFAULTS, SQUARED_ERROR, HeadsOptions, as_tensor
+from grl_ext._options import CROSS_ENTROPY, DEFAULTS, HeadsOptions, Kind, LossOfRows, as_tensor, is_own
 from grl_ext._paths import EXACT, Path
 from grl_ext._plain import LossAndLogits
 from grl_ext._reversal import for_operator
@@ -245,7 +245,7 @@ def heads_loss(
     targets: Sequence[Tensor],
     *,
     lambda_: Sequence[Tensor | float | None],
-    losses: Sequence[str] | None = None,
+    losses: Sequence[str | LossOfRows] | None = None,
     sample_weight: Tensor | Sequence[Tensor | None] | None = None,
     class_weight: Sequence[Tensor | None] | None = None,
     loss_weight: float | Sequence[Tensor | float] | Tensor | None = None,
@@ -272,20 +272,25 @@ def heads_loss(
         weight: for each head ``(size, D)``, of x's dtype; or a sequence of matrices: linear layers with ReLU between
             them. Of these the first layers are computed as by :func:`linear_heads`, the last ones with their loss.
         bias: for each head (layer) ``(size,)`` or None; None for none at all.
-        targets: for each head int64 classes ``(...)``; or floating-point probabilities ``(..., size)``; or, for a
-            squared error, values ``(..., size)``. A head of size 1 is binary: classes 0 and 1, or the probability of 1,
-            ``(...)`` or ``(..., 1)``.
+        targets: for each head int64 classes ``(...)``; or floating-point probabilities ``(..., size)``. A head of size
+            1 is binary: classes 0 and 1, or the probability of 1, ``(...)`` or ``(..., 1)``. For ``"mse"`` values
+            ``(..., size)``; for ``"bce"`` 0 and 1 (bool, int64) or numbers between them, ``(..., size)``; for a
+            function what it takes, ``(..., ...)``.
         lambda_: for each head None (a predictor), or a finite number or 0-d tensor (an adversary).
-        losses: for each head ``"cross_entropy"`` (the default; binary for a head of size 1) or ``"mse"``, the mean over
-            the outputs of the squared error.
-        sample_weight: ``(...)``, finite and not negative, for all heads or for each. A row of weight 0 is
+        losses: for each head ``"cross_entropy"`` (the default; binary for a head of size 1); ``"mse"`` or ``"bce"``,
+            the mean over the outputs of the squared error or of the binary cross entropy; or a function of logits
+            ``(N, size)`` and targets ``(N, ...)``, all rows one behind the other, that gives a loss ``(N,)`` for each
+            row. Rows that do not count come to it as zeros.
+        sample_weight: ``(...)``, finite and not negative, for all heads or for each. A row of weight 0 is ignored. For
+            ``"mse"`` and ``"bce"`` also ``(..., size)``: the mean is then over the entries, and one of weight 0 is
             ignored.
         class_weight: for each head ``(classes,)`` or None. A head of size 1 has two classes.
         loss_weight: a number, for all heads or for each; or a tensor of them.
         label_smoothing: in [0, 1], for all heads or for each, as in ``F.cross_entropy``.
         ignore_index: for all heads or for each, the class that marks a row without a label.
-        reduction: ``"mean"``, the weighted mean above; or ``"sum"``, its numerator. For single rows' losses use
-            :func:`linear_heads`.
+        reduction: ``"mean"``, the weighted mean above; ``"sum"``, its numerator (``"mse"`` and ``"bce"`` summed over
+            the outputs); or ``"none"``, the parts ``(...)`` of which that is the sum, for ``loss`` too. Single rows'
+            losses and loss functions are computed from the logits, and cost one more pass over ``x``.
 
     Returns:
         ``HeadsLoss(loss, head_losses, logits)``: the total, each head's loss before its ``loss_weight``, and its logits
@@ -335,7 +340,7 @@ def heads_loss(
     elif isinstance(label_smoothing, Real) and label_smoothing == 0:
         smoothing = None
     else:  # for all heads that have one
-        smoothing = [0.0 if kind and kind[h] == SQUARED_ERROR else label_smoothing for h in range(heads)]
+        smoothing = smoothing_of_all(label_smoothing, kind, heads)
     if not isinstance(ignore_index, Sequence):
         ignore_index = None if ignore_index == -100 else [ignore_index] * heads
     options = HeadsOptions(
@@ -351,6 +356,11 @@ def heads_loss(
     if all(len(own) == 1 for own in weights):
         return HeadsLoss(*run_heads_loss(x, [w for (w,) in weights], [b for (b,) in biases], targets, lambda_, options))
     return HeadsLoss(*_layered_heads_loss(x, weights, biases, targets, lambda_, options))
+
+
+def smoothing_of_all(number: float, kind: Sequence[Kind] | None, heads: int) -> list[float]:
+    """One number for all heads that have label smoothing."""
+    return [number if kind is None or (not is_own(kind[h]) and kind[h] == CROSS_ENTROPY) else 0.0 for h in range(heads)]
 
 
 def _layers_of(name: str, h: int, given: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -395,7 +405,7 @@ def _layered_heads_loss(
             options.some(heads),
             names,
         )
-        total = loss if total is None else total + loss
+        total = loss if total is None else _plain.add_losses(total, loss)
         losses.update(zip(heads, by_head[0], strict=True))
         logits.update(zip(heads, by_head[1], strict=True))
     return total, [losses[h] for h in range(len(weight))], [logits[h] for h in range(len(weight))]
@@ -428,6 +438,8 @@ def run_heads_loss(
     names: Names = NUMBERED,
 ) -> LossAndLogits:
     """:func:`heads_loss` of linear heads, with their options packed; its errors use the names."""
+    if options is not DEFAULTS and (options.reduction == "none" or (options.kind and any(map(is_own, options.kind)))):
+        return _loss_by_logits(x, weight, bias, targets, lambda_, options, names)
     path = _paths.of_heads(x, (*weight, *bias, *targets))
     if path is Path.EAGER:
         given = None if options is DEFAULTS else options.packed()
@@ -442,8 +454,20 @@ def run_heads_loss(
             loss_weight = loss_weight if isinstance(loss_weight, Tensor) else as_tensor(loss_weight)
             loss_weight = loss_weight.to(x.device)
         lambdas = _for_operators(x, lambda_, names)
+        kind, label_smoothing, ignore_index, reduction = others
         return torch.ops.grl_ext.heads_loss(
-            x, weight, bias, targets, lambdas, sample_weight, class_weight, loss_weight, *others
+            x,
+            weight,
+            bias,
+            targets,
+            lambdas,
+            sample_weight,
+            class_weight,
+            loss_weight,
+            kind,
+            label_smoothing,
+            ignore_index,
+            reduction == "mean",
         )
     elif path is Path.BY_ROWS:
         from grl_ext import _sharded
@@ -452,3 +476,40 @@ def run_heads_loss(
         if result is not None:
             return result
     return _plain.heads_loss(x, weight, bias, targets, lambda_, options, names)
+
+
+def _loss_by_logits(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    targets: Sequence[Tensor],
+    lambda_: Lambdas,
+    options: HeadsOptions,
+    names: Names,
+) -> LossAndLogits:
+    """Rows' losses, and losses of the user's own, in plain PyTorch from logits that are computed together; the other
+    heads' as always."""
+    check_counts(targets, options, len(weight))
+    total, losses, all_logits = None, {}, {}
+    for plain in (False, True):
+        heads = [
+            h
+            for h in range(len(weight))
+            if plain == (options.reduction == "none" or (options.kind is not None and is_own(options.kind[h])))
+        ]
+        if not heads:
+            continue
+        layers = [weight[h] for h in heads], [bias[h] for h in heads]
+        given, lambdas = [targets[h] for h in heads], [lambda_[h] for h in heads]
+        some, own_names = options.some(heads), names.some(heads)
+        if plain:
+            logits = run_linear_heads(x, *layers, lambdas, own_names)
+            check_loss(x, [matrix.shape[0] for matrix in layers[0]], given, some, own_names)
+            loss, *by_head = _plain.loss_of_logits(list(logits), given, some)
+        else:
+            loss, *by_head = run_heads_loss(x, *layers, given, lambdas, some, own_names)
+        total = loss if total is None else _plain.add_losses(total, loss)
+        losses.update(zip(heads, by_head[0], strict=True))
+        all_logits.update(zip(heads, by_head[1], strict=True))
+    every = range(len(weight))
+    return total, [losses[h] for h in every], [all_logits[h] for h in every]

@@ -1,10 +1,11 @@
 """Predictors and adversaries over the same features: modules by name, and how each of them is run."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from grl_ext import functional
 from grl_ext._checks import (
@@ -24,23 +25,26 @@ from grl_ext._head_paths import (
     is_linear,
     lambda_of,
     path_of,
+    reverse,
     weights_and_biases,
     why_not_plain,
 )
-from grl_ext._options import DEFAULTS, SQUARED_ERROR, HeadsOptions
-from grl_ext._plain import LossAndLogits, loss_of_logits
+from grl_ext._options import DEFAULTS, HeadsOptions, Kind, LossOfRows, is_own
+from grl_ext._plain import LossAndLogits, add_losses, loss_of_logits
 from grl_ext.modules import GRL
 
 __all__ = ["AdversarialHeads", "HeadsOutput"]
 
 Head = int | Sequence[int] | nn.Module
+Loss = str | LossOfRows
+Lambda = Tensor | float | Mapping[str, Tensor | float]
 
 
 class HeadsOutput(NamedTuple):
     """What :class:`AdversarialHeads` returns for targets, by head name. All of it is differentiable.
 
     The gradients of ``loss`` are made beside it. Asking for those of ``head_losses`` or ``logits`` costs one more pass
-    over the features in the backward.
+    over the features in the backward. With ``reduction="none"`` each loss has the rows' shape ``(...)``.
     """
 
     loss: Tensor
@@ -115,7 +119,8 @@ class AdversarialHeads(nn.Module):
             under its name, ``heads.reversals["domain"]``, with that layer's rules. ``heads.lambda_`` reads them by
             name; assign a number, or numbers by name, to change them: ``heads.lambda_ = 0.3``,
             ``heads.lambda_ = {"domain": 0.3}``.
-        losses: ``"cross_entropy"`` (the default; binary for size 1) or ``"mse"`` by name.
+        losses: by name ``"cross_entropy"`` (the default; binary for size 1), ``"mse"``, ``"bce"`` (several labels at
+            once, each 0 or 1), or a function of logits and targets that gives a loss for each row.
         dim: which dimension of the features holds them; 1 for maps ``(N, C, H, W)``. Logits have theirs in the same
             place. Maps in ``channels_last`` memory are read as they are; others are copied. A module that does not
             begin with an ``nn.Linear`` gets the features as they are.
@@ -134,11 +139,17 @@ class AdversarialHeads(nn.Module):
     one for all heads or by name:
 
         targets: by head name. A head left out has no loss, and the ``.grad`` of its parameters stays as it is.
-        sample_weight: ``(...)``, for all heads or by name.
+        sample_weight: ``(...)``, for all heads or by name; by name also ``(..., size)`` for ``"mse"`` and ``"bce"``.
         class_weight: ``(classes,)`` by name.
         loss_weight: a number for all heads, or numbers by name; 1 for those not named.
         label_smoothing, ignore_index: for all heads or by name.
-        reduction: ``"mean"`` or ``"sum"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Both also take, for this call only:
+
+        lambda_: in place of the adversaries' own, a number for all, or numbers by name.
+        inputs: by name, keyword arguments for that head's module: ``inputs={"speaker": {"lengths": lengths}}``. The
+            module then runs as given. What an adversary sends back to tensors among them is reversed too.
 
     Raises:
         ValueError, TypeError: no head at all, a size below 1, a name used twice or that ``nn.ModuleDict`` refuses
@@ -164,7 +175,7 @@ class AdversarialHeads(nn.Module):
         *,
         bias: bool = True,
         lambda_: float | Mapping[str, float] = 1.0,
-        losses: Mapping[str, str] | None = None,
+        losses: Mapping[str, Loss] | None = None,
         dim: int = -1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -191,7 +202,7 @@ class AdversarialHeads(nn.Module):
             lambdas = dict.fromkeys(adversaries, check_scalar("lambda_", lambda_))
         self.reversals = nn.ModuleDict({name: _reversal(value, device) for name, value in lambdas.items()})
         self.adversaries = _Adversaries(modules, self.reversals)
-        self.losses = dict.fromkeys((*predictors, *adversaries), "cross_entropy")
+        self.losses: dict[str, Loss] = dict.fromkeys((*predictors, *adversaries), "cross_entropy")
         _check_known("losses", losses or {}, self.losses, "heads")
         self.losses.update(losses or {})
         for name, loss in self.losses.items():
@@ -200,7 +211,13 @@ class AdversarialHeads(nn.Module):
     if TYPE_CHECKING:
 
         @overload
-        def __call__(self, features: Tensor) -> dict[str, Tensor]: ...
+        def __call__(
+            self,
+            features: Tensor,
+            *,
+            lambda_: Lambda | None = None,
+            inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        ) -> dict[str, Tensor]: ...
 
         @overload
         def __call__(
@@ -214,6 +231,8 @@ class AdversarialHeads(nn.Module):
             label_smoothing: float | Mapping[str, float] = 0.0,
             ignore_index: int | Mapping[str, int] = -100,
             reduction: str = "mean",
+            lambda_: Lambda | None = None,
+            inputs: Mapping[str, Mapping[str, Any]] | None = None,
         ) -> HeadsOutput: ...
 
         def __call__(self, features, targets=None, **options): ...
@@ -229,7 +248,7 @@ class AdversarialHeads(nn.Module):
         head: Head,
         lambda_: float = 1.0,
         *,
-        loss: str = "cross_entropy",
+        loss: Loss = "cross_entropy",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -282,21 +301,47 @@ class AdversarialHeads(nn.Module):
             raise TypeError(f"lambda_[{name!r}] must be float32 or float64, got {dtype}")
         return reversal
 
-    def _heads(self, names: Mapping[str, object] | None = None) -> list[HeadPath]:
+    def _heads(
+        self,
+        names: Mapping[str, object] | None = None,
+        lambda_: Lambda | None = None,
+        inputs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> list[HeadPath]:
         """Those with one of the names, or all; predictors first."""
         heads = []
+        lambdas = {} if lambda_ is None else self._lambdas_of_call(lambda_)
+        inputs = {} if inputs is None else self._checked_inputs(inputs)
         predictors = self._modules["predictors"]._modules
         for name, module in predictors.items():
             if names is None or name in names:
-                heads.append(path_of(name, module, None))
+                heads.append(path_of(name, module, None, inputs.get(name)))
         for name, module in self._modules["adversaries"]._modules.items():
             if names is None or name in names:
                 if name in predictors:
                     raise ValueError(_shared([name]))
-                heads.append(path_of(name, module, self._reversal_of(name)))
-                for part in heads[-1].between:
+                head = path_of(name, module, self._reversal_of(name), inputs.get(name))
+                heads.append(head._replace(lambda_=lambdas[name]) if name in lambdas else head)
+                for part in head.between:
                     check_reversal(name, part)
         return heads
+
+    def _lambdas_of_call(self, lambda_: Lambda) -> dict[str, Tensor | float]:
+        if isinstance(lambda_, Mapping):
+            _check_known("lambda_", lambda_, self.adversaries, "adversaries")
+            return {name: check_scalar(f"lambda_[{name!r}]", value) for name, value in lambda_.items()}
+        value = check_scalar("lambda_", lambda_)
+        return dict.fromkeys(self.adversaries, value)
+
+    def _checked_inputs(self, inputs: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+        check_mapping("inputs", inputs, "keyword arguments")
+        self._check_names("inputs", inputs)
+        for name, given in inputs.items():
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"inputs[{name!r}] must be a mapping with keyword arguments of the head's module, "
+                    f"got {type(given).__name__}"
+                )
+        return inputs
 
     def forward(
         self,
@@ -309,32 +354,30 @@ class AdversarialHeads(nn.Module):
         label_smoothing: float | Mapping[str, float] = 0.0,
         ignore_index: int | Mapping[str, int] = -100,
         reduction: str = "mean",
+        lambda_: Lambda | None = None,
+        inputs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Tensor] | HeadsOutput:
         if isinstance(features, torch.fx.Proxy):
-            given = {"sample_weight": sample_weight, "class_weight": class_weight, "loss_weight": loss_weight}
-            given |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
+            given = {"lambda_": lambda_, "inputs": inputs}
+            if targets is not None:
+                given |= {"sample_weight": sample_weight, "class_weight": class_weight, "loss_weight": loss_weight}
+                given |= {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
             return self._symbolic(features, targets, given)
         check_tensor("features", features)
         if self.dim != -1 and not -features.dim() <= self.dim < features.dim():
             raise ValueError(f"dim is {self.dim}, but features have shape {list(features.shape)}")
         if targets is None:
-            return self._logits(features, self._heads())
+            return self._logits(features, self._heads(None, lambda_, inputs))
         if type(targets) is not dict:
             check_mapping("targets", targets, "tensors")
-        heads = self._heads(targets)
+        heads = self._heads(targets, lambda_, inputs)
         names = [head.name for head in heads]
         if len(heads) != len(targets):
             self._check_names("targets", targets)
         if not heads:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
         given = [targets[name] for name in names]
-        if self.dim != -1 and self._is_moved(features):
-            given = [
-                target.movedim(self.dim, -1)
-                if isinstance(target, Tensor) and target.dim() == features.dim()
-                else target
-                for target in given
-            ]
+        given = self._all_last(given, features)
         kind = self._kinds(names)
         smoothed = type(label_smoothing) is not float or label_smoothing != 0
         plain = sample_weight is class_weight is loss_weight is kind is None and reduction == "mean" and not smoothed
@@ -342,7 +385,7 @@ class AdversarialHeads(nn.Module):
             options = DEFAULTS
         else:
             options = HeadsOptions(
-                self._per_head("sample_weight", sample_weight, names, None),
+                self._all_last(self._per_head("sample_weight", sample_weight, names, None), features),
                 self._per_head("class_weight", class_weight, names, None),
                 self._per_head("loss_weight", loss_weight, names, 1.0),
                 kind,
@@ -385,9 +428,12 @@ class AdversarialHeads(nn.Module):
                     outputs[h].append(functional.hidden_layers(outputs[h].pop(), *layers, names))
         for output, head in zip(outputs, heads, strict=True):
             if head.first is None:
-                seen = features if head.reversal is None else head.reversal(features)
+                seen = reverse(head, features)
                 # A linear layer takes its features from the last dimension, however it is run.
                 output.append(self._last(seen) if self._is_by_last(head) else seen)
+            if head.inputs is not None:
+                output.append(head.between[0](output.pop(), **_seen_inputs(head)))
+                continue
             for part in head.between:
                 output.append(part(output.pop()))
         return outputs
@@ -418,6 +464,13 @@ class AdversarialHeads(nn.Module):
     def _last(self, features: Tensor) -> Tensor:
         return features.movedim(self.dim, -1) if self._is_moved(features) else features
 
+    def _all_last(self, tensors: list | None, features: Tensor) -> list | None:
+        """The same for what stands beside logits, such as their targets; what has a number for each row stays."""
+        if tensors is None or not self._is_moved(features):
+            return tensors
+        rank = features.dim()
+        return [t.movedim(self.dim, -1) if isinstance(t, Tensor) and t.dim() == rank else t for t in tensors]
+
     def _back(self, logits: Tensor, features: Tensor) -> Tensor:
         """Logits of a head that took `_last(features)`, with their dimension in the features' place."""
         moved = self._is_moved(features) and logits.dim() == features.dim()
@@ -433,8 +486,7 @@ class AdversarialHeads(nn.Module):
             raise TypeError(
                 "features must be a tensor: trace a module that holds the heads, which are one call in its graph"
             )
-        arguments = {} if targets is None else options
-        return features.tracer.create_proxy("call_module", name, (features, targets), arguments)
+        return features.tracer.create_proxy("call_module", name, (features, targets), options)
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -460,7 +512,8 @@ class AdversarialHeads(nn.Module):
         others = [h for h in range(len(heads)) if h not in losses]
         for h, before_last in zip(others, self._before_last(features, [heads[h] for h in others]), strict=True):
             head, alone = heads[h], ([targets[h]], options.some([h]), names.some([h]))
-            if head.last is None or (self.dim != -1 and not self._is_by_last(head)):
+            by_logits = options.reduction == "none" or (options.kind is not None and is_own(options.kind[h]))
+            if head.last is None or by_logits or (self.dim != -1 and not self._is_by_last(head)):
                 z = before_last.pop() if head.last is None else head.last(before_last.pop())
                 z = self._checked(head, z)
                 loss, (losses[h],), (logits[h],) = self._loss_of_logits(features, head, z, *alone)
@@ -470,7 +523,7 @@ class AdversarialHeads(nn.Module):
                     before_last.pop(), weights, biases, alone[0], [None], *alone[1:]
                 )
                 logits[h] = self._back(z, features)
-            total = loss if total is None else total + loss
+            total = loss if total is None else add_losses(total, loss)
         every = range(len(heads))
         return total, [losses[h] for h in every], [logits[h] for h in every]
 
@@ -513,9 +566,9 @@ class AdversarialHeads(nn.Module):
 
     # -- options ------------------------------------------------------------------------------------------------------
 
-    def _kinds(self, names: Sequence[str]) -> list[int] | None:
+    def _kinds(self, names: Sequence[str]) -> list[Kind] | None:
         losses = [self.losses.get(name, "cross_entropy") for name in names]
-        if all(loss == "cross_entropy" for loss in losses):
+        if all(isinstance(loss, str) and loss == "cross_entropy" for loss in losses):
             return None
         return [kind_of(f"losses[{name!r}]", loss) for name, loss in zip(names, losses, strict=True)]
 
@@ -531,8 +584,7 @@ class AdversarialHeads(nn.Module):
     def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str], kind) -> list[float] | None:
         if isinstance(given, Mapping):
             return self._per_head("label_smoothing", given, names, 0.0)
-        # One number is for all that have one.
-        return [0.0 if kind is not None and kind[h] == SQUARED_ERROR else given for h in range(len(names))]
+        return functional.smoothing_of_all(given, kind, len(names))
 
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
         if unknown := [name for name in given if name not in self.predictors and name not in self.adversaries]:
@@ -540,8 +592,13 @@ class AdversarialHeads(nn.Module):
 
     def extra_repr(self) -> str:
         lines = [f"in_features={self.in_features}" + (f", dim={self.dim}" if self.dim != -1 else "")]
-        if squared := [name for name in self.head_names if self.losses.get(name) == "mse"]:
-            lines[0] += f", mse={squared}"
+        by_loss: dict[str, list[str]] = {}
+        for name in self.head_names:
+            loss = self.losses.get(name, "cross_entropy")
+            shown = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+            by_loss.setdefault(shown, []).append(name)
+        for loss, names in by_loss.items():
+            lines[0] += f", {loss}={names}" if loss != "cross_entropy" else ""
         for name in dict.fromkeys(self.head_names):
             try:
                 (head,) = self._heads({name: None})
@@ -565,6 +622,15 @@ def _by_name(kind: str, heads: Mapping[str, Head] | None) -> dict[str, Head]:
 def _check_known(what: str, given: Mapping[str, object], known, of: str) -> None:
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{what} names {unknown}, but the {of} are {list(known)}")
+
+
+def _seen_inputs(head: HeadPath) -> dict[str, Any]:
+    """The head's further inputs. An adversary's gradient for tensors among them is reversed as the features' is."""
+
+    def seen(tensor: Tensor) -> Tensor:
+        return reverse(head, tensor) if tensor.requires_grad else tensor
+
+    return tree_map_only(Tensor, seen, dict(head.inputs))
 
 
 def _reversal(value: Tensor | float, device) -> GRL:

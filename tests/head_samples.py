@@ -122,7 +122,7 @@ def sample_heads(
     """Inputs that require grad; heads with lambda None, 0.3, -2, 0, None, ... and targets of the kinds in turn.
 
     A size may be a sequence: layers with ReLU between them. bias "mixed": every second layer has one. Kinds: "classes",
-    "soft" (probabilities), "mse" (values).
+    "soft" (probabilities), "mse" (values), "bce" (0 and 1).
     """
     weight, biases, targets, losses = [], [], [], []
     count = 0
@@ -139,10 +139,10 @@ def sample_heads(
             width, count = size, count + 1
         kind = kinds[h % len(kinds)]
         targets.append(sample_targets(kind, tuple(leading), width, device))
-        losses.append("mse" if kind == "mse" else "cross_entropy")
+        losses.append(kind if kind in BY_OUTPUT else "cross_entropy")
     x = torch.randn(*leading, features, device=device).to(dtype).requires_grad_()
     lambda_ = [LAMBDAS[h % 4] for h in range(len(head_sizes))]
-    return Sample(x, weight, biases, targets, lambda_, losses if "mse" in losses else None)
+    return Sample(x, weight, biases, targets, lambda_, losses if BY_OUTPUT.keys() & losses else None)
 
 
 def sample_targets(kind: str, leading: tuple[int, ...], size: int, device: torch.device) -> Tensor:
@@ -150,6 +150,8 @@ def sample_targets(kind: str, leading: tuple[int, ...], size: int, device: torch
         return torch.randint(max(2, size), leading, device=device)
     if kind == "mse":
         return torch.randn(*leading, size, device=device)
+    if kind == "bce":
+        return torch.randint(2, (*leading, size), device=device)
     return (
         torch.rand(*leading, 1, device=device) if size == 1 else torch.randn(*leading, size, device=device).softmax(-1)
     )
@@ -181,13 +183,25 @@ def naive_logits(sample: Sample) -> list[Tensor]:
     return logits
 
 
+BY_OUTPUT = {"mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}
+
+
+def naive_entry_losses(z: Tensor, target: Tensor, loss: str, weights: Tensor) -> Tensor:
+    """The weighted losses of rows whose entries have weights (N, size) of their own, by those that count."""
+    counts = weights != 0
+    losses = BY_OUTPUT[loss](z[counts], target.reshape(z.shape).to(z)[counts], reduction="none")
+    return torch.zeros_like(z).masked_scatter(counts, weights[counts] * losses).sum(1)
+
+
 def naive_row_losses(
-    z: Tensor, target: Tensor, loss: str, class_weight: Tensor | None, label_smoothing: float
+    z: Tensor, target: Tensor, loss: str | Callable, class_weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
     """PyTorch's loss of every row, from logits (N, size) and targets that all count."""
     size = z.shape[1]
-    if loss == "mse":
-        return F.mse_loss(z, target.reshape(z.shape).to(z), reduction="none").mean(1)
+    if callable(loss):
+        return loss(z, target)
+    if loss in BY_OUTPUT:
+        return BY_OUTPUT[loss](z, target.reshape(z.shape).to(z), reduction="none").sum(1)
     if size > 1:
         target = target if target.dtype == torch.int64 else target.to(z)
         return F.cross_entropy(z, target, class_weight, reduction="none", label_smoothing=label_smoothing)
@@ -223,25 +237,32 @@ def naive_loss(
         size = logits[h].shape[-1]
         z = logits[h].reshape(-1, size) if logits[h].numel() else logits[h].new_zeros(0, size) + 0 * logits[h].sum()
         loss = sample.losses[h] if sample.losses else "cross_entropy"
-        classes = sample.targets[h].dtype == torch.int64
+        classes = sample.targets[h].dtype == torch.int64 and loss not in BY_OUTPUT
         target = sample.targets[h].reshape(-1) if classes else sample.targets[h].reshape(len(z), size)
-        weights = torch.ones(len(z), dtype=z.dtype, device=z.device)
-        weights = weights if sample_weight[h] is None else sample_weight[h].reshape(-1).to(weights)
-        valid = weights != 0
-        if classes:
-            valid = valid & (target != ignored[h])
-        z, target, weights = z[valid], target[valid], weights[valid]
-        of_classes = None if class_weight[h] is None else class_weight[h].to(z)
-        smooth = 0.0 if loss == "mse" and not isinstance(label_smoothing, list | tuple) else smoothing[h]
-        total = (weights * naive_row_losses(z, target, loss, of_classes, smooth)).sum() if len(z) else z.sum()
-        if reduction == "sum":
-            total = (
-                total * size if loss == "mse" else total
-            )  # the sum over the outputs, of which the mean is taken above
+        given = sample_weight[h]
+        if given is not None and loss in BY_OUTPUT and given.dim() == logits[h].dim():
+            weights = given.reshape(z.shape).to(z)
+            rows, norm = naive_entry_losses(z, target, loss, weights), weights.sum()
         else:
-            norm = (weights * of_classes[target]).sum() if of_classes is not None and classes else weights.sum()
-            total = total / norm if norm != 0 else 0 * total
-        losses.append(total)
+            weights = torch.ones(len(z), dtype=z.dtype, device=z.device)
+            weights = weights if given is None else given.reshape(-1).to(weights)
+            valid = weights != 0
+            if classes:
+                valid = valid & (target != ignored[h])
+            of_classes = None if class_weight[h] is None else class_weight[h].to(z)
+            has_smoothing = loss == "cross_entropy" or isinstance(label_smoothing, list | tuple)
+            some = naive_row_losses(z[valid], target[valid], loss, of_classes, smoothing[h] if has_smoothing else 0.0)
+            some = weights[valid] * some
+            rows = some.new_zeros(len(z)).index_add(0, valid.nonzero()[:, 0], some) if len(z) else z.sum(1)
+            weights = weights[valid]
+            norm = (weights * of_classes[target[valid]]).sum() if of_classes is not None and classes else weights.sum()
+            norm = norm * size if loss in BY_OUTPUT else norm
+        if reduction == "none":
+            losses.append(rows.reshape(logits[h].shape[:-1]))
+        elif reduction == "sum":
+            losses.append(rows.sum())
+        else:
+            losses.append(rows.sum() / norm if norm != 0 else 0 * rows.sum())
     loss_weight = [1.0] * len(losses) if loss_weight is None else loss_weight
     return HeadsLoss(sum(float(w) * loss for w, loss in zip(loss_weight, losses, strict=True)), losses, logits)
 

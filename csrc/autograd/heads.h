@@ -5,8 +5,11 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -91,6 +94,35 @@ bool any_batched(at::TensorList tensors);
 
 // A node's edges: to x, to each weight, to each bias.
 torch::autograd::edge_list edges_of(const HeadInputs& inputs);
+
+// Which heads of a node a backward that frees the graph has gone through. It can go through each once, as through
+// separate layers; what they share is freed after the last of them. The caller holds the node's mutex.
+class HeadsPassed {
+ public:
+  explicit HeadsPassed(size_t heads) : begun_(heads), passed_(heads) {}
+
+  // At the beginning of a backward: is_asked(h) says whether it goes through head h.
+  template <class F>
+  void begin(const F& is_asked) {
+    const bool frees = !torch::autograd::get_current_graph_task_keep_graph();
+    for (size_t h = 0; h < passed_.size(); ++h) {
+      if (is_asked(h)) {
+        TORCH_CHECK(!passed_[h], torch::autograd::ERR_BACKWARD_TWICE);
+        begun_[h] = begun_[h] || frees;
+      }
+    }
+  }
+
+  // After one that has succeeded: whether some heads are still to come.
+  bool end_in_part() {
+    passed_ = begun_;
+    const auto count = std::count(passed_.begin(), passed_.end(), true);
+    return count > 0 && static_cast<size_t>(count) < passed_.size();
+  }
+
+ private:
+  std::vector<bool> begun_, passed_;
+};
 
 // As the kernels take them.
 c10::List<bool> to_list(const std::vector<bool>& values);

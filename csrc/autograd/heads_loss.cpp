@@ -95,17 +95,19 @@ variable_list backward_by_kernel(
   return among_all({std::move(dx), std::move(dw), std::move(db)}, asked, needs);
 }
 
-// The same in ATen operators, which are differentiable; with the logits' incoming gradients.
+// The same in ATen operators, which are differentiable; with the logits' incoming gradients. The logits are made again:
+// those of the forward belong to the user, who may have changed them in place.
 variable_list backward_in_operators(
     const IncomingGradients& incoming, const HeadInputs& inputs, const HeadsOptions& options,
-    std::vector<Tensor> logits, const std::vector<bool>& needs) {
+    const std::vector<bool>& needs) {
+  std::vector<Tensor> logits;
   if (at::GradMode::is_enabled()) {
     logits = *linear_heads(inputs.x, inputs.weight, inputs.bias, inputs.factors);
   }
   variable_list grad_logits(inputs.count());
   for (size_t h = 0; h < inputs.count(); ++h) {
     if (const auto weight = incoming.of_head(h, options.loss_weight); weight.defined()) {
-      const auto z = at::GradMode::is_enabled() ? logits[h] : logits[h].detach();
+      const auto z = logits.empty() ? at::linear(inputs.x, inputs.weight[h], inputs.bias.get(h)) : logits[h];
       grad_logits[h] = (loss_gradient(z, options, h) * weight).to(z.scalar_type());
     }
     if (const auto& own = incoming.logits[h]; own.defined()) {
@@ -145,7 +147,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
  public:
   HeadsLossBackward(const HeadInputs& inputs, HeadsOptions options, variable_list gradients)
       : heads_(inputs.count()), factors_(inputs.factors.begin(), inputs.factors.end()), options_(std::move(options)),
-        gradients_(std::move(gradients)) {
+        gradients_(std::move(gradients)), passed_(inputs.count()) {
     saved_.reserve(1 + 5 * heads_);
     saved_.save(inputs.x);
     for (size_t h = 0; h < heads_; ++h) {
@@ -161,20 +163,15 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     options_.class_weight = OptionalTensors();
   }
 
-  // Called after set_history: saved logits must know that this node made them.
-  void save_logits(const std::vector<Tensor>& logits) {
-    logits_.reserve(logits.size());
-    for (const auto& own : logits) {
-      logits_.save(own, /*is_output=*/true);
-    }
-  }
-
   std::string name() const override { return "HeadsLossBackward"; }
 
   variable_list apply(variable_list&& grads) override {
     const IncomingGradients incoming(grads, heads_);
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto needs = this->needs();
+    passed_.begin([&](size_t h) {
+      return incoming.loss.defined() || incoming.head_losses[h].defined() || incoming.logits[h].defined();
+    });
     if (can_reuse(incoming, needs, gradients_)) {
       return scaled(grads[0], needs, !torch::autograd::get_current_graph_task_keep_graph(), gradients_);
     }
@@ -182,14 +179,15 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     for (const auto& factor : factors_) {
       factors.push_back(factor.unpack());
     }
-    auto logits = any_defined(incoming.logits) || any_batched(grads) ? logits_.unpack(*this) : std::vector<Tensor>();
-    return backward(grads, saved_.unpack(*this), options_, std::move(factors), std::move(logits), needs);
+    return backward(grads, saved_.unpack(*this), options_, std::move(factors), needs);
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (passed_.end_in_part()) {
+      return;
+    }
     saved_.release();
-    logits_.release();
     std::fill(gradients_.begin(), gradients_.end(), Tensor());
   }
 
@@ -197,7 +195,6 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   template <class Visit>
   void each_saved(Visit visit) {
     saved_.each(visit);
-    logits_.each(visit);
     for (auto& factor : factors_) {
       factor.each_saved(visit);
     }
@@ -223,7 +220,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     return [heads = heads_, options = options_, factors = traced_factors(factors_), needs = needs_when_traced()](
                const variable_list& grads, const variable_list& saved) {
       const auto at = [begin = saved.begin()](size_t i) { return begin + static_cast<std::ptrdiff_t>(i); };
-      const size_t at_logits = 1 + 5 * heads, at_factors = at_logits + heads, after_factors = at_factors + 2 * heads;
+      const size_t at_factors = 1 + 5 * heads, after_factors = at_factors + 2 * heads;
       auto own = options;
       if (own.loss_weight) {
         own.loss_weight = saved[after_factors];
@@ -233,16 +230,15 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
       if (can_reuse(incoming, needs, gradients)) {
         return scaled(grads[0], needs, /*last=*/false, gradients);
       }
-      return backward(
-          grads, {at(0), at(at_logits)}, own, factors(at(at_factors)), {at(at_logits), at(at_factors)}, needs);
+      return backward(grads, {at(0), at(at_factors)}, own, factors(at(at_factors)), needs);
     };
   }
 
  private:
-  // From what the constructor saves. `logits`: as saved, where the logits or batches have incoming gradients.
+  // From what the constructor saves.
   static variable_list backward(
       const variable_list& grads, const std::vector<Tensor>& saved, HeadsOptions options, std::vector<Factor> factors,
-      std::vector<Tensor> logits, const std::vector<bool>& needs) {
+      const std::vector<bool>& needs) {
     if (!any_defined(grads)) {
       return variable_list(needs.size());
     }
@@ -260,7 +256,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const bool in_operators = any_defined(incoming.logits) || any_batched(grads) || at::GradMode::is_enabled();
-    return in_operators ? backward_in_operators(incoming, inputs, options, std::move(logits), needs)
+    return in_operators ? backward_in_operators(incoming, inputs, options, needs)
                         : backward_by_kernel(incoming, inputs, options, needs);
   }
 
@@ -268,12 +264,12 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   std::vector<SavedFactor> factors_;
   HeadsOptions options_;  // without the tensors that are saved
   SavedList saved_;  // x; weight, bias, target, sample weight and class weight of each head
-  SavedList logits_;
   variable_list gradients_;  // by GradientSlots; empty: the backward computes them
+  HeadsPassed passed_;
 };
 
 // Targets and weights as the kernels read them: rows, contiguous, in the type that the loss is computed in.
-void to_rows(HeadsOptions& options, const HeadInputs& inputs) {
+void to_rows(HeadsOptions& options, const HeadInputs& inputs, const Tensor& features) {
   const auto dtype = arithmetic_type(inputs.x.scalar_type());
   const auto rows = inputs.x.sym_size(0);
   const auto converted = [&](const std::optional<Tensor>& tensor, c10::SymIntArrayRef shape) {
@@ -282,13 +278,14 @@ void to_rows(HeadsOptions& options, const HeadInputs& inputs) {
   for (size_t h = 0; h < inputs.count(); ++h) {
     const auto size = inputs.weight[h].sym_size(0);
     auto& target = options.targets[h];
-    if (target.scalar_type() == at::kLong) {
+    if (options.kind[h] == kCrossEntropy && target.scalar_type() == at::kLong) {
       target = (target.dim() == 1 ? target : target.reshape_symint({rows})).contiguous();
     } else {
       target = *converted(target, {rows, size});
     }
     if (const auto weights = options.sample_weight.get(h)) {
-      options.sample_weight.set(h, converted(weights, {rows}));
+      const bool of_entries = weights->dim() == features.dim() && size != 1;
+      options.sample_weight.set(h, of_entries ? converted(weights, {rows, size}) : converted(weights, {rows}));
     }
     if (const auto weights = options.class_weight.get(h)) {
       options.class_weight.set(h, converted(weights, {size > 1 ? size : c10::SymInt(2)}));
@@ -334,7 +331,7 @@ std::optional<LossAndLogits> heads_loss(
   }
   const auto features = inputs->x;
   inputs->x = as_rows(features);
-  to_rows(options, *inputs);
+  to_rows(options, *inputs, features);
   const auto recording = recorded(*inputs);
   const bool now = inputs->x.scalar_type() != at::kHalf;
   const auto needs = now ? recording : std::vector<bool>(recording.size());
@@ -357,12 +354,9 @@ std::optional<LossAndLogits> heads_loss(
     torch::autograd::set_history(loss, node);
     torch::autograd::set_history(head_losses, node);
     torch::autograd::set_history(logits, node);
-    node->save_logits(logits);
   }
   for (auto& own : logits) {
-    if (features.dim() != 2) {  // a view, so that the node, which has saved the rows, notices a change in place
-      own = own.view_symint(leading_sizes(own, features));
-    }
+    own = with_leading_sizes(own, features);
   }
   return LossAndLogits{std::move(loss), std::move(head_losses), std::move(logits)};
 }

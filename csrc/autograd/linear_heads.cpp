@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
  public:
   LinearHeadsBackward(const HeadInputs& inputs, const std::vector<bool>& needs)
-      : factors_(inputs.factors.begin(), inputs.factors.end()) {
+      : factors_(inputs.factors.begin(), inputs.factors.end()), passed_(inputs.count()) {
     const auto slots = inputs.slots();
     bool any_weight = false;
     for (size_t h = 0; h < inputs.count(); ++h) {
@@ -39,6 +39,7 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
     HeadInputs inputs{Tensor(), std::vector<Tensor>(heads), OptionalTensors(), {}};
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      passed_.begin([&](size_t h) { return grads[h].defined(); });
       for (size_t h = 0; h < heads; ++h) {
         inputs.factors.push_back(factors_[h].unpack());
         if (grads[h].defined()) {  // what is not read may have changed
@@ -52,7 +53,9 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    saved_.release();
+    if (!passed_.end_in_part()) {
+      saved_.release();
+    }
   }
 
   template <class Visit>
@@ -81,6 +84,7 @@ class LinearHeadsBackward : public TraceableNode<LinearHeadsBackward> {
  private:
   SavedList saved_;  // x, the weights
   std::vector<SavedFactor> factors_;
+  HeadsPassed passed_;
 };
 
 }  // namespace

@@ -26,19 +26,20 @@ Tensor loss_gradient(const Tensor& logits, const HeadsOptions& options, size_t h
   const auto& target = options.targets[h];
   // Not size(1), which would make the number of rows a constant of the graph too.
   const auto size = logits.sym_size(1).guard_int(__FILE__, __LINE__);
-  const bool labels = target.scalar_type() == at::kLong;
+  const bool by_output = is_by_output(options.kind[h]), labels = !by_output && target.scalar_type() == at::kLong;
   const auto zero = at::zeros({}, wide.options());
   const auto given = options.sample_weight.get(h);
   const auto class_weight = options.class_weight.get(h);
   auto row_weight = given ? *given : at::ones_symint({logits.sym_size(0)}, wide.options());
+  const bool of_entries = row_weight.dim() == 2;
   auto valid = row_weight.ne(0);
   if (labels) {
     valid = valid.logical_and(target.ne(options.ignore_index[h]));
   }
   row_weight = at::where(valid, row_weight, zero);
   auto norm = row_weight.sum();
-  if (options.kind[h] == kSquaredError) {
-    norm = norm * size;
+  if (by_output) {
+    norm = of_entries ? norm : norm * size;
   } else if (labels && class_weight) {
     const auto of_target = class_weight->index_select(0, target.masked_fill(valid.logical_not(), 0));
     norm = at::where(valid, row_weight * of_target, zero).sum();
@@ -46,11 +47,13 @@ Tensor loss_gradient(const Tensor& logits, const HeadsOptions& options, size_t h
   if (options.mean) {
     valid = valid.logical_and(norm.ne(0));  // without a norm no row counts
   }
-  const auto column = valid.unsqueeze(1);
+  const auto as_column = [&](const Tensor& of_rows) { return of_entries ? of_rows : of_rows.unsqueeze(1); };
+  const auto column = as_column(valid);
   auto z = at::where(column, wide, zero);
   Tensor dz;
-  if (options.kind[h] == kSquaredError) {
-    dz = 2 * (z - at::where(column, target, zero));
+  if (by_output) {
+    const auto wanted = at::where(column, target, zero);
+    dz = options.kind[h] == kSquaredError ? 2 * (z - wanted) : z.sigmoid() - wanted;
   } else {
     if (size == 1) {
       z = at::cat({at::zeros_like(z), z}, 1);  // binary: the softmax over 0 and z
@@ -66,7 +69,7 @@ Tensor loss_gradient(const Tensor& logits, const HeadsOptions& options, size_t h
   if (options.mean) {
     factor = at::where(norm.eq(0), zero, row_weight / norm);
   }
-  return at::where(column, dz * factor.unsqueeze(1), zero);
+  return at::where(column, dz * as_column(factor), zero);
 }
 
 }  // namespace grl_ext

@@ -31,7 +31,7 @@ class Losses {
       const auto& target = options.targets[h];
       Target head;
       head.size = weight[h].size(0);
-      head.squared = options.kind[h] == kSquaredError;
+      head.kind = options.kind[h];
       head.smoothing = options.label_smoothing[h];
       head.ignore_index = options.ignore_index[h];
       head.loss_weight = options.loss_weight ? loss_weights.template const_data_ptr<double>()[h] : 1.0;
@@ -40,10 +40,14 @@ class Losses {
       } else {
         head.values = target.template const_data_ptr<T>();
       }
-      head.sample_weight = pointer(options.sample_weight.get(h));
+      const auto weights = options.sample_weight.get(h);
+      (weights && weights->dim() == 2 ? head.entry_weight : head.sample_weight) = pointer(weights);
       head.class_weight = pointer(options.class_weight.get(h));
+      if (head.kind == kBinaryCrossEntropy) {
+        check_probabilities(head, target.size(0));
+      }
       const auto total = total_weight(head, target.size(0));
-      head.norm = !options.mean ? 1.0 : head.squared ? total * static_cast<double>(head.size) : total;
+      head.norm = options.mean ? total : 1.0;
       heads_.push_back(head);
     }
   }
@@ -62,10 +66,15 @@ class Losses {
         row_weights[i] = label == head.ignore_index ? T(0) : row_weights[i];
       }
     }
-    std::vector<T> values(head.values ? head.size * kMaxBlockRows : 0);
-    if (head.values) {
-      to_columns(values.data(), head.values + row * head.size, rows, head.size);
-    }
+    const auto columns_of = [&](const T* matrix) {
+      std::vector<T> columns(matrix ? head.size * kMaxBlockRows : 0);
+      if (matrix) {
+        to_columns(columns.data(), matrix + row * head.size, rows, head.size);
+      }
+      return columns;
+    };
+    const auto values = columns_of(head.values),
+               entry_weights = columns_of(head.norm == 0 ? nullptr : head.entry_weight);
     const HeadBlock<T> block{
         .logits = logits,
         .grad_logits = grad_logits,
@@ -75,11 +84,15 @@ class Losses {
         .label = head.labels ? labels.data() : nullptr,
         .target = values.data(),
         .row_weight = row_weights.data(),
+        .entry_weight = entry_weights.empty() ? nullptr : entry_weights.data(),
         .class_weight = head.class_weight,
         .smoothing = head.smoothing,
         .grad_factor = head.norm == 0 ? 0.0 : head.loss_weight / head.norm,
         .factor = factors_[h]};
-    const auto loss = head.squared ? heads_kernels<T>().squared_error : heads_kernels<T>().cross_entropy;
+    const auto& kernels = heads_kernels<T>();
+    const auto loss = head.kind == kSquaredError ? kernels.squared_error
+        : head.kind == kBinaryCrossEntropy       ? kernels.binary_cross_entropy
+                                                 : kernels.cross_entropy;
     sums_[thread * heads_.size() + h] += loss(block);
   }
 
@@ -108,9 +121,10 @@ class Losses {
     int64_t size = 0;
     const int64_t* labels = nullptr;  // classes (rows); or else
     const T* values = nullptr;  // probabilities or values (rows, size)
-    const T* sample_weight = nullptr;
+    const T* sample_weight = nullptr;  // of rows
+    const T* entry_weight = nullptr;  // (rows, size), in place of it
     const T* class_weight = nullptr;
-    bool squared = false;
+    int64_t kind = kCrossEntropy;
     double smoothing = 0, loss_weight = 1, norm = 1;
     int64_t ignore_index = 0;
   };
@@ -119,9 +133,12 @@ class Losses {
     return tensor ? tensor->template const_data_ptr<T>() : nullptr;
   }
 
-  // The sum of the rows' weights. Needed before the first gradient, which is divided by it. Refuses invalid targets and
+  // The sum of the weights of rows, or of their outputs. Needed before the first gradient, which is divided by it. Refuses invalid targets and
   // weights. The weight of a class that no row has is not read: it may be infinite.
   static double total_weight(const Target& head, int64_t rows) {
+    if (head.entry_weight) {
+      return total_entry_weight(head, rows);
+    }
     const int64_t classes = classes_of(head.size);
     const bool weighted = head.sample_weight || (head.labels && head.class_weight);
     int64_t count = 0;
@@ -140,7 +157,25 @@ class Losses {
       ++count;
       total += weighted ? weight : 0.0;
     }
-    return weighted ? total : static_cast<double>(count);
+    total = weighted ? total : static_cast<double>(count);
+    return is_by_output(head.kind) ? total * static_cast<double>(head.size) : total;
+  }
+
+  static double total_entry_weight(const Target& head, int64_t rows) {
+    double total = 0;
+    for (int64_t i = 0; i < rows * head.size; ++i) {
+      check_sample_weight(head.entry_weight[i]);
+      total += head.entry_weight[i];
+    }
+    return total;
+  }
+
+  static void check_probabilities(const Target& head, int64_t rows) {
+    for (int64_t i = 0; i < rows * head.size; ++i) {
+      const bool counts = head.entry_weight ? head.entry_weight[i] != 0
+                                            : !head.sample_weight || head.sample_weight[i / head.size] != 0;
+      TORCH_CHECK_VALUE(!counts || (head.values[i] >= 0 && head.values[i] <= 1), "a target is not in [0, 1]");
+    }
   }
 
   const std::vector<double>& factors_;

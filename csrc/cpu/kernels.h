@@ -47,6 +47,7 @@ struct HeadBlock {
   const Integer<T>* label;  // each row's class; null: read target instead
   const T* target;  // a matrix of probabilities or values
   const T* row_weight;  // 0 in rows that do not count
+  const T* entry_weight;  // a matrix in place of it, for losses by output; or null
   const T* class_weight;  // null: all 1
   double smoothing;
   double grad_factor;  // of a row of weight 1 in the total loss: loss_weight / norm
@@ -77,6 +78,7 @@ struct HeadsKernels {
       T* z, const T* x, const T* next, const T* weight, const T* bias, long rows, long features, long columns);
   double (*cross_entropy)(const HeadBlock<T>& head);
   double (*squared_error)(const HeadBlock<T>& head);
+  double (*binary_cross_entropy)(const HeadBlock<T>& head);
   void (*gradients)(const GradientsBlock<T>& block);
 };
 

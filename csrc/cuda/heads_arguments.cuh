@@ -16,7 +16,8 @@ enum class TargetKind : uint8_t {
   kNone,
   kClasses,        // int64 (rows): cross entropy
   kProbabilities,  // A (rows, size): cross entropy
-  kValues,         // A (rows, size): squared error
+  kValues,         // A (rows, size): squared error of each output
+  kBinary,         // A (rows, size): binary cross entropy of each output
 };
 
 // A number that the host knows, or where the device holds it: then it is read when the kernel runs, so that nothing
@@ -47,7 +48,7 @@ struct Head {
   T* grad_weight;  // null where not needed
   T* grad_bias;    // null where not needed
   const void* target;
-  const A* sample_weight;  // (rows), or null: 1
+  const A* sample_weight;  // (rows), or null: 1; of entries (rows, size)
   const A* class_weight;   // (classes), or null: 1
   int64_t ignore_index;
   double smoothing;
@@ -58,6 +59,7 @@ struct Head {
   uint16_t target_at;  // bytes from the beginning of a row's targets to this head's, in the sweep's tiles
   uint16_t weight_at;  // the same for its sample weight
   TargetKind kind;
+  bool of_entries;  // the sample weights, for the kinds with a loss for each output
   NumberForm lambda_form, loss_weight_form;
 
   __host__ __device__ int size() const { return end - begin; }
@@ -67,6 +69,7 @@ struct Head {
   __host__ __device__ int target_bytes() const {  // of a row
     return kind == TargetKind::kNone ? 0 : kind == TargetKind::kClasses ? 8 : size() * static_cast<int>(sizeof(A));
   }
+  __host__ __device__ int weights_of_row() const { return of_entries ? size() : 1; }
   __device__ double factor_in_dx() const { return factor * read(lambda, lambda_form); }
   __device__ double weight_in_loss() const { return read(loss_weight, loss_weight_form); }
 };

@@ -10,6 +10,7 @@ namespace {
 
 TargetKind target_kind(int64_t kind, const Tensor& target) {
   return kind == kSquaredError            ? TargetKind::kValues
+      : kind == kBinaryCrossEntropy       ? TargetKind::kBinary
       : target.scalar_type() == at::kLong ? TargetKind::kClasses
                                           : TargetKind::kProbabilities;
 }
@@ -43,6 +44,7 @@ HeadsLossResult heads_loss_cuda(
       head.kind = target_kind(kind[h], targets[h]);
       head.target = targets[h].const_data_ptr();
       head.sample_weight = const_data<A>(sample_weight[h]);
+      head.of_entries = sample_weight[h].defined() && sample_weight[h].dim() == 2;
       head.class_weight = const_data<A>(class_weight[h]);
       head.ignore_index = ignore_index[h];
       head.smoothing = label_smoothing[h];

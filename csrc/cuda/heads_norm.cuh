@@ -28,9 +28,16 @@ __device__ inline void check_target(bool exists) {
 // What a row adds to its head's norm.
 template <typename T>
 __device__ double weight_of_row(const Head<T>& head, int64_t row) {
+  if (head.of_entries) {
+    double sum = 0;
+    for (int64_t i = row * head.size(); i < (row + 1) * head.size(); ++i) {
+      sum += static_cast<double>(__ldg(head.sample_weight + i));
+    }
+    return sum;
+  }
   const double weight = head.sample_weight ? static_cast<double>(__ldg(head.sample_weight + row)) : 1.0;
   if (head.kind != TargetKind::kClasses) {
-    return weight * (head.kind == TargetKind::kValues ? head.size() : 1);
+    return weight * (head.kind == TargetKind::kProbabilities ? 1 : head.size());
   }
   const int64_t target = __ldg(static_cast<const int64_t*>(head.target) + row);
   if (target == head.ignore_index || weight == 0) {

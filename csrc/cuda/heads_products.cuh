@@ -161,12 +161,13 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
     const T* const z_row = in.z + row * in.pitch + head.begin;
     const auto logit = [&](int c) { return Arithmetic<T>::widen(z_row[c]); };
     const char* const target = static_cast<const char*>(head.target) + row * head.target_bytes();
-    const RowTarget<T> row_target(of_head, target, head.sample_weight ? head.sample_weight[row] : A(1));
+    const bool of_row = head.sample_weight && !head.of_entries;
+    const RowTarget<T> row_target(of_head, target, of_row ? head.sample_weight[row] : A(1));
     const auto wanted = [&](int c) { return row_target.valid ? row_target.wanted(of_head, c) : A(0); };
 
     A top = 0, sum = 1, log_sum = 0, mass = 1;
     A part = 0;  // of the row's loss: this lane's
-    if (!of_head.squared()) {
+    if (!of_head.by_output()) {
       top = head.binary() ? A(0) : logit(0);
       for (int c = at.lane; c < size; c += at.lanes) {
         top = Maximum{}(top, logit(c));
@@ -187,11 +188,11 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
     }
     for (int c = at.lane; inside && c < end; c += at.lanes) {
       A dz = 0;
-      if (c < size && row_target.valid) {
-        if (of_head.squared()) {
-          const A error = logit(c) - row_target.dense[c];
-          part += error * error;
-          dz = 2 * error;
+      const A weight = head.of_entries && c < size ? head.sample_weight[row * size + c] : A(1);
+      if (c < size && row_target.valid && weight != 0) {
+        if (of_head.by_output()) {
+          part += weight * loss_of_output(dz, logit(c), row_target.dense[c], of_head.kind);
+          dz *= weight;
         } else {
           const A u = wanted(c + first_class);
           part += class_loss(u, log_sum - (logit(c) - top));

@@ -59,6 +59,7 @@ struct Column {
     const T* grad_logits;
   };
   int target_at, weight_at;  // in the row's targets; no sample weight: -1
+  int weight_pitch;  // from one row's weight to the next: 1, or the head's size where each entry has one
 };
 
 template <typename T>
@@ -80,6 +81,7 @@ __device__ Column<T> column_of_lane(const Heads<T>& heads, int columns) {
       column.logits = head.logits + (lane - head.begin);  // or grad_logits
       column.target_at = head.target_at;
       column.weight_at = head.sample_weight ? head.weight_at : -1;
+      column.weight_pitch = head.weights_of_row();
     }
   }
   return column;
@@ -139,7 +141,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
           copy_row(
               to + sweep.tile_rows * head.target_at, static_cast<const char*>(head.target) + row * bytes, rows * bytes);
         } else if (head.sample_weight) {
-          copy_row(reinterpret_cast<A*>(to + sweep.tile_rows * head.weight_at), head.sample_weight + row, rows);
+          const int count = head.weights_of_row();
+          copy_row(
+              reinterpret_cast<A*>(to + sweep.tile_rows * head.weight_at), head.sample_weight + row * count,
+              rows * count);
         }
       }
     }
@@ -238,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
                   : (column.end_lane - column.first_lane) * int{sizeof(A)};
               const char* const own = targets + sweep.tile_rows * column.target_at + r * bytes;
               const auto* const weights = reinterpret_cast<const A*>(targets + sweep.tile_rows * column.weight_at);
-              target = RowTarget<T>(head, own, column.weight_at < 0 ? A(1) : weights[r]);
+              const int entry = column.weight_pitch > 1 ? lane_id() - column.first_lane : 0;
+              target = RowTarget<T>(head, own, column.weight_at < 0 ? A(1) : weights[r * column.weight_pitch + entry]);
             }
             dz = loss_of_lane(loss, z, head, target, column.exists, column.first_lane, column.end_lane, in.sums);
           }

@@ -23,7 +23,7 @@ int place_targets(Heads<T>& heads) {
     head->target_at = static_cast<uint16_t>(at);
     at += head->target_bytes();
     head->weight_at = static_cast<uint16_t>(at);
-    at += head->sample_weight ? static_cast<int>(sizeof(*head->sample_weight)) : 0;
+    at += head->sample_weight ? head->weights_of_row() * static_cast<int>(sizeof(*head->sample_weight)) : 0;
   }
   return at;
 }

@@ -4,11 +4,13 @@
 //                   probabilities;   mass = sum_c u[c]
 //                   loss = sum_c u[c] (log sum_k exp z[k] - z[c]),       dz[c] = mass softmax(z)[c] - u[c]
 //   squared error   loss = sum_c (z[c] - value[c])^2,                    dz[c] = 2 (z[c] - value[c])
+//   binary          loss = sum_c y[c] log(1 + exp(-z[c])) + (1 - y[c]) log(1 + exp(z[c])),
+//                                                                        dz[c] = 1 / (1 + exp(-z[c])) - y[c]
 //
 // A class of which nothing is wanted has u 0, whatever its weight, and adds 0 to the loss, whatever its logit.
 // A head of one column is binary, the softmax over 0 and z. A row counts with its sample weight. It is not valid where
 // that is 0 or its target is ignore_index: it has no loss and no gradient then, even where its logits or targets are
-// NaN.
+// NaN. The last two sum a loss of each output, which may have a weight of its own in place of the row's.
 #pragma once
 
 #include "heads_norm.cuh"
@@ -30,7 +32,7 @@ struct RowLoss {
   A share;  // of a row of weight 1 in the total loss: loss_weight / norm
   double norm;
 
-  __device__ bool squared() const { return kind == TargetKind::kValues; }
+  __device__ bool by_output() const { return kind == TargetKind::kValues || kind == TargetKind::kBinary; }
 };
 
 template <typename T>
@@ -83,6 +85,21 @@ struct RowTarget {
   }
 };
 
+// The loss of one output, for the kinds with a loss for each, and its gradient.
+template <typename A>
+__device__ A loss_of_output(A& dz, A z, A target, TargetKind kind) {
+  if (kind == TargetKind::kValues) {
+    const A error = z - target;
+    dz = 2 * error;
+    return error * error;
+  }
+  // A side that is not wanted adds nothing, though z be infinite.
+  const A e = exp(z <= 0 ? z : -z), log_sum = log1p(e);
+  dz = (z <= 0 ? e : A(1)) / (1 + e) - target;
+  const A of_one = (z <= 0 ? -z : A(0)) + log_sum, of_zero = (z <= 0 ? A(0) : z) + log_sum;
+  return (target == 0 ? A(0) : target * of_one) + (target == 1 ? A(0) : (1 - target) * of_zero);
+}
+
 // A class's part of the loss.
 template <typename A>
 __device__ A class_loss(A u, A minus_log_probability) {
@@ -118,7 +135,7 @@ __device__ A loss_of_lane(
     SumsNeeded needed) {
   const int column = lane_id() - first_lane;
   const bool valid = exists && row.valid;
-  const bool wants = valid && !head.squared();
+  const bool wants = valid && !head.by_output();
   // A binary head's u[0]: its logit 0 has no lane. Computed twice, for want of a register.
   const auto other_u = [&] { return wants && head.binary ? row.wanted(head, 0) : A(0); };
   A u = 0, top = 0, e = 0, sum = 1, mass = 1;
@@ -133,10 +150,8 @@ __device__ A loss_of_lane(
     return 0;
   }
   A part, dz;
-  if (head.squared()) {
-    const A error = z - row.dense[column];
-    part = error * error;
-    dz = 2 * error;
+  if (head.by_output()) {
+    part = loss_of_output(dz, z, row.dense[column], head.kind);
   } else {
     const A log_sum = log(sum);
     part = class_loss(u, log_sum - (z - top)) + class_loss(other_u(), log_sum + top);

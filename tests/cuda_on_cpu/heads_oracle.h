@@ -22,6 +22,7 @@ struct HeadCase {
   int size;
   TargetKind kind = TargetKind::kClasses;
   bool sample_weight = false;
+  bool of_entries = false;  // the sample weights
   bool class_weight = false;
   double smoothing = 0;
   double loss_weight = 1;
@@ -51,6 +52,10 @@ struct Case {
   int offset = 0;  // elements that x begins past an aligned address
 };
 
+inline bool is_by_output(const HeadCase& head) {
+  return head.kind == TargetKind::kValues || head.kind == TargetKind::kBinary;
+}
+
 inline std::vector<HeadCase> heads_of(const std::vector<int>& sizes) {
   std::vector<HeadCase> heads;
   for (const int size : sizes) {
@@ -66,12 +71,12 @@ inline std::string describe(const Case& c) {
       (c.on_device ? ", numbers on the device" : "") + (c.offset ? ", misaligned" : "") +
       (c.nan_rows ? ", rows of NaN" : "");
   for (const HeadCase& h : c.heads) {
-    const char* const kinds[] = {"none", "classes", "probabilities", "values"};
+    const char* const kinds[] = {"none", "classes", "probabilities", "values", "binary"};
     text += "\n  head of " + std::to_string(h.size) + " with " + kinds[static_cast<int>(h.kind)] +
-        (h.sample_weight ? ", sample weights" : "") + (h.class_weight ? ", class weights" : "") +
-        (h.smoothing > 0 ? ", smoothed" : "") + (h.bias ? "" : ", no bias") + (h.all_ignored ? ", ignored" : "") +
-        (h.needs_weight ? "" : ", frozen weight") + (h.needs_bias ? "" : ", frozen bias") +
-        (h.infinite_weight ? ", infinite" : "") + (h.masked ? ", masked" : "") +
+        (h.sample_weight ? ", sample weights" : "") + (h.of_entries ? " of entries" : "") +
+        (h.class_weight ? ", class weights" : "") + (h.smoothing > 0 ? ", smoothed" : "") +
+        (h.bias ? "" : ", no bias") + (h.all_ignored ? ", ignored" : "") + (h.needs_weight ? "" : ", frozen weight") +
+        (h.needs_bias ? "" : ", frozen bias") + (h.infinite_weight ? ", infinite" : "") + (h.masked ? ", masked" : "") +
         (h.absent_weight != 0 ? ", absent class of weight " + std::to_string(h.absent_weight) : "") + ", lambda " +
         std::to_string(h.lambda);
   }
@@ -235,7 +240,10 @@ struct Inputs {
       labels.push_back(
           out || numbers.below(5) == 0 ? kIgnoreIndex : numbers.below(head.classes() - (head.absent_weight != 0)));
       const bool zero = head.all_ignored || is_nan_row(r) || numbers.below(4) == 0;
-      weights.push_back(static_cast<A>(zero ? 0 : 1.5 + numbers.next()));
+      for (int k = 0; k < (head.of_entries ? head.size : 1); ++k) {
+        const bool zero_here = zero || (k > 0 && numbers.below(4) == 0);
+        weights.push_back(static_cast<A>(zero_here ? 0 : 1.5 + numbers.next()));
+      }
       double left = 1;
       for (int k = 0; k < head.size; ++k) {
         double v = numbers.next();
@@ -243,6 +251,8 @@ struct Inputs {
           const bool absent = head.absent_weight != 0 && k + 1 == head.size;
           v = absent ? 0 : k + 1 == head.size && head.size > 1 ? left : left * (v + 1) / 2;
           left -= v;
+        } else if (head.kind == TargetKind::kBinary) {
+          v = numbers.below(2) == 0 ? (v + 1) / 2 : v > 0;
         }
         values.push_back(static_cast<A>(is_nan_row(r) ? NAN : v));
       }
@@ -275,6 +285,7 @@ struct Inputs {
       head.bias = from.bias ? bias[h].data() : nullptr;
       head.target = from.kind == TargetKind::kClasses ? static_cast<const void*>(classes[h].data()) : dense[h].data();
       head.sample_weight = from.sample_weight ? sample_weight[h].data() : nullptr;
+      head.of_entries = from.of_entries;
       head.class_weight = from.class_weight ? class_weight[h].data() : nullptr;
       head.ignore_index = kIgnoreIndex;
       head.smoothing = from.smoothing;
@@ -320,9 +331,10 @@ struct Inputs {
     return want;
   }
 
-  double row_weight(int64_t r, int h) const {
+  // Of output k, for the kinds with a loss for each output.
+  double row_weight(int64_t r, int h, int k = 0) const {
     const HeadCase& head = c.heads[h];
-    const double s = head.sample_weight ? sample_weight[h][r] : 1;
+    const double s = !head.sample_weight ? 1 : sample_weight[h][head.of_entries ? r * head.size + k : r];
     return head.kind == TargetKind::kClasses && classes[h][r] == kIgnoreIndex ? 0 : s;
   }
 
@@ -330,9 +342,11 @@ struct Inputs {
     const HeadCase& head = c.heads[h];
     double norm = 0;
     for (int64_t r = 0; r < c.rows; ++r) {
-      const double s = row_weight(r, h);
-      const bool by_class = head.kind == TargetKind::kClasses && head.class_weight && s != 0;
-      norm += s * (by_class ? class_weight[h][classes[h][r]] : head.kind == TargetKind::kValues ? head.size : 1);
+      for (int k = 0; k < (is_by_output(head) ? head.size : 1); ++k) {
+        const double s = row_weight(r, h, k);
+        const bool by_class = head.kind == TargetKind::kClasses && head.class_weight && s != 0;
+        norm += s * (by_class ? class_weight[h][classes[h][r]] : 1);
+      }
     }
     return c.mean ? norm : 1;
   }
@@ -349,7 +363,7 @@ struct Inputs {
       const double norm = norm_of(h);
       const bool binary = head.size == 1;
       for (int64_t r = 0; r < c.rows; ++r) {
-        const double s = row_weight(r, h);
+        const double s = is_by_output(head) ? 1 : row_weight(r, h);
         if (s == 0 || norm == 0) {
           continue;
         }
@@ -360,12 +374,22 @@ struct Inputs {
           out.g[r * columns + begin[h] + k] = factor * dz;
           out.g_error[r * columns + begin[h] + k] = std::fabs(factor) * error;
         };
-        if (head.kind == TargetKind::kValues) {
+        if (is_by_output(head)) {
           for (int k = 0; k < head.size; ++k) {
-            const double error = own[k] - dense[h][r * head.size + k];
-            loss += error * error;
-            loss_error += (2 * std::fabs(error) + 1) * z_error;
-            set(k, 2 * error, 2 * z_error * (1 + std::fabs(error)));
+            const double weight = row_weight(r, h, k), target = dense[h][r * head.size + k];
+            if (weight == 0) {
+              continue;
+            }
+            if (head.kind == TargetKind::kValues) {
+              const double error = own[k] - target;
+              loss += weight * error * error;
+              loss_error += weight * (2 * std::fabs(error) + 1) * z_error;
+              set(k, weight * 2 * error, weight * 2 * z_error * (1 + std::fabs(error)));
+            } else {
+              loss += weight * (std::log1p(std::exp(-own[k])) * target + std::log1p(std::exp(own[k])) * (1 - target));
+              loss_error += weight * (1 + std::fabs(own[k])) * z_error;
+              set(k, weight * (1 / (1 + std::exp(-own[k])) - target), 2 * weight * z_error);
+            }
           }
         } else {
           std::vector<double> logits(head.classes(), 0.0), u(head.classes());

@@ -338,7 +338,11 @@ HeadCase with(int size, TargetKind kind, bool sample_weight, bool class_weight, 
 // Heads that between them have every kind and option, and one of each alone.
 std::vector<std::vector<HeadCase>> option_heads() {
   constexpr auto kClasses = TargetKind::kClasses, kProbabilities = TargetKind::kProbabilities,
-                 kValues = TargetKind::kValues;
+                 kValues = TargetKind::kValues, kBinary = TargetKind::kBinary;
+  const auto by_entries = [](HeadCase head) {
+    head.of_entries = true;
+    return head;
+  };
   std::vector<std::vector<HeadCase>> lists = {
       heads_of({2, 2}),
       {with(4, kClasses, true, false, 0)},
@@ -349,6 +353,9 @@ std::vector<std::vector<HeadCase>> option_heads() {
        with(1, kClasses, false, false, 0, 0.25), with(2, kValues, true, false, 0, 0),
        with(1, kProbabilities, false, true, 0), with(1, kValues, false, false, 0, 1)},
       heads_of({31, 1}),
+      {with(5, kBinary, false, false, 0), with(1, kBinary, true, false, 0, 0.5),
+       by_entries(with(3, kBinary, true, false, 0, 0.25)), by_entries(with(4, kValues, true, false, 0, 0.75)),
+       with(2, kBinary, true, false, 0)},
   };
   for (auto& heads : lists) {
     for (std::size_t h = 0; h < heads.size(); ++h) {
@@ -414,8 +421,10 @@ void check_type() {
         19,
         130,
         {with(4, TargetKind::kClasses, false, false, 0), with(3, TargetKind::kClasses, true, true, 0.1),
-         with(2, TargetKind::kProbabilities, true, false, 0), with(2, TargetKind::kValues, true, false, 0)},
+         with(2, TargetKind::kProbabilities, true, false, 0), with(2, TargetKind::kValues, true, false, 0),
+         with(2, TargetKind::kBinary, true, false, 0)},
         device};
+    c.heads.back().of_entries = true;
     c.nan_rows = true;
     Run<T>(c).check();
     // A class that no row has: without smoothing neither its weight nor its logit counts, with it the loss is infinite
@@ -456,20 +465,20 @@ void check_type() {
   Case many{kMaxRowsCountedInPlace / 32 + 5, 1, {}, kTight};
   for (int h = 0; h < 32; ++h) {
     many.heads.push_back(
-        with(1, static_cast<TargetKind>(1 + h % 3), h % 2 == 1, h % 4 == 0 && h % 3 != 2, 0, h % 5 ? 0.5 : NAN));
+        with(1, static_cast<TargetKind>(1 + h % 4), h % 2 == 1, h % 8 == 0 || h % 8 == 1, 0, h % 5 ? 0.5 : NAN));
   }
   Run<T>(many).check();
   // Only between matrix products.
   Run<T>({33,
           3,
           {with(40, TargetKind::kClasses, true, true, 0.1, 0), with(1, TargetKind::kClasses, false, false, 0),
-           with(2, TargetKind::kProbabilities, false, true, 0)},
+           with(2, TargetKind::kProbabilities, false, true, 0), lists[7][0], lists[7][2], lists[7][3]},
           kOneSm})
       .check();
   many = {9, 1, heads_of(std::vector<int>(70, 1)), kOneSm};
   for (std::size_t h = 0; h < 70; ++h) {
     many.heads[h] = with(
-        1 + h % 2, static_cast<TargetKind>(1 + h % 3), h % 2 == 1, false, h % 3 == 2 ? 0 : 0.2, h % 7 ? 0.5 : NAN);
+        1 + h % 2, static_cast<TargetKind>(1 + h % 4), h % 2 == 1, false, h % 4 >= 2 ? 0 : 0.2, h % 7 ? 0.5 : NAN);
     many.heads[h].loss_weight = 0.5 + static_cast<double>(h);
     many.heads[h].all_ignored = h == 69;
   }
@@ -483,6 +492,7 @@ void races() {
   const auto lists = option_heads();
   Run<float>({20, 100, lists[5], kOneSm}).check_sweeps();
   Run<float>({20, 100, lists[5], kTight}).check_loss();  // two passes
+  Run<float>({20, 100, lists[7], kOneSm}).check_loss();
   Run<__half>({20, 35, lists[2], kOneSm}).check_sweeps();
   Run<float>({9, 516, heads_of({31, 1}), kOneSm}).check_sweeps();  // 512 threads
   Run<float>({9, 1764, lists[3], kAmpere}).check_loss();  // a single stage

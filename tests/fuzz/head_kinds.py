@@ -12,8 +12,17 @@ class Discriminator(nn.Sequential):
 
 
 class Scaled(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
+    """Takes a second input."""
+
+    def forward(self, x: Tensor, factor: Tensor | float = 2.0) -> Tensor:
+        return super().forward(x) * factor
+
+
+def own_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """A loss of rows with classes, or with a value for each output."""
+    if targets.dtype == torch.int64:
+        return logits.sin().sum(1) * (targets + 1)
+    return (logits - targets).square().add(1).log().sum(1)
 
 
 class Residual(nn.Module):

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from head_kinds import HeadKinds
+from head_kinds import HeadKinds, Scaled, own_loss
 from torch import Tensor, nn
 
 NAMES = ["label", "digit", "domain", "speaker", "site", "age"]
 LAMBDAS = [0.0, 0.3, 1.0, -2.0]
+LOSSES = ["mse", "bce", own_loss, "cross_entropy", "cross_entropy"]
 
 
 class Program:
@@ -70,7 +71,7 @@ class Program:
 
     def made(self, predictors: dict[str, nn.Module], adversaries: dict[str, nn.Module], losses=None):
         if losses is None:
-            losses = {name: "mse" for name in (*predictors, *adversaries) if self.flip(0.2)}
+            losses = {name: self.random.choice(LOSSES) for name in (*predictors, *adversaries) if self.flip(0.4)}
         lambda_ = {name: self.random.choice(LAMBDAS) for name in adversaries if self.flip(0.9)}
         return self.operations.AdversarialHeads(
             self.features,
@@ -94,28 +95,35 @@ class Program:
 
     def target(self, name: str) -> Tensor:
         size = self.sizes[name]
-        if self.loss_of(name) == "mse":
+        loss = self.loss_of(name)
+        if loss == "mse" or (loss is own_loss and self.flip(0.5)):
             return self.tensor(*self.shape(size))
-        if self.flip(0.3):
+        if loss == "bce":
+            numbers = torch.rand(self.shape(size), generator=self.numbers, dtype=torch.float64)
+            return self.random.choice([numbers.to(self.dtype), numbers > 0.4, (numbers > 0.4).long()])
+        if loss is not own_loss and self.flip(0.3):
             soft = self.tensor(*self.shape(size))
             return soft.sigmoid() if size == 1 else soft.softmax(self.dim)
         target = torch.randint(max(2, size), self.leading, generator=self.numbers)
         share = self.random.choice([0, 0, 0.4, 1])
         return target.masked_fill(torch.rand(self.leading, generator=self.numbers) < share, -7)
 
-    def rows(self) -> Tensor:
-        weight = torch.rand(self.leading, generator=self.numbers, dtype=torch.float64).to(self.dtype)
-        return weight * (torch.rand(self.leading, generator=self.numbers) > self.random.choice([0, 0.3, 1]))
+    def rows(self, name: str | None = None) -> Tensor:
+        """Weights of rows, or of the entries of one head."""
+        of_entries = name is not None and self.loss_of(name) in ("mse", "bce") and self.flip(0.5)
+        shape = self.shape(self.sizes[name]) if of_entries else self.leading
+        weight = torch.rand(shape, generator=self.numbers, dtype=torch.float64).to(self.dtype)
+        return weight * (torch.rand(shape, generator=self.numbers) > self.random.choice([0, 0.3, 1]))
 
     def options(self, names: list[str]) -> dict[str, object]:
-        classes = [name for name in names if self.loss_of(name) != "mse"]
+        classes = [name for name in names if self.loss_of(name) == "cross_entropy"]
 
         def some(among: list[str], draw: Callable[[str], object]) -> dict[str, object]:
             return {name: draw(name) for name in among if self.flip(0.6)}
 
         options: dict[str, object] = {"ignore_index": -7 if self.flip(0.8) else dict.fromkeys(names, -7)}
         if self.flip(0.4):
-            options["sample_weight"] = self.rows() if self.flip(0.5) else some(names, lambda name: self.rows())
+            options["sample_weight"] = self.rows() if self.flip(0.5) else some(names, self.rows)
         if self.flip(0.3):
             options["class_weight"] = some(classes, lambda name: self.tensor(max(2, self.sizes[name])).abs())
         if self.flip(0.4):
@@ -126,7 +134,19 @@ class Program:
             number = self.random.choice([0.1, 1.0])
             options["label_smoothing"] = number if self.flip(0.7) else some(classes, lambda name: number)
         if self.flip(0.3):
-            options["reduction"] = "sum"
+            options["reduction"] = self.random.choice(["sum", "none"])
+        return options
+
+    def of_call(self, names) -> dict[str, object]:
+        """What logits take too."""
+        options: dict[str, object] = {}
+        if self.flip(0.1):
+            options["lambda_"] = self.random.choice(LAMBDAS)
+        elif self.flip(0.1) and (name := self.any_of(self.heads.adversaries)):
+            options["lambda_"] = {name: torch.tensor(self.random.choice(LAMBDAS), dtype=torch.float64)}
+        if taking := [name for name in names if isinstance(self.modules[name], Scaled)]:
+            self.leaves.append(self.tensor().requires_grad_(self.flip(0.7)))
+            options["inputs"] = {name: {"factor": self.leaves[-1]} for name in taking}
         return options
 
     # --- what becomes of the heads ------------------------------------------------------------------------------------
@@ -152,7 +172,7 @@ class Program:
         if self.flip(0.4):
             self.heads.predictors[name] = self.head(name)
             return
-        lambda_, loss = self.random.choice(LAMBDAS), self.random.choice(["cross_entropy", "cross_entropy", "mse"])
+        lambda_, loss = self.random.choice(LAMBDAS), self.random.choice(LOSSES)
         if self.flip(0.3):  # layers that the heads make themselves
             sizes = [self.random.choice([1, 4])] * (self.dtype == torch.float64) + [self.random.choice([1, 2, 5])]
             given = sizes[0] if len(sizes) == 1 and self.flip(0.5) else sizes
@@ -217,7 +237,7 @@ class Program:
             self.heads.reversals[name].lambda_ = value
 
     def set_loss(self) -> None:
-        self.heads.losses[self.any_of(self.sizes)] = self.random.choice(["mse", "cross_entropy"])
+        self.heads.losses[self.any_of(self.sizes)] = self.random.choice(LOSSES)
 
     def schedule(self) -> None:
         if self.scheduler is None:
@@ -284,21 +304,21 @@ class Program:
         parts = [features.square().sum() * 0.1] if self.flip(0.3) else []
         torch.manual_seed(self.random.randrange(1000))  # of dropout
         if self.flip(0.2):
-            logits = self.heads(features)
+            logits = self.heads(features, **self.of_call(self.sizes))
             self.records += [(f"logits of {name}", z.detach()) for name, z in logits.items()]
             asked = self.random.sample(list(logits), self.random.randint(1, len(logits)))
             parts += [logits[name].sin().sum() for name in asked]
         else:
             names = self.random.sample(list(self.sizes), self.random.randint(1, len(self.sizes)))
             targets = {name: self.target(name) for name in names}
-            out = self.heads(features, targets, **self.options(names))
+            out = self.heads(features, targets, **self.options(names), **self.of_call(names))
             self.records.append(("loss", out.loss.detach()))
             self.records += [(f"loss of {name}", loss.detach()) for name, loss in out.head_losses.items()]
             self.records += [(f"logits of {name}", z.detach()) for name, z in out.logits.items()]
             if self.flip(0.8):
-                parts.append(out.loss * self.random.choice([1, 1, 0.5, -3, 0]))
+                parts.append(out.loss.sum() * self.random.choice([1, 1, 0.5, -3, 0]))
             if self.flip(0.25) or not parts:
-                parts.append(out.head_losses[names[0]] * self.random.choice([1, 2]))
+                parts.append(out.head_losses[names[0]].sum() * self.random.choice([1, 2]))
             if self.flip(0.25):
                 parts.append(out.logits[names[-1]].sigmoid().sum())
         return sum(parts)

@@ -121,7 +121,10 @@ class AdversarialHeads(nn.Module):
         assert state.keys() == self.reversals.keys()
         self.lambda_ = state
 
-    def forward(self, features: Tensor, targets: dict | None = None, **options):
+    def forward(self, features: Tensor, targets: dict | None = None, *, lambda_=None, inputs=None, **options):
+        lambdas = {name: reversal.lambda_ for name, reversal in self.reversals.items()}
+        if lambda_ is not None:
+            lambdas.update(lambda_ if isinstance(lambda_, dict) else dict.fromkeys(lambdas, lambda_))
         heads = [*self.predictors.items(), *self.adversaries.items()]
         if targets is not None:
             if not targets.keys() <= dict(heads).keys():
@@ -129,17 +132,18 @@ class AdversarialHeads(nn.Module):
             heads = [(name, module) for name, module in heads if name in targets]
         given, rows = {}, []  # the logits in their place, and with their dimension at the end
         for name, module in heads:
-            seen = features
+            seen, others = features, (inputs or {}).get(name, {})
             if name in self.reversals:
-                seen = gradient_reversal(features, self.reversals[name].lambda_)
+                seen = gradient_reversal(features, lambdas[name])
+                others = {key: gradient_reversal(value, lambdas[name]) for key, value in others.items()}
             first = module
             while isinstance(first, nn.Sequential) and len(first):
                 first = first[0]
             if isinstance(first, nn.Linear):
-                rows.append(module(seen.movedim(self.dim, -1)))
+                rows.append(module(seen.movedim(self.dim, -1), **others))
                 given[name] = rows[-1].movedim(-1, self.dim)
             else:
-                given[name] = module(seen)
+                given[name] = module(seen, **others)
                 rows.append(given[name].movedim(self.dim, -1))
         if targets is None:
             return given
@@ -152,7 +156,14 @@ class AdversarialHeads(nn.Module):
         if isinstance(value := options.get("ignore_index"), dict):
             options["ignore_index"] = [value[name] for name in given]
         losses = [self.losses.get(name, "cross_entropy") for name in given]
-        wanted = [t if t.dtype == torch.int64 else t.movedim(self.dim, -1) for t in (targets[name] for name in given)]
+
+        def last(tensor: Tensor | None) -> Tensor | None:
+            moves = tensor is not None and tensor.dim() == features.dim()
+            return tensor.movedim(self.dim, -1) if moves else tensor
+
+        wanted = [last(targets[name]) for name in given]
+        if isinstance(weights := options.get("sample_weight"), list):
+            options["sample_weight"] = [last(weight) for weight in weights]
         loss, head_losses, _ = naive_loss(SimpleNamespace(targets=wanted, losses=losses), logits=rows, **options)
         return SimpleNamespace(loss=loss, head_losses=dict(zip(given, head_losses, strict=True)), logits=given)
 

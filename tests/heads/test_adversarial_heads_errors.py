@@ -109,7 +109,9 @@ def test_a_reversal_inside_an_adversary_is_refused_and_inside_a_predictor_is_its
 def test_unknown_losses_are_refused():
     with pytest.raises(ValueError) as caught:
         make(losses={"domain": "l1"})
-    assert str(caught.value) == "losses['domain'] must be one of ['cross_entropy', 'mse'], got 'l1'"
+    assert (
+        str(caught.value) == "losses['domain'] must be one of ['cross_entropy', 'mse', 'bce'] or a function, got 'l1'"
+    )
     with pytest.raises(ValueError) as caught:
         make(losses={"age": "mse"})
     assert str(caught.value) == f"losses names ['age'], but the heads are {list(SIZES)}"
@@ -215,7 +217,7 @@ REFUSED = {
         TypeError,
         "ignore_index['domain'] must be an integer, got float",
     ),
-    "reduction": (lambda t: {"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
+    "reduction": (lambda t: {"reduction": "all"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'all'"),
 }
 
 

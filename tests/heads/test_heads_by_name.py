@@ -343,7 +343,12 @@ def test_one_name_among_both_kinds_is_refused_whenever_it_comes_about(where):
         ("new", 2, {"lambda_": torch.tensor(float("inf"))}, "lambda_ must be finite, got inf"),
         ("new", 2, {"lambda_": torch.ones(2)}, "lambda_ must be a number or a 0-d tensor, got shape [2]"),
         ("new", 2, {"lambda_": "1"}, "lambda_ must be a real number or a real tensor, got str"),
-        ("new", 2, {"loss": "l1"}, "losses['new'] must be one of ['cross_entropy', 'mse'], got 'l1'"),
+        (
+            "new",
+            2,
+            {"loss": "l1"},
+            "losses['new'] must be one of ['cross_entropy', 'mse', 'bce'] or a function, got 'l1'",
+        ),
     ],
 )
 def test_an_adversary_that_makes_no_sense_is_not_added(name, head, options, text):
@@ -486,7 +491,7 @@ def test_a_loss_that_is_changed_is_obeyed(name):
     check(heads)
     heads.losses[name] = "l1"
     x, targets = batch(heads)
-    text = f"losses['{name}'] must be one of ['cross_entropy', 'mse'], got 'l1'"
+    text = f"losses['{name}'] must be one of ['cross_entropy', 'mse', 'bce'] or a function, got 'l1'"
     assert refusal(lambda: heads(x, targets)) == text
     assert refusal(lambda: heads(x, {name: targets[name]})) == text
 

@@ -267,7 +267,7 @@ LOSS = {
     "losses: unknown": (
         {"losses": ["cross_entropy", "l1"]},
         ValueError,
-        "losses[1] must be one of ['cross_entropy', 'mse'], got 'l1'",
+        "losses[1] must be one of ['cross_entropy', 'mse', 'bce'] or a function, got 'l1'",
     ),
     "losses: too few": ({"losses": ["mse"]}, ValueError, "losses must have an entry for each of the 2 heads, got 1"),
     "mse: classes": (
@@ -468,7 +468,7 @@ LOSS = {
         ValueError,
         "ignore_index must have an entry for each of the 2 heads, got 1",
     ),
-    "reduction": ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
+    "reduction": ({"reduction": "all"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'all'"),
 }
 
 # Over heads of several layers: of the first, weight (4, 7), (3, 4); the second is a linear one.

@@ -1,5 +1,5 @@
-// The losses of one head over a block of rows, with the gradient of its logits. A row of weight 0 has no loss and no
-// gradient, even where its logits or targets are NaN.
+// The losses of one head over a block of rows, with the gradient of its logits. A row or entry of weight 0 has no loss
+// and no gradient, even where its logits or targets are NaN.
 
 // y * z, and 0 where y is 0, even if z is infinite or NaN.
 template <class T>
@@ -90,20 +90,45 @@ double cross_entropy(const HeadBlock<T>& head) {
   return head.label ? cross_entropy_of<T, true>(head) : cross_entropy_of<T, false>(head);
 }
 
-// loss = sum_c (z[c] - target[c])^2, dz = 2 (z - target). Returns sum_r row_weight[r] loss[r], summed in T.
-template <class T>
-double squared_error(const HeadBlock<T>& head) {
+// A loss for each output, without the others: loss = sum_c l(z[c], target[c]). each(z, target, dz) returns l and sets dz.
+// Returns the sum of the losses, each times its row's or its own weight, summed in T.
+template <class T, class Each>
+double loss_by_output(const HeadBlock<T>& head, const Each& each) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   Vector<T> loss = {};
   for (long r = 0; r < head.rows; r += kLanes) {
-    const Vector<T> weight = load(head.row_weight + r);
-    Vector<T> squares = {};
+    const Vector<T> of_row = load(head.row_weight + r);
     for (long c = 0; c < head.columns; ++c) {
-      const Vector<T> error = load(head.logits + c * kMaxBlockRows + r) - load(head.target + c * kMaxBlockRows + r);
-      squares += error * error;
-      store_gradient(head, c, r, weight, 2 * error);
+      const long at = c * kMaxBlockRows + r;
+      const Vector<T> weight = head.entry_weight ? load(head.entry_weight + at) : of_row;
+      Vector<T> dz;
+      const Vector<T> own = each(load(head.logits + at), load(head.target + at), dz);
+      store_gradient(head, c, r, weight, dz);
+      loss += weight != 0 ? weight * own : Vector<T>{};
     }
-    loss += weight != 0 ? weight * squares : Vector<T>{};
   }
   return sum_lanes<T>(loss);
+}
+
+// l = (z - target)^2
+template <class T>
+double squared_error(const HeadBlock<T>& head) {
+  return loss_by_output(head, [](Vector<T> z, Vector<T> target, Vector<T>& dz) {
+    const Vector<T> error = z - target;
+    dz = 2 * error;
+    return error * error;
+  });
+}
+
+// l = target log(1 + exp(-z)) + (1 - target) log(1 + exp(z)). A side that is not wanted adds nothing, though z be
+// infinite.
+template <class T>
+double binary_cross_entropy(const HeadBlock<T>& head) {
+  return loss_by_output(head, [](Vector<T> z, Vector<T> target, Vector<T>& dz) {
+    const Vector<T> zero = {};
+    const Vector<T> e = exp_nonpositive(z <= 0 ? z : -z), sum = 1 + e, log_sum = log_at_least_one(sum);
+    dz = (z <= 0 ? e : broadcast(T(1))) / sum - target;
+    const Vector<T> of_one = (z <= 0 ? -z : zero) + log_sum, of_zero = (z <= 0 ? zero : z) + log_sum;
+    return weighted<T>(target, of_one) + weighted<T>(1 - target, of_zero);
+  });
 }

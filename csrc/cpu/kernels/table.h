@@ -25,8 +25,8 @@ const Kernels GRL_EXT_TABLE(GRL_EXT_ISA) = {
     {scale<BFloat16, float>, scale_each<BFloat16, float>},
     {scale<float, float>, scale_each<float, float>},
     {scale<double, double>, scale_each<double, double>},
-    {logits<float>, cross_entropy<float>, squared_error<float>, gradients<float>},
-    {logits<double>, cross_entropy<double>, squared_error<double>, gradients<double>},
+    {logits<float>, cross_entropy<float>, squared_error<float>, binary_cross_entropy<float>, gradients<float>},
+    {logits<double>, cross_entropy<double>, squared_error<double>, binary_cross_entropy<double>, gradients<double>},
     {widen_rows<Half>, narrow_rows<Half>},
     {widen_rows<BFloat16>, narrow_rows<BFloat16>},
 };
