@@ -72,7 +72,8 @@ def difference(ours: list[tuple[str, object]], theirs: list[tuple[str, object]])
             scale = max(1.0, finite.max().item()) if finite.numel() else 1.0
             tolerance = relative * scale
         if not torch.allclose(our, their, rtol=0, atol=tolerance, equal_nan=True):
-            return f"{name}:\n{our}\ninstead of\n{their}"
+            off = (our - their).abs().max().item()
+            return f"{name} is off by {off:.2g}, allowed are {tolerance:.2g}:\n{our}\ninstead of\n{their}"
     if len(ours) != len(theirs):
         return f"{len(ours)} records instead of {len(theirs)}"
     return None

@@ -21,7 +21,7 @@ class Scaled(nn.Sequential):
 def own_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """A loss of rows with classes, or with a value for each output."""
     if targets.dtype == torch.int64:
-        return logits.sin().sum(1) * (targets + 1)
+        return logits.square().add(1).log().sum(1) * (targets + 1)
     return (logits - targets).square().add(1).log().sum(1)
 
 
