@@ -5,6 +5,7 @@
 # make fuzz        COUNT=100000 random programs through grl_ext and through plain PyTorch
 # make steps       COUNT=100000 training steps, over which memory must stay flat
 # make matrix      every set-up times every operation again, those of other libraries too; writes docs/works-with.md
+# make frameworks  docs/frameworks.md with Lightning, transformers, accelerate, ignite and skorch: what it resumes ends with the same bits
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
 # make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
@@ -45,7 +46,7 @@ RUN = PYTHONPATH=$(CURDIR) $(PY)
 # A process for each core, with one thread each. Neighbours stay together, so that what a module's tests share is made once or twice.
 PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist worksteal --durations=15
 
-.PHONY: env build test bench examples examples-real fuzz steps matrix asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
+.PHONY: env build test bench examples examples-real fuzz steps matrix frameworks asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -94,16 +95,19 @@ fuzz: build
 steps: build
 	for path in compiled fallback; do OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(PY) tests/fuzz/steps.py --count $(COUNT) --path $$path || exit 1; done
 
-# The libraries go into an environment of their own, which sees the one with torch. `make test` runs the rows that need none of them, and
-# compares them with what this wrote.
-.venv-matrix/.ready: tests/matrix/requirements.txt $(READY)
-	$(PY) -m venv .venv-matrix
-	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(ls -d .venv-matrix/lib/python*/site-packages)/tests_environment.pth
-	.venv-matrix/bin/python -m pip install --quiet -r $<
+# The libraries go into an environment of their own, which sees the one with torch. `make test` runs the rows and the snippets that need
+# none of them, and compares the rows with what `make matrix` wrote.
+.venv-matrix/.ready .venv-frameworks/.ready: .venv-%/.ready: tests/%/requirements.txt $(READY)
+	$(PY) -m venv .venv-$*
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(ls -d .venv-$*/lib/python*/site-packages)/tests_environment.pth
+	.venv-$*/bin/python -m pip install --quiet -r $<
 	touch $@
 
 matrix: build .venv-matrix/.ready
 	GRL_EXT_MATRIX=all OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-matrix/bin/python tests/matrix/write.py
+
+frameworks: build .venv-frameworks/.ready
+	GRL_EXT_REQUIRE_FRAMEWORKS=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-frameworks/bin/python -m pytest -q tests/frameworks
 
 # The sanitizers' build is a copy of its own. Python and torch are not built with them: libasan goes first by LD_PRELOAD, leaks are
 # theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
@@ -157,4 +161,4 @@ format: env
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
 
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix .venv-frameworks

@@ -188,6 +188,7 @@ class LambdaScheduler(LRScheduler):
         self.optimizer: Optimizer | None = optimizer  # type: ignore[assignment]
         self._overwritten = ""
         self._follows = False  # the optimizer's steps
+        self._in_sequence = False  # a SequentialLR's
         self._moved = False
         self._calls_in_vain = 0
         self.last_step = last_step or 0
@@ -196,10 +197,6 @@ class LambdaScheduler(LRScheduler):
         if last_step is not None:
             self._overwritten = ""
         if optimizer is not None:
-            for group in optimizer.param_groups:  # as learning-rate schedulers do: SequentialLR takes it as given
-                if "lr" in group:
-                    rate = group["lr"]
-                    group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
             _OptimizerSteps.of(optimizer).add(self, resume=last_step is None)
 
     def __repr__(self) -> str:
@@ -212,7 +209,8 @@ class LambdaScheduler(LRScheduler):
         """Advances by one training step and sets lambda. Takes and ignores what an optimizer gives its hooks. Does
         nothing where the scheduler was made with ``optimizer=``, whose steps alone count."""
         if self.optimizer is None:
-            self._advance("load its state too: scheduler.load_state_dict(...)", stacklevel=3)
+            self._set_step(self.last_step + 1)
+            self._warn_of_overwritten("load its state too: scheduler.load_state_dict(...)", stacklevel=3)
         elif not self._follows:
             if [type(value) for value in given] == [int]:  # as SequentialLR of older PyTorch begins the next one
                 self._begin(*given)  # type: ignore[arg-type]
@@ -250,7 +248,7 @@ class LambdaScheduler(LRScheduler):
             raise AttributeError("last_epoch cannot be set: make the LambdaScheduler with last_step=")
         if value < self.last_step:
             _OptimizerSteps.of(self.optimizer).remove(self)
-            self.last_step = value
+            self.last_step, self._in_sequence = value, True
 
     def _initial_step(self) -> None:
         self._begin(self.last_step + 1)
@@ -264,9 +262,7 @@ class LambdaScheduler(LRScheduler):
         self._go_to(step, self.total_steps)
         _OptimizerSteps.of(self.optimizer).add(self)
 
-    def _advance(self, how_to_resume: str, stacklevel: int) -> None:
-        self._set_step(self.last_step + 1)
-        self._moved = True
+    def _warn_of_overwritten(self, how_to_resume: str, stacklevel: int) -> None:
         if self._overwritten:
             warnings.warn(
                 f"{self._overwritten} came from a checkpoint and is overwritten: this LambdaScheduler is at step "
@@ -302,8 +298,8 @@ class LambdaScheduler(LRScheduler):
         """Where on the curve the training is. The schedule and the layers are code: make the same ones when
         resuming."""
         state: dict[str, Any] = {"last_step": self.last_step, "total_steps": self.total_steps}
-        if self.optimizer is not None:
-            state["follows"] = self._follows
+        if self._in_sequence:
+            state["follows"] = self._follows  # or it is the turn of another one
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -314,7 +310,7 @@ class LambdaScheduler(LRScheduler):
         elif state_dict.get("follows", True):
             self._go_to(step, total_steps)
             _OptimizerSteps.of(self.optimizer).add(self)
-        else:  # another one sets the layers: its turn in a SequentialLR is to come, or over
+        else:
             self.last_step, self.total_steps = step, total_steps
             _OptimizerSteps.of(self.optimizer).remove(self)
 
@@ -338,6 +334,10 @@ class _OptimizerSteps:
         self.schedulers: list[LambdaScheduler] = []
         self.unclaimed: dict[int, tuple[int, int]] = {}  # of a checkpoint that was loaded before its scheduler was made
         self._read()
+        for group in optimizer.param_groups:  # as learning-rate schedulers do: SequentialLR takes it as given
+            if "lr" in group:
+                rate = group["lr"]
+                group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_load_state_dict_post_hook(self._after_load)
 
@@ -388,7 +388,10 @@ class _OptimizerSteps:
     def _after_step(self, *_: object) -> None:
         self._read()  # an optimizer that loads without calling hooks
         for scheduler in self.schedulers:
-            scheduler._advance("load the optimizer's state too, which has the step", stacklevel=4)
+            # A step late: torch.distributed.checkpoint makes one before it loads a new optimizer.
+            scheduler._warn_of_overwritten("load the optimizer's state too, which has the step", stacklevel=4)
+            scheduler._set_step(scheduler.last_step + 1)
+            scheduler._moved = True
         self._write()
 
     def _after_load(self, *_: object) -> None:

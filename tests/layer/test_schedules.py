@@ -1,6 +1,8 @@
 """Lambda schedules, and the scheduler that applies them to the layers."""
 
 import copy
+import gc
+import itertools
 import math
 import pickle
 import warnings
@@ -257,6 +259,450 @@ def test_a_step_that_the_gradient_scaler_leaves_out_does_not_count():
         scaler.step(optimizer)
         scaler.update()
         assert scheduler.last_step == expected
+
+
+# --- following an optimizer
+# --------------------------------------------------------------------------------------------------------------
+
+
+def following(
+    total_steps: int = 10, schedule=None, **options
+) -> tuple[nn.Module, torch.optim.Optimizer, LambdaScheduler]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), GRL(0.5), nn.Tanh())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    scheduler = LambdaScheduler(model, schedule or schedules.dann(), total_steps, optimizer=optimizer, **options)
+    return model, optimizer, scheduler
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+
+def curve(step: int, total_steps: int = 10) -> list[float]:
+    return [0.5 * schedules.dann()(step / total_steps)]
+
+
+def test_it_follows_the_optimizers_steps_whoever_calls_step_too():
+    model, optimizer, scheduler = following()
+    optimizer.register_step_post_hook(scheduler.step)  # as it was done before there was optimizer=
+    assert scheduler.get_last_lambda() == curve(0)
+    for k in range(1, 13):
+        train(model, optimizer)
+        for _ in range(k % 3):
+            scheduler.step()
+        assert scheduler.last_step == k
+        assert scheduler.get_last_lambda() == [model[1].lambda_.item()] == curve(min(k, 10))
+
+
+def test_nobody_needs_to_keep_the_scheduler():
+    model, optimizer, _ = following()
+    del _
+    gc.collect()
+    train(model, optimizer, 3)
+    assert [model[1].lambda_.item()] == curve(3)
+
+
+@pytest.mark.parametrize("total_steps", [10, 1000], ids=["the same length", "the saved length counts"])
+@pytest.mark.parametrize("order", [*itertools.permutations(["scheduler made", "model", "optimizer", "scheduler"])])
+def test_the_optimizers_checkpoint_resumes_the_curve_exactly_in_any_order(tmp_path, order, total_steps):
+    model, optimizer, scheduler = following()
+    train(model, optimizer, 4)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    train(model, optimizer, 8)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    fresh = nn.Sequential(nn.Linear(2, 2), GRL(0.5), nn.Tanh())
+    fresh_optimizer = torch.optim.Adam(fresh.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for what in order:
+            if what == "scheduler made":
+                resumed = LambdaScheduler(fresh, schedules.dann(), total_steps, optimizer=fresh_optimizer)
+            elif what != "scheduler":  # its own state says the same, and need not be loaded
+                {"model": fresh, "optimizer": fresh_optimizer}[what].load_state_dict(saved[what])
+            elif order.index("scheduler made") < order.index("scheduler"):
+                resumed.load_state_dict(saved[what])
+        assert (resumed.last_step, resumed.get_last_lambda()) == (4, curve(4))
+        train(fresh, fresh_optimizer, 8)
+    for name, value in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+def test_a_saved_state_does_not_move_with_the_training():
+    model, optimizer, scheduler = following()
+    states = optimizer.state_dict(), scheduler.state_dict()
+    train(model, optimizer)
+    assert states[0]["param_groups"][0]["lambda_step_0"] == states[1]["last_step"] == 0
+
+
+def test_an_optimizer_that_loads_without_calling_hooks_resumes_it_at_its_next_step():
+    class Adam(torch.optim.Adam):
+        def load_state_dict(self, state_dict):
+            self.param_groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
+
+    model, optimizer, _ = following()
+    train(model, optimizer, 4)
+    other = nn.Sequential(nn.Linear(2, 2), GRL(0.5))
+    other_optimizer = Adam(other.parameters())
+    scheduler = LambdaScheduler(other, schedules.dann(), 10, optimizer=other_optimizer)
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    train(other, other_optimizer)
+    assert (scheduler.last_step, scheduler.get_last_lambda()) == (5, curve(5))
+
+
+def test_an_optimizers_checkpoint_without_the_position_gives_a_warning():
+    model, optimizer, scheduler = following()
+    train(model, optimizer, 4)
+    loaded = model[1].lambda_.item()
+    states = model.state_dict(), torch.optim.Adam(model.parameters()).state_dict()
+    model, optimizer, scheduler = following()
+    model.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+    train(model, optimizer)
+    with pytest.warns(UserWarning) as caught:
+        train(model, optimizer)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert str(caught[0].message) == (
+        f"the lambda_ {loaded} of a GRL came from a checkpoint and is overwritten: this LambdaScheduler is at step 1. "
+        "To resume, load the optimizer's state too, which has the step"
+    )
+    assert scheduler.get_last_lambda() == curve(2)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints_resume_the_curve_although_they_make_a_step(flat):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer, _ = following()
+    train(model, optimizer, 4)
+    saved = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+    train(model, optimizer, 3)
+    other, other_optimizer, scheduler = following()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lambda")
+        set_state_dict(other, other_optimizer, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
+        assert (scheduler.last_step, scheduler.get_last_lambda()) == (4, curve(4))
+        train(other, other_optimizer, 3)
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_optimizer_may_be_given_wrapped(wrapped):
+    class Wrapper(torch.optim.Optimizer):
+        """As accelerate's: of the class, without what its constructor makes."""
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self):
+            self.optimizer.step()
+
+    model, optimizer, _ = following()
+    given = Wrapper(Wrapper(optimizer)) if wrapped else optimizer
+    scheduler = LambdaScheduler(model, schedules.dann(), 10, optimizer=given)
+    assert scheduler.optimizer is given
+    train(model, optimizer)
+    assert scheduler.last_step == 1
+
+
+def test_two_of_one_optimizer_keep_their_own_positions():
+    def make():
+        model = nn.Sequential(nn.Linear(2, 2), GRL(), GRL())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return (
+            model,
+            optimizer,
+            [
+                LambdaScheduler(layer, schedules.linear(0.0, 1.0), steps, optimizer=optimizer)
+                for layer, steps in ((model[1], 10), (model[2], 20))
+            ],
+        )
+
+    model, optimizer, (first, second) = make()
+    train(model, optimizer, 2)
+    second.load_state_dict({"last_step": 0, "total_steps": 4})
+    first.load_state_dict(first.state_dict())  # which does not change their order
+    train(model, optimizer)
+    other, other_optimizer, made = make()
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    assert [scheduler.state_dict() for scheduler in made] == [
+        {"last_step": 3, "total_steps": 10},
+        {"last_step": 1, "total_steps": 4},
+    ]
+    train(other, other_optimizer)
+    assert [layer.lambda_.item() for layer in other[1:]] == [0.4, 0.5]
+
+
+def test_a_new_phase_of_one_optimizer_takes_the_place_of_the_last_one():
+    model, optimizer, first = following()
+    train(model, optimizer, 4)
+    second = LambdaScheduler(model, schedules.linear(1.0, 0.0), 4, optimizer=optimizer)
+    assert second.last_step == 0 and second.get_last_lambda() == [0.5]
+    train(model, optimizer)
+    assert (first.last_step, second.last_step) == (4, 1)
+    assert first.state_dict() == {"last_step": 4, "total_steps": 10}
+    # The next process makes the second only.
+    other, other_optimizer, scheduler = following(schedule=schedules.linear(1.0, 0.0))
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    assert scheduler.state_dict() == second.state_dict()
+    assert scheduler.get_last_lambda() == [0.375]
+
+
+def test_one_for_new_adversaries_goes_on_where_the_last_one_was():
+    heads = AdversarialHeads(2, adversaries={"domain": 2})
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.1)
+    first = LambdaScheduler(heads, schedules.linear(0.0, 1.0), 10, optimizer=optimizer)
+    for _ in range(4):
+        optimizer.step()
+    heads.add_adversary("site", 3, lambda_=0.5)
+    second = LambdaScheduler(heads, schedules.linear(0.0, 1.0), 10, optimizer=optimizer)
+    second.load_state_dict(first.state_dict())
+    optimizer.step()
+    assert (first.last_step, second.last_step, second.get_last_lambda()) == (4, 5, [0.5, 0.25])
+
+
+def test_of_two_that_share_a_layer_the_later_one_sets_it():
+    model = nn.Sequential(nn.Linear(2, 2), GRL(), GRL())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    LambdaScheduler(model, schedules.linear(0.0, 1.0), 4, optimizer=optimizer)
+    LambdaScheduler(model[2], schedules.constant(0.1), 4, optimizer=optimizer)
+    train(model, optimizer, 2)
+    assert [layer.lambda_.item() for layer in model[1:]] == [0.5, 0.1]
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+def test_a_copy_follows_the_copied_optimizer(copies):
+    model, optimizer, scheduler = following()
+    train(model, optimizer, 2)
+    other, other_optimizer, other_scheduler = copies((model, optimizer, scheduler))
+    train(other, other_optimizer, 2)
+    assert (other_scheduler.last_step, other_scheduler.get_last_lambda()) == (4, curve(4))
+    assert (scheduler.last_step, scheduler.get_last_lambda()) == (2, curve(2))
+    train(model, optimizer)
+    assert (scheduler.last_step, other_scheduler.last_step) == (3, 4)
+    assert other_optimizer.state_dict()["param_groups"][0]["lambda_step_0"] == 4
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_optimizer_step_moves_lambda(whole):
+    model, optimizer, scheduler = following()
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend="eager")
+    if whole:
+
+        @torch.compile(backend="eager")
+        def step():
+            optimizer.step()
+
+    for k in range(1, 5):
+        model(torch.ones(1, 2)).sum().backward()
+        step()
+        assert (scheduler.last_step, scheduler.get_last_lambda()) == (k, curve(k))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_gradient_scaler_leaves_out_counts_only_where_the_optimizer_is_called(fused):
+    model = nn.Sequential(nn.Linear(2, 2), GRL(0.5))
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    scheduler = LambdaScheduler(model, schedules.dann(), 10, optimizer=optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for factor, expected in ((1.0, 1), (float("inf"), 1 + fused), (1.0, 2 + fused)):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scheduler.last_step == expected
+
+
+# --- where a learning-rate scheduler is expected
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_learning_rate_scheduler_that_leaves_the_rates_alone():
+    model, optimizer, scheduler = following()
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    optimizer.param_groups[0]["lr"] = 0.25
+    train(model, optimizer, 3)
+    assert scheduler.optimizer is optimizer and scheduler.last_epoch == 3
+    assert scheduler.get_last_lr() == scheduler.get_lr() == [0.25]
+
+
+def test_a_chain_moves_learning_rate_and_lambda():
+    def make():
+        model, optimizer, scheduler = following()
+        rates = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return model, optimizer, torch.optim.lr_scheduler.ChainedScheduler([scheduler, rates])
+
+    model, optimizer, chain = make()
+    for k in range(1, 4):
+        train(model, optimizer)
+        chain.step()
+        assert chain.get_last_lr() == [0.1 * 0.5**k] and [model[1].lambda_.item()] == curve(k)
+    other, _, other_chain = make()
+    other_chain.load_state_dict(chain.state_dict())
+    assert [other[1].lambda_.item()] == curve(3)
+
+
+def sequence():
+    model, optimizer, first = following(schedule=schedules.linear(0.0, 1.0))
+    second = LambdaScheduler(model, schedules.linear(1.0, 0.5), 5, optimizer=optimizer)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [first, second], milestones=[3])
+    return model, optimizer, both
+
+
+SEQUENCE = [0.0, 0.05, 0.1, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.25]
+
+
+def test_a_sequence_is_one_curve_after_the_other():
+    model, optimizer, both = sequence()
+    for expected in SEQUENCE:
+        assert model[1].lambda_.item() == pytest.approx(expected)
+        train(model, optimizer)
+        both.step()
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+@pytest.mark.parametrize("done", [2, 3, 5])
+def test_a_sequence_is_resumed_in_any_order_of_loading(done, order):
+    first = sequence()
+    for _ in range(done):
+        train(*first[:2])
+        first[2].step()
+    saved = [copy.deepcopy(of.state_dict()) for of in first]
+    model, optimizer, both = resumed = sequence()
+    for of in order:
+        resumed[of].load_state_dict(saved[of])
+    for expected in SEQUENCE[done:]:
+        assert model[1].lambda_.item() == pytest.approx(expected)
+        train(model, optimizer)
+        both.step()
+
+
+def test_in_a_sequence_after_a_warm_up_lambda_waits_at_its_start():
+    model, optimizer, scheduler = following(total_steps=2, schedule=schedules.linear(0.2, 1.0))
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, scheduler], milestones=[3])
+    seen = []
+    for _ in range(6):
+        seen += scheduler.get_last_lambda()
+        train(model, optimizer)
+        both.step()
+    assert seen == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.3, 0.5])
+
+
+def test_without_an_optimizer_it_is_refused_where_one_is_needed():
+    model, scheduler = training()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="LambdaScheduler at index 0 has None"):
+        torch.optim.lr_scheduler.SequentialLR(optimizer, [scheduler], milestones=[])
+    with pytest.raises(AttributeError) as caught:
+        scheduler.get_last_lr()
+    assert str(caught.value) == "this LambdaScheduler has no learning rates: it was made without optimizer="
+
+
+@pytest.mark.parametrize("value", [0, 5])
+def test_the_position_cannot_be_assigned(value):
+    _, optimizer, scheduler = following(last_step=2)
+    for of in (scheduler, training()[1]):
+        with pytest.raises(AttributeError) as caught:
+            of.last_epoch = value
+        assert str(caught.value) == "last_epoch cannot be set: make the LambdaScheduler with last_step="
+
+
+def test_an_optimizer_that_nobody_steps_gives_a_warning():
+    model, optimizer, scheduler = following()
+    scheduler.step()
+    scheduler.step()
+    with pytest.warns(UserWarning) as caught:
+        scheduler.step()
+    assert caught[0].filename == __file__
+    assert str(caught[0].message) == (
+        "lambda does not move: the Adam whose steps this LambdaScheduler follows has made none. "
+        "Give it the optimizer that the training calls"
+    )
+    train(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            scheduler.step()
+
+
+def test_it_says_where_it_stands():
+    model, scheduler = training()
+    scheduler.step()
+    assert repr(scheduler) == "LambdaScheduler(1 GRL, step 1 of 10, factor 0.4621)"
+    model = nn.Sequential(Model(), GRL())
+    scheduler = LambdaScheduler(
+        model, schedules.constant(2.0), 5, optimizer=torch.optim.SGD(model.parameters()), last_step=3
+    )
+    assert repr(scheduler) == "LambdaScheduler(4 GRL, 1 GRLLinear, step 3 of 5, factor 2, follows SGD)"
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_start_step_is_taken_without_a_warning(follows):
+    model, scheduler = training()
+    model.load_state_dict(checkpoint()[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = LambdaScheduler(model, schedules.dann(), 10, optimizer=optimizer if follows else None, last_step=7)
+    assert (scheduler.last_step, scheduler.get_last_lambda()) == (7, curve(7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            train(model, optimizer)
+            scheduler.step()
+    assert scheduler.get_last_lambda() == curve(9)
+
+
+def test_a_start_step_goes_before_what_the_optimizer_holds():
+    model, optimizer, _ = following()
+    train(model, optimizer, 4)
+    other, other_optimizer, _ = model, torch.optim.Adam(model.parameters()), None
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    scheduler = LambdaScheduler(other, schedules.dann(), 10, optimizer=other_optimizer, last_step=0)
+    assert scheduler.last_step == other_optimizer.param_groups[0]["lambda_step_0"] == 0
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"optimizer": "Adam"}, TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
+        ({"last_step": -1}, ValueError, "last_step must be at least 0, got -1"),
+        ({"last_step": 0.5}, TypeError, "last_step must be an integer, got 0.5"),
+    ],
+)
+def test_bad_options_are_named(options, error, message):
+    layer = GRL(0.5)
+    with pytest.raises(error) as caught:
+        LambdaScheduler(layer, schedules.dann(), 5, **options)
+    assert str(caught.value) == message
+    assert layer.lambda_.item() == 0.5
+
+
+# --- averaged weights
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_averaged_model_has_the_last_lambda_or_with_its_buffers_the_mean(use_buffers):
+    model, optimizer, scheduler = following(schedule=schedules.linear(0.0, 1.0))
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=use_buffers)
+    for _ in range(3):
+        train(model, optimizer)
+        averaged.update_parameters(model)
+    assert averaged.module[1].lambda_.item() == pytest.approx(0.1 if use_buffers else 0.15)
+    # What the page on frameworks says to load.
+    state = {name: value for name, value in averaged.module.state_dict().items() if not name.endswith("lambda_")}
+    model.load_state_dict(state)
+    assert scheduler.get_last_lambda() == pytest.approx([0.15])
 
 
 def test_lambda_in_the_layer_leaves_the_adversarys_own_gradient_alone_and_on_the_loss_it_does_not():

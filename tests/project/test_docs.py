@@ -81,17 +81,28 @@ def test_the_snippets_in_the_readme_run():
         exec(compile(code, str(README), "exec"), names)
 
 
+# Packages that the tests' environment is without. `make frameworks` has an environment with them, and runs what needs
+# one: tests/frameworks/.
+FRAMEWORKS = ("accelerate", "ignite", "lightning", "skorch", "transformers")
+
+
+def needs_framework(code: str) -> bool:
+    return re.search(rf"^(from|import) ({'|'.join(FRAMEWORKS)})\b", code, re.MULTILINE) is not None
+
+
 # A page's first block is what the others begin with. Each of them runs by itself.
 SNIPPETS = [
     pytest.param(page, first, code, id=f"{page.stem}: {heading}")
     for page in PAGES
     if (blocks := python_blocks(page))
     for (_, first), (heading, code) in [(blocks[0], block) for block in blocks[1:]]
+    if not needs_framework(code)
 ]
 
 
 @pytest.mark.parametrize("page, first, code", SNIPPETS)
-def test_the_snippets_in_the_pages_run(page, first, code):
+def test_the_snippets_in_the_pages_run(page, first, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where they save
     names = {"__name__": "snippet"}
     try:
         for part in (first, code):
@@ -103,7 +114,15 @@ def test_the_snippets_in_the_pages_run(page, first, code):
 
 def test_the_pages_that_hold_snippets_are_found():
     found = {snippet.values[0].name for snippet in SNIPPETS}
-    assert {"heads.md", "recipes.md"} <= found
+    assert {"heads.md", "recipes.md", "frameworks.md"} <= found
+
+
+def test_only_the_snippets_that_make_frameworks_runs_are_left_out():
+    left_out = [
+        (page.name, heading) for page in PAGES for heading, code in python_blocks(page) if needs_framework(code)
+    ]
+    headings = ["Lightning", "The Trainer of transformers", "accelerate", "ignite", "skorch"]
+    assert left_out == [("frameworks.md", heading) for heading in headings]
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
