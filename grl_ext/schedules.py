@@ -106,7 +106,8 @@ class LambdaScheduler(LRScheduler):
 
     With ``optimizer=`` lambda follows that optimizer's steps, whoever calls them, and where the curve stands is in the
     optimizer's ``state_dict()``: a framework that saves and loads the optimizer resumes the curve. Nobody needs to call
-    ``step()``, which then does nothing, so that a framework may; what ``GradScaler`` leaves out is no step.
+    ``step()``, which then does nothing, so that a framework may. What ``GradScaler`` leaves out is no step; made with
+    ``fused=True`` an optimizer leaves it out itself, and it counts.
 
     Without it, call ``step()`` after each ``optimizer.step()``. To resume, load both the model and the scheduler, in
     either order. Where only the model is loaded, the curve begins anew and the first ``step()`` warns that it
@@ -124,8 +125,8 @@ class LambdaScheduler(LRScheduler):
         total_steps: after that many steps the progress is 1, and stays. A checkpoint's replaces it.
         optimizer: whose steps count. It may be wrapped, as by accelerate or Lightning. Of two schedulers of one
             optimizer the later takes the place of the earlier where it sets all layers of that one.
-        last_step: how many steps are done at the start. Where it is not given, 0, or what an optimizer holds that was
-            loaded before.
+        last_step: how many steps are done at the start. Where it is not given, 0, or what the optimizer has from a
+            checkpoint that was loaded before.
 
     Attributes:
         last_step: how many steps are done.
@@ -202,7 +203,7 @@ class LambdaScheduler(LRScheduler):
     def __repr__(self) -> str:
         layers = [f"{count} {name}" for name, count in Counter(type(layer).__name__ for layer in self.layers).items()]
         position = f"step {self.last_step} of {self.total_steps}, factor {self.last_factor:.4g}"
-        follows = f", follows {type(self.optimizer).__name__}" if self.optimizer is not None else ""
+        follows = f", follows {type(self.optimizer).__name__}" if self._follows else ""
         return f"{type(self).__name__}({', '.join(layers)}, {position}{follows})"
 
     def step(self, *given: object) -> None:
@@ -242,8 +243,8 @@ class LambdaScheduler(LRScheduler):
 
     @last_epoch.setter
     def last_epoch(self, value: int) -> None:
-        # SequentialLR takes a step back those that it will begin later. ignite adds a step itself, where the
-        # optimizer's count.
+        # SequentialLR takes each of its schedulers a step back, to begin it later. ignite's LRScheduler adds a step
+        # each time: the optimizer's are the ones that count.
         if self.optimizer is None or value not in (self.last_step - 1, self.last_step, self.last_step + 1):
             raise AttributeError("last_epoch cannot be set: make the LambdaScheduler with last_step=")
         if value < self.last_step:
