@@ -334,7 +334,7 @@ class _OptimizerSteps:
         self.optimizer = optimizer
         self.schedulers: list[LambdaScheduler] = []
         self.unclaimed: dict[int, tuple[int, int]] = {}  # of a checkpoint that was loaded before its scheduler was made
-        self._read()
+        self._after_load()
         for group in optimizer.param_groups:  # as learning-rate schedulers do: SequentialLR takes it as given
             if "lr" in group:
                 rate = group["lr"]
@@ -370,18 +370,22 @@ class _OptimizerSteps:
         scheduler._follows = False
         self._write()
 
+    def _saved(self) -> list[tuple[int, int]]:
+        group, saved = self.optimizer.param_groups[0], []
+        while f"lambda_step_{len(saved)}" in group:
+            saved.append((group[f"lambda_step_{len(saved)}"], group[f"lambda_total_steps_{len(saved)}"]))
+        return saved
+
     def _read(self) -> None:
-        group, position = self.optimizer.param_groups[0], 0
-        while f"lambda_step_{position}" in group:
-            saved = group[f"lambda_step_{position}"], group[f"lambda_total_steps_{position}"]
-            if position >= len(self.schedulers):
-                self.unclaimed[position] = saved
-            elif saved != ((scheduler := self.schedulers[position]).last_step, scheduler.total_steps):
+        for scheduler, saved in zip(self.schedulers, self._saved(), strict=False):
+            if saved != (scheduler.last_step, scheduler.total_steps):
                 scheduler._go_to(*saved)
-            position += 1
 
     def _write(self) -> None:
         group = self.optimizer.param_groups[0]
+        for position in range(len(self._saved())):
+            if position not in self.unclaimed:
+                del group[f"lambda_step_{position}"], group[f"lambda_total_steps_{position}"]
         for position, scheduler in enumerate(self.schedulers):
             group[f"lambda_step_{position}"] = scheduler.last_step
             group[f"lambda_total_steps_{position}"] = scheduler.total_steps
@@ -397,6 +401,8 @@ class _OptimizerSteps:
 
     def _after_load(self, *_: object) -> None:
         self._read()
+        followed = len(self.schedulers)
+        self.unclaimed = dict(enumerate(self._saved()[followed:], followed))
         self._write()
 
 

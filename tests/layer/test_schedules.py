@@ -468,6 +468,33 @@ def test_one_for_new_adversaries_goes_on_where_the_last_one_was():
     assert (first.last_step, second.last_step, second.get_last_lambda()) == (4, 5, [0.5, 0.25])
 
 
+def test_the_position_of_one_that_was_replaced_is_nobody_elses():
+    model = nn.Sequential(nn.Linear(2, 2), GRL(), GRL(), GRL())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for layer in model[1:3]:
+        LambdaScheduler(layer, schedules.linear(0.0, 1.0), 4, optimizer=optimizer)
+    train(model, optimizer, 3)
+    LambdaScheduler(model[1:3], schedules.linear(0.0, 1.0), 4, optimizer=optimizer)
+    train(model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [name for name in optimizer.param_groups[0] if name.startswith("lambda_step_")] == ["lambda_step_0"]
+    LambdaScheduler(model[3], schedules.linear(0.0, 1.0), 4, optimizer=optimizer)
+    assert [layer.lambda_.item() for layer in model[1:]] == [0.25, 0.25, 0.0]
+
+
+def test_of_several_made_after_the_optimizer_was_loaded_each_finds_its_position():
+    model = nn.Sequential(nn.Linear(2, 2), GRL(), GRL())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0].update(
+        {"lambda_step_0": 1, "lambda_total_steps_0": 4, "lambda_step_1": 3, "lambda_total_steps_1": 6}
+    )
+    made = [LambdaScheduler(layer, schedules.linear(0.0, 1.0), 9, optimizer=optimizer) for layer in model[1:]]
+    assert [scheduler.state_dict() for scheduler in made] == [
+        {"last_step": 1, "total_steps": 4},
+        {"last_step": 3, "total_steps": 6},
+    ]
+
+
 def test_of_two_that_share_a_layer_the_later_one_sets_it():
     model = nn.Sequential(nn.Linear(2, 2), GRL(), GRL())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
