@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from grl_ext import _foreign
 from grl_ext.modules import GRL, GRLLinear
 
 
@@ -84,12 +86,35 @@ def reversal_in(module: nn.Module) -> nn.Module | None:
 
 
 def check_reversal(name: str, module: nn.Module) -> None:
-    """An adversary's gradient would be reversed twice, which is not at all."""
+    """An adversary's gradient would be reversed twice, which is not at all. Looks at all that the names say."""
     if (reversal := reversal_in(module)) is not None:
         raise ValueError(
             f"adversaries[{name!r}] contains a {type(reversal).__name__}, but AdversarialHeads reverses the "
             "adversaries' gradients itself: leave the GRL out, or use a plain nn.Linear"
         )
+    for part in module.modules():
+        if (found := _foreign.describe(part)) is not None:
+            raise ValueError(
+                f"adversaries[{name!r}] {found}, but AdversarialHeads reverses the adversaries' gradients itself: "
+                "leave that reversal out, or pass allow_reversal=True if it is none"
+            )
+
+
+def check_reversal_in_call(name: str, part: nn.Module) -> None:
+    """The same for what was put into a head later: one look at each layer's class. A graph looks for our own layers
+    only."""
+    if torch.compiler.is_compiling():
+        suspect = reversal_in(part) is not None
+    else:
+        suspect = _may_reverse(part)
+    if suspect:
+        check_reversal(name, part)
+
+
+def _may_reverse(module: nn.Module) -> bool:
+    if isinstance(module, (GRL, GRLLinear)) or _foreign.may_reverse(type(module)):
+        return True
+    return any(part is not None and _may_reverse(part) for part in module._modules.values())
 
 
 class HeadPath(NamedTuple):

@@ -1,6 +1,6 @@
 """Predictors and adversaries over the same features: modules by name, and how each of them is run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -22,6 +22,7 @@ from grl_ext._head_paths import (
     HeadPath,
     begins_linear,
     check_reversal,
+    check_reversal_in_call,
     is_linear,
     lambda_of,
     path_of,
@@ -55,28 +56,38 @@ class HeadsOutput(NamedTuple):
 class _Adversaries(nn.ModuleDict):
     """An adversary has its reversal under the same name: it is not added without one, nor taken out alone."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], reversals: nn.ModuleDict) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], reversals: nn.ModuleDict, allow_reversal: bool | Collection[str]
+    ) -> None:
         super().__init__()
         self.__dict__["_reversals"] = reversals  # not a child: the heads hold it under a name of its own
+        # Adversaries in which what looks like a reversal is none; a dict, because Dynamo knows those best.
+        self._allowed = dict.fromkeys(modules if allow_reversal is True else allow_reversal or ())
         self.update(modules)
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         if name not in self._reversals:
             raise ValueError(_no_reversal(name))
-        check_reversal(name, module)
+        if name not in self._allowed:
+            check_reversal(name, module)
         super().__setitem__(name, module)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        self._reversals._modules.pop(name, None)
+        self._forget(name)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
         self._reversals._modules.pop(name, None)
+        self._allowed.pop(name, None)
 
     def clear(self) -> None:
         super().clear()
         self._reversals.clear()
+        self._allowed.clear()
 
     def _get_name(self) -> str:  # in the repr
         return "ModuleDict"
@@ -113,7 +124,8 @@ class AdversarialHeads(nn.Module):
         in_features: D, the features' size.
         predictors, adversaries: heads by name, such as ``{"digit": 10}``, ``{"domain": [100, 1]}``, ``{"speaker":
             module}``. Size 1 is a binary head with one logit, or a value for a squared error. A given adversary must
-            not reverse the gradient itself.
+            not reverse the gradient itself: leave its reversal out. One that a name gives away is refused (a layer
+            ``RevGrad``, a ``grad_reverse`` that the forward calls); :func:`grl_ext.testing.reverses` finds others.
         bias: whether the linear layers made here have one.
         lambda_: one finite number for all adversaries, or one by name. Each adversary has its own in a :class:`GRL`
             under its name, ``heads.reversals["domain"]``, with that layer's rules. ``heads.lambda_`` reads them by
@@ -124,6 +136,7 @@ class AdversarialHeads(nn.Module):
         dim: which dimension of the features holds them; 1 for maps ``(N, C, H, W)``. Logits have theirs in the same
             place. Maps in ``channels_last`` memory are read as they are; others are copied. A module that does not
             begin with an ``nn.Linear`` gets the features as they are.
+        allow_reversal: True, or names of adversaries: takes them although they seem to reverse the gradient themselves.
         device, dtype: of the linear layers made here.
 
     Attributes:
@@ -177,6 +190,7 @@ class AdversarialHeads(nn.Module):
         lambda_: float | Mapping[str, float] = 1.0,
         losses: Mapping[str, Loss] | None = None,
         dim: int = -1,
+        allow_reversal: bool | Collection[str] = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -201,7 +215,9 @@ class AdversarialHeads(nn.Module):
         else:
             lambdas = dict.fromkeys(adversaries, check_scalar("lambda_", lambda_))
         self.reversals = nn.ModuleDict({name: _reversal(value, device) for name, value in lambdas.items()})
-        self.adversaries = _Adversaries(modules, self.reversals)
+        if not isinstance(allow_reversal, bool):
+            _check_known("allow_reversal", allow_reversal, adversaries, "adversaries")
+        self.adversaries = _Adversaries(modules, self.reversals, allow_reversal)
         self.losses: dict[str, Loss] = dict.fromkeys((*predictors, *adversaries), "cross_entropy")
         _check_known("losses", losses or {}, self.losses, "heads")
         self.losses.update(losses or {})
@@ -250,6 +266,7 @@ class AdversarialHeads(nn.Module):
         *,
         loss: Loss = "cross_entropy",
         bias: bool = True,
+        allow_reversal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -269,9 +286,13 @@ class AdversarialHeads(nn.Module):
         module = _module_of("adversaries", name, head, self.in_features, bias, device, dtype)
         if name in self.predictors:
             raise ValueError(_shared([name]))
-        check_reversal(name, module)
+        if not allow_reversal:
+            check_reversal(name, module)
         kind_of(f"losses[{name!r}]", loss)
         self.reversals[name] = _reversal(check_scalar("lambda_", lambda_), device)
+        self.adversaries._allowed.pop(name, None)
+        if allow_reversal:
+            self.adversaries._allowed[name] = None
         self.adversaries[name] = module
         self.losses[name] = loss
 
@@ -315,14 +336,16 @@ class AdversarialHeads(nn.Module):
         for name, module in predictors.items():
             if names is None or name in names:
                 heads.append(path_of(name, module, None, inputs.get(name)))
-        for name, module in self._modules["adversaries"]._modules.items():
+        adversaries = self._modules["adversaries"]
+        for name, module in adversaries._modules.items():
             if names is None or name in names:
                 if name in predictors:
                     raise ValueError(_shared([name]))
                 head = path_of(name, module, self._reversal_of(name), inputs.get(name))
                 heads.append(head._replace(lambda_=lambdas[name]) if name in lambdas else head)
-                for part in head.between:
-                    check_reversal(name, part)
+                if name not in adversaries._allowed:
+                    for part in head.between:
+                        check_reversal_in_call(name, part)
         return heads
 
     def _lambdas_of_call(self, lambda_: Lambda) -> dict[str, Tensor | float]:
@@ -619,7 +642,7 @@ def _by_name(kind: str, heads: Mapping[str, Head] | None) -> dict[str, Head]:
     return dict(heads)
 
 
-def _check_known(what: str, given: Mapping[str, object], known, of: str) -> None:
+def _check_known(what: str, given: Iterable[str], known, of: str) -> None:
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{what} names {unknown}, but the {of} are {list(known)}")
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import grl_ext
-from grl_ext import functional, heads, modules, schedules
+from grl_ext import functional, heads, modules, schedules, testing
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -18,7 +18,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 pytestmark = pytest.mark.usefixtures("path")
 
 
-@pytest.mark.parametrize("module", [functional, heads, modules, schedules], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [functional, heads, modules, schedules, testing], ids=lambda module: module.__name__)
 def test_the_examples_in_the_docstrings_run(module):
     # `torch` and `grl_ext` are what a reader has imported.
     failed, tried = doctest.testmod(module, extraglobs={"torch": torch, "grl_ext": grl_ext})
@@ -26,11 +26,17 @@ def test_the_examples_in_the_docstrings_run(module):
 
 
 def test_every_public_name_has_an_example():
-    without = {"HeadsLoss", "HeadsOutput", "schedules"}  # results, and a module whose functions have their own
+    without = {
+        "HeadsLoss",
+        "HeadsOutput",
+        "schedules",
+        "testing",
+    }  # results, and modules whose functions have their own
     for name in set(grl_ext.__all__) - without:
         assert "Example:" in getattr(grl_ext, name).__doc__, name
     for name in ("dann", "warm_start", "linear", "constant"):
         assert "Example:" in getattr(schedules, name).__doc__, name
+    assert "Example:" in testing.reverses.__doc__
 
 
 def test_the_readmes_equivalent_is_equivalent():
