@@ -331,6 +331,8 @@ def check_loss(
             _check_cross_entropy(name, kind)
         _check_weights(name, x, options.class_weight[h], [max(2, size)], names)
         _check_values(h, targets[h], sample_weight, max(2, size), options.ignore_index[h], kind, names)
+        if not is_own(kind) and kind == CROSS_ENTROPY and targets[h].dtype != torch.int64:
+            _check_probabilities(h, targets[h], sample_weight, size, names)
     weights = options.loss_weight
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
         _check_device("loss_weight", weights, x, names)
@@ -375,7 +377,7 @@ def _check_target(
     labels = kind == CROSS_ENTROPY and target.dtype == torch.int64
     with_size = [*leading, size]
     shapes = ([leading] if labels else [with_size]) + ([with_size, leading] if size == 1 else [])
-    if list(target.shape) not in shapes:
+    if not any(list(target.shape) == shape for shape in shapes):  # Dynamo's `in` compares no symbolic sizes
         wanted = leading if labels or size == 1 else with_size
         raise ValueError(f"{name} must have shape {wanted}, got {list(target.shape)}")
     _check_device(name, target, x, names)
@@ -429,3 +431,38 @@ def _check_values(
             torch.ops.aten._assert_async.msg(right.all(), name)
         elif not right.all():
             raise IndexError(f"{name}, got {target[~right].flatten()[0]}")
+
+
+# For probabilities that were rounded, to two decimals or to bfloat16. csrc/cpu/heads_loss.cpp has the same.
+PROBABILITY_TOLERANCE = 0.02
+
+
+def _check_probabilities(h: int, target: Tensor, sample_weight: Tensor | None, size: int, names: Names) -> None:
+    """Of a cross entropy: several labels at once would be read as probabilities. Looked at as the values above."""
+    in_graph = _is_read_by_graph(target)
+    if not in_graph and not _paths.are_readable(target, sample_weight):
+        return
+    given = target.detach().reshape(-1, size).to(torch.promote_types(target.dtype, torch.float32))
+    least, most = -PROBABILITY_TOLERANCE, 1 + PROBABILITY_TOLERANCE
+    right = ((given >= least) & (given <= most)).all(1)
+    sums = given.sum(1)
+    if size > 1:
+        right = right & ((sums - 1).abs() <= PROBABILITY_TOLERANCE)
+    if sample_weight is not None:
+        right = right | (sample_weight.reshape(-1) == 0)
+    if in_graph:
+        torch.ops.aten._assert_async.msg(right.all(), _probabilities(h, size, names))
+    elif not right.all():
+        row = given[~right][0]
+        what = f"{row[0].item():g}" if size == 1 else f"a row that sums to {row.sum().item():g}"
+        if size > 1 and abs(row.sum().item() - 1) <= PROBABILITY_TOLERANCE:
+            what = f"{row[(row < least) | (row > most)][0].item():g}"
+        raise ValueError(f"{_probabilities(h, size, names)}, got {what}")
+
+
+def _probabilities(h: int, size: int, names: Names) -> str:
+    name = names.of("targets", h)
+    if size == 1:
+        return f"{name} must be probabilities, in [0, 1]"
+    several = 'losses=[..., "bce"]' if names.heads is None else f'losses={{{names.heads[h]!r}: "bce"}}'
+    return f"{name} must be probabilities, which sum to 1 in each row; for several labels at once use {several}"

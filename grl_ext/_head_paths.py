@@ -75,6 +75,37 @@ def begins_linear(module: nn.Module) -> bool:
             return isinstance(module, nn.Linear)
 
 
+# What makes probabilities of logits. LogSoftmax does too, and changes no cross entropy of two classes or more.
+_NO_LOGITS = (nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softmax, nn.Softmax2d, nn.Softmin)
+_PASS_ON = (nn.Identity, nn.Flatten, nn.Unflatten)
+
+
+def _last_layer(layers: Sequence[nn.Module]) -> nn.Module | None:
+    """The layer whose output these in a row return, as far as sequences and wrappers tell."""
+    layers = list(layers)
+    while layers:
+        last = layers.pop()
+        wrapped = [last._modules[name] for name in _WRAPPED if name in last._modules]
+        if wrapped:
+            layers.append(wrapped[0])
+        elif isinstance(last, nn.Sequential):
+            layers.extend(last._modules.values())
+        elif not isinstance(last, _PASS_ON):
+            return last
+    return None
+
+
+def check_logits(name: str, parts: Sequence[nn.Module]) -> None:
+    """A cross entropy makes probabilities itself, and of probabilities it makes other ones."""
+    layer = _last_layer(parts)
+    if isinstance(layer, _NO_LOGITS):
+        kind = type(layer).__name__
+        raise ValueError(
+            f"head {name!r} ends in a {kind}, but heads give logits, from which the cross entropy makes probabilities "
+            f"itself: leave out the {kind}"
+        )
+
+
 def reversal_in(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (GRL, GRLLinear)):
         return module

@@ -21,6 +21,7 @@ from grl_ext._checks import (
 from grl_ext._head_paths import (
     HeadPath,
     begins_linear,
+    check_logits,
     check_reversal,
     check_reversal_in_call,
     is_linear,
@@ -30,7 +31,7 @@ from grl_ext._head_paths import (
     weights_and_biases,
     why_not_plain,
 )
-from grl_ext._options import DEFAULTS, HeadsOptions, Kind, LossOfRows, is_own
+from grl_ext._options import CROSS_ENTROPY, DEFAULTS, SQUARED_ERROR, HeadsOptions, Kind, LossOfRows, is_own
 from grl_ext._plain import LossAndLogits, add_losses, loss_of_logits
 from grl_ext.modules import GRL
 
@@ -119,6 +120,8 @@ class AdversarialHeads(nn.Module):
     The result is the same. A subclass of ``nn.Sequential`` that keeps its forward counts as one. Parametrised layers
     (weight norm, spectral norm) are fused; what works by hooks (pruning, the old weight norm, accelerate) or by another
     class (LoRA wrappers, quantisation) runs as given.
+
+    Heads give logits. One that ends in a sigmoid or a softmax would have a wrong loss: leave that layer out.
 
     Args:
         in_features: D, the features' size.
@@ -578,6 +581,9 @@ class AdversarialHeads(nn.Module):
         names: Names,
     ) -> LossAndLogits:
         """Of a head whose last layer is not computed with its loss."""
+        kind = CROSS_ENTROPY if options.kind is None else options.kind[0]
+        if head.last is None and not is_own(kind) and kind != SQUARED_ERROR:
+            check_logits(head.name, head.between)
         by_last = self._is_by_last(head)
         if logits.dim() == 0:
             raise ValueError(f"a head must return logits (..., size) for a loss; {head.name!r} returned shape []")
