@@ -173,7 +173,7 @@ def is_linear(head: HeadPath) -> bool:
 def lambda_of(head: HeadPath) -> Tensor | float | None:
     if head.reversal is None or head.lambda_ is not None:
         return head.lambda_
-    return head.reversal._buffers["lambda_"]
+    return head.reversal._current_lambda()
 
 
 def reverse(head: HeadPath, tensor: Tensor) -> Tensor:

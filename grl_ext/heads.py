@@ -320,9 +320,6 @@ class AdversarialHeads(nn.Module):
             raise ValueError(_no_reversal(name))
         if not isinstance(reversal, GRL):
             raise TypeError(f"reversals[{name!r}] must be a GRL, got {type(reversal).__name__}")
-        dtype = reversal._buffers["lambda_"].dtype
-        if dtype is not torch.float64 and dtype is not torch.float32:  # FSDP1's buffer_dtype, say: it would be rounded
-            raise TypeError(f"lambda_[{name!r}] must be float32 or float64, got {dtype}")
         return reversal
 
     def _heads(

@@ -173,7 +173,7 @@ class LambdaScheduler:
         factor = self._factor(step, self.total_steps)  # before anything has changed
         for layer in self.layers:
             if layer._lambda_was_loaded:
-                loaded = layer.lambda_.item()
+                loaded = layer._current_lambda().item()
                 # Where this scheduler stands. A checkpoint may have been cast to float32.
                 expected = (factor if step == 0 else self.last_factor) * layer.initial_lambda
                 if not math.isclose(loaded, expected, rel_tol=2**-23):

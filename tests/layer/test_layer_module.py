@@ -11,7 +11,7 @@ from samples import assert_same
 from torch import nn
 from torch.func import functional_call
 
-from grl_ext import GRL, GRLLinear
+from grl_ext import GRL, AdversarialHeads, GRLLinear
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("path")]
 
@@ -388,3 +388,73 @@ def test_repr_shows_lambda():
     layer = GRL()
     layer.lambda_ = 0.1
     assert repr(nn.Sequential(layer)) == "Sequential(\n  (0): GRL(lambda_=0.1)\n)"
+
+
+# --- a buffer that something else has cast
+# ---------------------------------------------------------------------------------
+
+
+def cast_buffer(layer: nn.Module, dtype=torch.bfloat16) -> nn.Module:
+    """As FSDP1's buffer_dtype does, which no method of the module sees."""
+    buffer = layer.lambda_
+    buffer.data = buffer.to(dtype)
+    return layer
+
+
+def test_a_cast_buffer_does_not_round_the_number(device):
+    layer = cast_buffer(GRL(0.1).to(device))
+    assert layer.lambda_.dtype == torch.bfloat16 and layer.lambda_.item() != 0.1
+    assert reversal_of(layer) == -torch.tensor(0.1).item()
+    assert repr(layer) == "GRL(lambda_=0.1)"
+    layer.lambda_ = 0.3
+    assert reversal_of(layer) == -torch.tensor(0.3).item()
+    assert layer.state_dict()["lambda_"].item() == 0.3
+    assert reversal_of(copy.deepcopy(layer)) == reversal_of(pickle.loads(pickle.dumps(layer))) == reversal_of(layer)
+
+
+def test_casting_the_module_makes_the_buffer_exact_again(device):
+    layer = cast_buffer(GRL(0.1).to(device)).double()
+    assert layer.lambda_.dtype == torch.float64 and layer.lambda_.item() == 0.1
+
+
+@pytest.mark.parametrize("change", ["fill_", "load_state_dict", "tensor"])
+def test_a_cast_buffer_that_was_changed_is_what_counts(change):
+    layer = cast_buffer(GRL(0.1))
+    if change == "fill_":  # by somebody else, as DDP's broadcast of buffers
+        layer.lambda_.fill_(0.25)
+    elif change == "tensor":
+        layer.lambda_ = torch.tensor(0.25)
+    else:
+        layer.load_state_dict({"lambda_": torch.tensor(0.25, dtype=torch.float64)})
+    assert reversal_of(layer) == -0.25
+
+
+def test_a_checkpoint_loads_exactly_into_a_cast_buffer():
+    layer = cast_buffer(GRL(0.5))
+    layer.load_state_dict({"lambda_": torch.tensor(0.1, dtype=torch.float64)})
+    assert reversal_of(layer) == -torch.tensor(0.1).item()
+
+
+def test_the_linear_layer_and_the_heads_use_the_number_too(device):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    linear = GRLLinear(4, 2, lambda_=0.1, device=device)
+    heads = AdversarialHeads(4, adversaries={"a": 2, "b": [3, 2], "c": nn.Sequential(nn.Tanh(), nn.Linear(4, 2))})
+    heads.to(device).lambda_ = 0.1
+    targets = dict.fromkeys("abc", torch.zeros(3, dtype=torch.int64, device=device))
+
+    def gradients():
+        return [torch.autograd.grad(y, x)[0] for y in (linear(x).sum(), heads(x, targets).loss, heads(x)["a"].sum())]
+
+    before = gradients()
+    for layer in (linear, *heads.reversals.values()):
+        cast_buffer(layer)
+    for ours, theirs in zip(gradients(), before, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_a_compiled_layer_uses_the_number_of_a_cast_buffer():
+    torch._dynamo.reset()
+    layer = cast_buffer(GRL(0.1))
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert_same(x.grad, torch.full_like(x, -0.1))
