@@ -66,8 +66,17 @@ def check_operand(name: str, value: object) -> None:
         )
 
 
+def from_array(value: object) -> object:
+    """Python's number from an array without dimensions, such as numpy's; anything else as it is."""
+    if isinstance(value, (Real, Tensor)) or getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    number = value.item()
+    return number if isinstance(number, Real) else value
+
+
 def check_number(name: str, value: object) -> float:
     """A finite Python float from any real number."""
+    value = from_array(value)
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number or a real tensor, got {type(value).__name__}")
     value = float(value)
@@ -102,6 +111,11 @@ def check_scalar(name: str, value: object) -> Tensor | float:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
     _check_finite(name, value)
     return value
+
+
+def check_lambda_number(name: str, value: object) -> Tensor | float:
+    """The same for lambda, of which other layers keep tensors of shape [1]."""
+    return check_scalar(name, value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value)
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor, names: Names = NUMBERED) -> None:
@@ -206,10 +220,13 @@ def check_lambda_of_heads(lambda_: object, heads: int) -> list[Tensor | float | 
             f"got {type(lambda_).__name__}"
         )
     check_count("lambda_", lambda_, heads)
-    return [
-        own if own is None or isinstance(own, Tensor) else check_number(f"lambda_[{h}]", own)
-        for h, own in enumerate(lambda_)
-    ]
+    numbers: list[Tensor | float | None] = []
+    for h, own in enumerate(lambda_):
+        if isinstance(own, Tensor):
+            numbers.append(own.reshape(()) if own.dim() > 0 and own.numel() == 1 else own)
+        else:
+            numbers.append(None if own is None else check_number(f"lambda_[{h}]", own))
+    return numbers
 
 
 def check_lambdas(x: Tensor, lambda_: Sequence[Tensor | float | None], names: Names = NUMBERED) -> None:
@@ -282,7 +299,7 @@ def check_numbers(options: HeadsOptions, names: Names = NUMBERED) -> None:
     """The options that are numbers. Of tensors what can be said without the features."""
     for h, smoothing in enumerate(options.label_smoothing or ()):
         name = names.of("label_smoothing", h)
-        if not isinstance(smoothing, Real):
+        if not isinstance(from_array(smoothing), Real):
             raise TypeError(f"{name} must be a real number, got {type(smoothing).__name__}")
         if not 0 <= check_number(name, smoothing) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {smoothing:g}")

@@ -25,6 +25,7 @@ from grl_ext._checks import (
     check_operand,
     check_reduction,
     check_tensor,
+    from_array,
     kind_of,
 )
 from grl_ext._options import CROSS_ENTROPY, DEFAULTS, HeadsOptions, Kind, LossOfRows, as_tensor, is_own
@@ -332,6 +333,7 @@ def heads_loss(
             reduction=reduction,
         )
     lambda_ = check_lambda_of_heads(lambda_, heads)
+    loss_weight, label_smoothing, ignore_index = map(_as_numbers, (loss_weight, label_smoothing, ignore_index))
     kind = None if losses is None else [kind_of(f"losses[{h}]", loss) for h, loss in enumerate(losses)]
     if kind is not None:
         check_count("losses", kind, heads)
@@ -356,6 +358,11 @@ def heads_loss(
     if all(len(own) == 1 for own in weights):
         return HeadsLoss(*run_heads_loss(x, [w for (w,) in weights], [b for (b,) in biases], targets, lambda_, options))
     return HeadsLoss(*_layered_heads_loss(x, weights, biases, targets, lambda_, options))
+
+
+def _as_numbers(given):
+    """One for all heads, or a sequence of them, without numpy's arrays."""
+    return [from_array(own) for own in given] if isinstance(given, (list, tuple)) else from_array(given)
 
 
 def smoothing_of_all(number: float, kind: Sequence[Kind] | None, heads: int) -> list[float]:

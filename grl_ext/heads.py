@@ -10,12 +10,13 @@ from torch.utils._pytree import tree_map_only
 from grl_ext import functional
 from grl_ext._checks import (
     Names,
+    check_lambda_number,
     check_loss,
     check_mapping,
     check_numbers,
     check_reduction,
-    check_scalar,
     check_tensor,
+    from_array,
     kind_of,
 )
 from grl_ext._head_paths import (
@@ -214,9 +215,9 @@ class AdversarialHeads(nn.Module):
         modules = {name: _module_of("adversaries", name, head, **made) for name, head in adversaries.items()}
         if isinstance(lambda_, Mapping):
             _check_known("lambda_", lambda_, adversaries, "adversaries")
-            lambdas = {name: check_scalar(f"lambda_[{name!r}]", lambda_.get(name, 1.0)) for name in adversaries}
+            lambdas = {name: check_lambda_number(f"lambda_[{name!r}]", lambda_.get(name, 1.0)) for name in adversaries}
         else:
-            lambdas = dict.fromkeys(adversaries, check_scalar("lambda_", lambda_))
+            lambdas = dict.fromkeys(adversaries, check_lambda_number("lambda_", lambda_))
         self.reversals = nn.ModuleDict({name: _reversal(value, device) for name, value in lambdas.items()})
         if not isinstance(allow_reversal, bool):
             _check_known("allow_reversal", allow_reversal, adversaries, "adversaries")
@@ -292,7 +293,7 @@ class AdversarialHeads(nn.Module):
         if not allow_reversal:
             check_reversal(name, module)
         kind_of(f"losses[{name!r}]", loss)
-        self.reversals[name] = _reversal(check_scalar("lambda_", lambda_), device)
+        self.reversals[name] = _reversal(check_lambda_number("lambda_", lambda_), device)
         self.adversaries._allowed.pop(name, None)
         if allow_reversal:
             self.adversaries._allowed[name] = None
@@ -308,9 +309,9 @@ class AdversarialHeads(nn.Module):
     def lambda_(self, value: Tensor | float | Mapping[str, Tensor | float]) -> None:
         if isinstance(value, Mapping):
             _check_known("lambda_", value, self.adversaries, "adversaries")
-            numbers = {name: check_scalar(f"lambda_[{name!r}]", number) for name, number in value.items()}
+            numbers = {name: check_lambda_number(f"lambda_[{name!r}]", number) for name, number in value.items()}
         else:
-            numbers = dict.fromkeys(self.adversaries, check_scalar("lambda_", value))
+            numbers = dict.fromkeys(self.adversaries, check_lambda_number("lambda_", value))
         for name, number in numbers.items():
             self._reversal_of(name).lambda_ = number
 
@@ -351,8 +352,8 @@ class AdversarialHeads(nn.Module):
     def _lambdas_of_call(self, lambda_: Lambda) -> dict[str, Tensor | float]:
         if isinstance(lambda_, Mapping):
             _check_known("lambda_", lambda_, self.adversaries, "adversaries")
-            return {name: check_scalar(f"lambda_[{name!r}]", value) for name, value in lambda_.items()}
-        value = check_scalar("lambda_", lambda_)
+            return {name: check_lambda_number(f"lambda_[{name!r}]", value) for name, value in lambda_.items()}
+        value = check_lambda_number("lambda_", lambda_)
         return dict.fromkeys(self.adversaries, value)
 
     def _checked_inputs(self, inputs: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
@@ -603,14 +604,14 @@ class AdversarialHeads(nn.Module):
         if given is None and option != "ignore_index":
             return None
         if not isinstance(given, Mapping):
-            return [given] * len(names)
+            return [from_array(given)] * len(names)
         self._check_names(option, given)
-        return [given.get(name, otherwise) for name in names]
+        return [from_array(given.get(name, otherwise)) for name in names]
 
     def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str], kind) -> list[float] | None:
         if isinstance(given, Mapping):
             return self._per_head("label_smoothing", given, names, 0.0)
-        return functional.smoothing_of_all(given, kind, len(names))
+        return functional.smoothing_of_all(from_array(given), kind, len(names))
 
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
         if unknown := [name for name in given if name not in self.predictors and name not in self.adversaries]:

@@ -7,9 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from grl_ext import _paths, functional
-from grl_ext._checks import check_number, check_scalar
+from grl_ext._checks import check_lambda_number, check_number
 
 __all__ = ["GRL", "GRLLinear"]
+
+
+# What lambda is called in other layers. A subclass may have such an attribute of its own.
+_OTHER_NAMES = frozenset(
+    ("alpha", "_alpha", "coeff", "coefficient", "lambda", "_lambda", "lambd", "lamb", "lamda", "lmbda", "lam", "weight")
+)
 
 
 class LambdaModule(nn.Module):
@@ -73,6 +79,11 @@ class LambdaModule(nn.Module):
 
     def __setattr__(self, name: str, value) -> None:
         if name != "lambda_" or "lambda_" not in self.__dict__.get("_buffers", ()):
+            if name in _OTHER_NAMES and (type(self) is GRL or (type(self) is GRLLinear and name != "weight")):
+                raise AttributeError(
+                    f"{type(self).__name__} has no {name}, which would change nothing: assign lambda_, as in "
+                    "layer.lambda_ = 0.3"
+                )
             super().__setattr__(name, value)
         elif self.__dict__.get("_is_replica"):
             self._buffers["lambda_"] = value  # nn.DataParallel gives each replica a copy on its own device
@@ -80,7 +91,7 @@ class LambdaModule(nn.Module):
             self._set_lambda(value)
 
     def _set_lambda(self, value: Tensor | float) -> None:
-        self._write(check_scalar("lambda_", value))
+        self._write(check_lambda_number("lambda_", value))
 
     def _write(self, value: Tensor | float) -> None:
         """In place."""
@@ -145,7 +156,7 @@ class LambdaModule(nn.Module):
 
 
 def _number(value: Tensor | float, name: str = "lambda_") -> float:
-    value = check_scalar(name, value)
+    value = check_lambda_number(name, value)
     return check_number(name, value.item()) if isinstance(value, Tensor) else value
 
 
@@ -160,9 +171,10 @@ class GRL(LambdaModule):
     r"""Gradient reversal layer: the identity forward, the gradient times :math:`-\lambda` backward.
 
     Args:
-        lambda_: a finite number or a 0-d tensor. It lives in a float64 0-d buffer: in ``state_dict``, moved by
-            ``.to(device)``, never cast by ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in
-            place, no synchronisation; under ``torch.compile`` no new graph). A checkpoint without it loads strictly and
+        lambda_: a finite number or a tensor of one element. It lives in a float64 0-d buffer: in ``state_dict``, moved
+            by ``.to(device)``, never cast by ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in
+            place, no synchronisation; under ``torch.compile`` no new graph). ``layer.alpha = 0.3`` and the like would
+            change nothing and are refused. A checkpoint without it loads strictly and
             leaves it as it is.
 
     Attributes:
@@ -216,7 +228,7 @@ class GRLLinear(LambdaModule):
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
-        lambda_: a finite number or a 0-d tensor.
+        lambda_: a finite number or a tensor of one element.
 
     Raises:
         TypeError, ValueError: as :func:`grl_ext.grl_linear`.
