@@ -242,8 +242,8 @@ class HeadsLoss(NamedTuple):
 def heads_loss(
     x: Tensor,
     weight: Sequence[Tensor | Sequence[Tensor]],
-    bias: Sequence[Tensor | Sequence[Tensor | None] | None] | None,
-    targets: Sequence[Tensor],
+    bias: Sequence[Tensor | Sequence[Tensor | None] | None] | None = None,
+    targets: Sequence[Tensor] = (),  # required; it has a default because bias before it has one
     *,
     lambda_: Sequence[Tensor | float | None],
     losses: Sequence[str | LossOfRows] | None = None,
@@ -272,7 +272,7 @@ def heads_loss(
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
         weight: for each head ``(size, D)``, of x's dtype; or a sequence of matrices: linear layers with ReLU between
             them. Of these the first layers are computed as by :func:`linear_heads`, the last ones with their loss.
-        bias: for each head (layer) ``(size,)`` or None; None for none at all.
+        bias: for each head (layer) ``(size,)`` or None; None, the default, for none at all.
         targets: for each head int64 classes ``(...)``; or floating-point probabilities ``(..., size)``. A head of size
             1 is binary: classes 0 and 1, or the probability of 1, ``(...)`` or ``(..., 1)``. For ``"mse"`` values
             ``(..., size)``; for ``"bce"`` 0 and 1 (bool, int64) or numbers between them, ``(..., size)``; for a

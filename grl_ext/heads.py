@@ -191,7 +191,7 @@ class AdversarialHeads(nn.Module):
         adversaries: Mapping[str, Head] | None = None,
         *,
         bias: bool = True,
-        lambda_: float | Mapping[str, float] = 1.0,
+        lambda_: Tensor | float | Mapping[str, Tensor | float] = 1.0,
         losses: Mapping[str, Loss] | None = None,
         dim: int = -1,
         allow_reversal: bool | Collection[str] = False,
@@ -266,7 +266,7 @@ class AdversarialHeads(nn.Module):
         self,
         name: str,
         head: Head,
-        lambda_: float = 1.0,
+        lambda_: Tensor | float = 1.0,
         *,
         loss: Loss = "cross_entropy",
         bias: bool = True,
@@ -381,6 +381,8 @@ class AdversarialHeads(nn.Module):
         lambda_: Lambda | None = None,
         inputs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Tensor] | HeadsOutput:
+        """The logits by name; with targets by name, a :class:`HeadsOutput` of losses and logits. The options are said
+        in the class's docstring."""
         if isinstance(features, torch.fx.Proxy):
             given = {"lambda_": lambda_, "inputs": inputs}
             if targets is not None:

@@ -193,7 +193,7 @@ class GRL(LambdaModule):
         torch.Size([4, 2])
     """
 
-    def __init__(self, lambda_: float = 1.0) -> None:
+    def __init__(self, lambda_: Tensor | float = 1.0) -> None:
         super().__init__()
         self._register_lambda(_number(lambda_))
 
@@ -202,6 +202,7 @@ class GRL(LambdaModule):
         def __call__(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor: ...
 
     def forward(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor:
+        """``x`` itself; backward, the gradient times minus ``coeff``, or minus the layer's lambda if that is None."""
         if torch.jit.is_scripting():
             return functional.gradient_reversal(x, self.lambda_ if coeff is None else coeff)
         else:  # not by way of nn.Module.__getattr__, which takes a tenth of the layer's time
@@ -241,7 +242,13 @@ class GRLLinear(LambdaModule):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, lambda_: float = 1.0, device=None, dtype=None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        lambda_: Tensor | float = 1.0,
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -265,6 +272,7 @@ class GRLLinear(LambdaModule):
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
+        """The linear layer of ``x``; backward, the gradient to ``x`` times minus the layer's lambda."""
         if torch.jit.is_scripting():
             return functional.grl_linear(x, self.weight, self.bias, self.lambda_)
         else:

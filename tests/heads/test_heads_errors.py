@@ -790,3 +790,12 @@ def test_masked_tensors_are_refused_by_name(path, device, argument):
             call()
         how = f"pass {name}.to_tensor(value), with the value that masked elements are to have"
         assert str(caught.value) == f"{name} must not be a MaskedTensor: {how}"
+
+
+def test_no_bias_is_the_default_and_targets_are_needed():
+    x, weight, targets = torch.randn(4, 3), [torch.randn(2, 3)], [torch.tensor([0, 1, 1, 0])]
+    expected = heads_loss(x, weight, None, targets, lambda_=[0.5])
+    assert_same(heads_loss(x, weight, targets=targets, lambda_=[0.5]).loss, expected.loss)
+    with pytest.raises(ValueError) as caught:
+        heads_loss(x, weight, lambda_=[0.5])
+    assert str(caught.value) == "targets must have an entry for each of the 1 heads, got 0"
