@@ -39,12 +39,20 @@ class Names(NamedTuple):
         layers = None if self.layers is None else [self.layers[h] for h in heads]
         return Names(self.features, list(heads) if self.heads is None else [self.heads[h] for h in heads], layers)
 
-    @property
-    def of_features(self) -> str:
-        return "x's" if self.features == "x" else f"the {self.features}'"
-
 
 NUMBERED = Names()
+
+
+# Functions: Dynamo of torch 2.8 takes no property of a named tuple.
+
+
+def _of_features(names: Names) -> str:
+    return "x's" if names.features == "x" else f"the {names.features}'"
+
+
+def _features_are(names: Names) -> str:
+    return "x is" if names.features == "x" else f"the {names.features} are"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors and numbers
@@ -120,7 +128,7 @@ def check_lambda_number(name: str, value: object) -> Tensor | float:
 
 def _check_device(name: str, tensor: Tensor, x: Tensor, names: Names = NUMBERED) -> None:
     if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device} but {names.features} is on {x.device}")
+        raise ValueError(f"{name} is on {tensor.device} but {_features_are(names)} on {x.device}")
 
 
 def check_lambda(x: Tensor, lambda_: Tensor | float) -> Tensor | float:
@@ -175,7 +183,7 @@ def _check_bias(name: str, bias: Tensor, weight: Tensor, x: Tensor, names: Names
         raise ValueError(f"{name} must have shape [{weight.shape[0]}], got {list(bias.shape)}")
     _check_device(name, bias, x, names)
     if bias.dtype != x.dtype:
-        raise TypeError(f"{name} must have {names.of_features} dtype {x.dtype}, got {bias.dtype}")
+        raise TypeError(f"{name} must have {_of_features(names)} dtype {x.dtype}, got {bias.dtype}")
 
 
 def check_operands(x: object, weight: Sequence[object], bias: Sequence[object | None], names: Names = NUMBERED) -> None:
@@ -202,7 +210,7 @@ def check_heads(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | Non
         check_matrix(name, matrix, x.shape[-1])
         _check_device(name, matrix, x, names)
         if matrix.dtype != x.dtype:
-            raise TypeError(f"{name} must have {names.of_features} dtype {x.dtype}, got {matrix.dtype}")
+            raise TypeError(f"{name} must have {_of_features(names)} dtype {x.dtype}, got {matrix.dtype}")
         if bias[h] is not None:
             _check_bias(names.of("bias", h), bias[h], matrix, x, names)
 

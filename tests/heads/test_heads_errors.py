@@ -3,6 +3,7 @@
 import pytest
 import torch
 from head_samples import sample_heads, sample_linear
+from samples import assert_same
 
 from grl_ext import grl_linear, heads_loss, linear_heads
 
