@@ -202,9 +202,9 @@ HEADS = {
         "lambda_[1] must be finite, got -inf",
     ),
     "lambda: 1-d": (
-        {"lambda_": [None, torch.ones(1)]},
+        {"lambda_": [None, torch.ones(2)]},
         ValueError,
-        "lambda_[1] must be a number or a 0-d tensor, got shape [1]",
+        "lambda_[1] must be a number or a 0-d tensor, got shape [2]",
     ),
     "lambda: complex": (
         {"lambda_": [None, torch.tensor(1j)]},
@@ -693,7 +693,7 @@ CHANGED = [
     ("linear_heads", "bias", lambda b: b[:1]),
     ("linear_heads", "bias", lambda b: [b[0], b[1][:1]]),
     ("linear_heads", "lambda_", lambda own: own[:1]),
-    ("linear_heads", "lambda_", lambda own: [None, torch.ones(1)]),
+    ("linear_heads", "lambda_", lambda own: [None, torch.ones(2)]),
     ("linear_heads", "lambda_", lambda own: [None, torch.ones((), requires_grad=True)]),
     ("linear_heads", "lambda_", lambda own: [None, torch.ones((), device=META)]),
     ("heads_loss", "targets", lambda t: t[:1]),
