@@ -489,5 +489,6 @@ def _probabilities(h: int, size: int, names: Names) -> str:
     name = names.of("targets", h)
     if size == 1:
         return f"{name} must be probabilities, in [0, 1]"
-    several = 'losses=[..., "bce"]' if names.heads is None else f'losses={{{names.heads[h]!r}: "bce"}}'
+    label = None if names.heads is None else names.heads[h]
+    several = f'losses={{{label!r}: "bce"}}' if isinstance(label, str) else 'losses=[..., "bce"]'
     return f"{name} must be probabilities, which sum to 1 in each row; for several labels at once use {several}"

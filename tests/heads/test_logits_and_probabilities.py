@@ -196,6 +196,10 @@ def test_the_function_says_it_by_number():
     with pytest.raises(ValueError) as caught:
         heads_loss(x, weight, None, [torch.zeros(4, dtype=torch.int64), MULTI_HOT], lambda_=[None, 0.5])
     assert str(caught.value) == TEXT.format(1, 'losses=[..., "bce"]', "a row that sums to 2")
+    layers = [[torch.randn(5, 6), torch.randn(3, 5)], torch.randn(2, 6)]
+    with pytest.raises(ValueError) as caught:
+        heads_loss(x, layers, None, [MULTI_HOT, torch.zeros(4, dtype=torch.int64)], lambda_=[None, 0.5])
+    assert str(caught.value) == TEXT.format(0, 'losses=[..., "bce"]', "a row that sums to 2")
 
 
 @pytest.mark.parametrize("run", MODULES)
