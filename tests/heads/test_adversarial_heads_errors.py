@@ -576,7 +576,7 @@ def test_what_a_head_returns_is_looked_at(result, expected, text):
         (
             lambda heads: heads.add_adversary("site", 2, loss="l1"),
             ValueError,
-            "losses['site'] must be one of ['cross_entropy', 'mse'], got 'l1'",
+            "losses['site'] must be one of ['cross_entropy', 'mse', 'bce'] or a function, got 'l1'",
         ),
         (
             lambda heads: heads.add_adversary("site", 2, lambda_=math.nan),
@@ -605,7 +605,19 @@ def test_what_a_head_returns_is_looked_at(result, expected, text):
         ),
         (lambda heads: AdversarialHeads(7, {"a": 2}, dim="1"), TypeError, "dim must be an integer, got str"),
     ],
-    ids=str,
+    ids=[
+        "adversary without lambda",
+        "name of a predictor",
+        "size",
+        "ModuleList",
+        "loss",
+        "lambda",
+        "lambda of a predictor",
+        "two lambdas",
+        "lambda by name",
+        "a list of heads",
+        "dim",
+    ],
 )
 def test_changes_that_make_no_sense_are_refused_and_change_nothing(change, expected, text):
     heads = make()

@@ -80,11 +80,21 @@ def test_compiled_heads_refuse_it_too():
         torch.compile(heads, backend="eager", fullgraph=True)(x, {"domain": target})
 
 
-def test_a_squared_error_may_have_a_sigmoid():
-    heads = AdversarialHeads(6, {"share": nn.Sequential(*layers(nn.Sigmoid()))}, losses={"share": "mse"})
+def test_a_binary_cross_entropy_for_each_output_takes_logits_too():
+    heads = AdversarialHeads(6, {"tags": nn.Sequential(*layers(nn.Sigmoid(), size=3))}, losses={"tags": "bce"})
+    with pytest.raises(ValueError, match=r"^head 'tags' ends in a Sigmoid, but heads give logits"):
+        heads(torch.randn(5, 6), {"tags": torch.randint(2, (5, 3))})
+
+
+def mean_distance(logits, targets):
+    return (logits[:, 0] - targets).abs()
+
+
+@pytest.mark.parametrize("loss, expected", [("mse", F.mse_loss), (mean_distance, F.l1_loss)], ids=["mse", "function"])
+def test_a_squared_error_and_a_loss_of_ones_own_may_have_a_sigmoid(loss, expected):
+    heads = AdversarialHeads(6, {"share": nn.Sequential(*layers(nn.Sigmoid()))}, losses={"share": loss})
     x, values = torch.randn(5, 6), torch.rand(5)
-    expected = F.mse_loss(heads(x)["share"][:, 0], values)
-    torch.testing.assert_close(heads(x, {"share": values}).loss, expected)
+    torch.testing.assert_close(heads(x, {"share": values}).loss, expected(heads(x)["share"][:, 0], values))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +199,16 @@ def test_values_of_a_squared_error_are_any(run):
     x = torch.randn(4, 6)
     target = wide(MULTI_HOT, heads(x)["tags"].shape[1])
     torch.testing.assert_close(heads(x, {"tags": target}).loss, F.mse_loss(module(x), target))
+
+
+@pytest.mark.parametrize("run", MODULES)
+def test_bce_takes_the_several_labels_that_the_error_names_it_for(run):
+    module = MODULES[run](3)
+    heads = AdversarialHeads(6, {"tags": module}, losses={"tags": "bce"})
+    x = torch.randn(4, 6)
+    target = wide(MULTI_HOT, heads(x)["tags"].shape[1])
+    expected = F.binary_cross_entropy_with_logits(module(x), target)
+    torch.testing.assert_close(heads(x, {"tags": target}).loss, expected)
 
 
 def test_the_function_says_it_by_number():

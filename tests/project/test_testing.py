@@ -60,7 +60,11 @@ def test_our_own_reversals_are_found_in_modules_and_functions():
     assert not reverses(lambda x: heads(x)["digit"], batch())
 
 
-@pytest.mark.parametrize("make", [lambda: nn.LSTMCell(6, 3), lambda: nn.TransformerEncoderLayer(6, 2, 8)], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.LSTMCell(6, 3), lambda: nn.TransformerEncoderLayer(6, 2, 8)],
+    ids=["LSTMCell", "TransformerEncoderLayer"],
+)
 def test_other_layers_do_not_reverse(make):
     module = make()
     call = module if isinstance(module, nn.TransformerEncoderLayer) else lambda x: module(x)[0]
