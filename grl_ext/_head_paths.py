@@ -89,7 +89,7 @@ def _last_layer(layers: Sequence[nn.Module]) -> nn.Module | None:
         if wrapped:
             layers.append(wrapped[0])
         elif isinstance(last, nn.Sequential):
-            layers.extend(last._modules.values())
+            layers += list(last._modules.values())
         elif not isinstance(last, _PASS_ON):
             return last
     return None
