@@ -11,18 +11,7 @@ from torch import nn
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of CamelCase, snake_case and both
 _GRADIENT = {"grad", "grads", "gradient", "gradients"}
-_REVERSING = {
-    "rev",
-    "reverse",
-    "reversal",
-    "reversed",
-    "reverser",
-    "reversing",
-    "flip",
-    "flipper",
-    "negate",
-    "negation",
-}
+_REVERSING = set("rev reverse reversal reversed reverser reversing flip flipper negate negation".split())
 _ONE_WORD = re.compile("grl|grlayer|rev(erse|ersal)?grad(ient)?|grad(ient)?(rev|reverse|reversal)(layer)?")
 _REVERSAL = {"rev", "reverse", "reversal"}
 _NEUTRAL = {"layer", "layers", "module", "function", "func", "fn", "op", "f", "domain", "adversarial", "my", "dann"}
