@@ -173,6 +173,18 @@ def make_plan() -> Plan:
     return Plan(torch, toolkit, obstacle)
 
 
+def check_compiler() -> None:
+    """PyTorch compiles with $CXX or c++, setuptools links with $CXX or Python's own compiler."""
+    own = sysconfig.get_config_var("CXX") or "c++"
+    for command in (os.environ.get("CXX") or "c++", os.environ.get("CXX") or own):
+        program = command.split()[0]
+        if shutil.which(program) is None:
+            fail(
+                f"building needs a C++ compiler, and there is no {program}. Install one (g++) or name it in CXX, "
+                "or set GRL_EXT_BUILD=python for the pure PyTorch path, which needs none."
+            )
+
+
 def release() -> str:
     """The version, which stands in the package and nowhere else."""
     for node in ast.parse((ROOT / "grl_ext" / "__init__.py").read_text()).body:

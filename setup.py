@@ -20,6 +20,7 @@ def extension(plan: build_backend.Plan) -> dict:
     if plan.torch is None:
         build_backend.say(f"no compiled extension ({plan.reason})")
         return {}
+    build_backend.check_compiler()
     if plan.toolkit:
         os.environ["CUDA_HOME"] = str(plan.toolkit)  # cpp_extension looks at it when it is imported
     import torch

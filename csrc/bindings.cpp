@@ -225,7 +225,7 @@ py::object heads_loss_eager(
     result = heads_loss(unpack(x), *matrices, *vectors, std::move(*factors), std::move(*options));
   } catch (const c10::IndexError&) {  // by the kernel: a class that is out of range
     return py::none();
-  } catch (const c10::ValueError&) {  // a sample weight that is negative or not finite
+  } catch (const c10::ValueError&) {  // a sample weight or a target that is out of range
     return py::none();
   }
   if (!result) {

@@ -2,7 +2,7 @@
 
 __version__ = "0.2.0"
 
-from grl_ext import schedules
+from grl_ext import schedules, testing
 from grl_ext.functional import HeadsLoss, gradient_reversal, grl_linear, heads_loss, linear_heads
 from grl_ext.heads import AdversarialHeads, HeadsOutput
 from grl_ext.modules import GRL, GRLLinear
@@ -20,4 +20,5 @@ __all__ = [
     "heads_loss",
     "linear_heads",
     "schedules",
+    "testing",
 ]

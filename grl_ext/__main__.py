@@ -1,10 +1,16 @@
 """`python -m grl_ext`: versions, what is compiled, and which path each operation takes on each device here."""
 
+import os
 import platform
 
 import torch
 
 from grl_ext import __version__, _backend
+
+
+def _compiler(version: str) -> str:
+    """GCC's __VERSION__ is a bare number, others' begin with their names."""
+    return f"GCC {version}" if version[:1].isdigit() else version
 
 
 def main() -> None:
@@ -15,11 +21,14 @@ def main() -> None:
     python = f"Python {platform.python_version()}, {platform.machine()}"
     print(f"grl_ext {__version__} on torch {torch.__version__}{untested}, {python}")
     if info is None:
-        print(f"compiled: no ({_backend.why_not})")
+        print(f"compiled:      no ({_backend.why_not})")
     else:
-        print(f"compiled: for torch {info['torch']} with {info['compiler']}")
-        print(f"CPU kernels: {info['cpu_isa']} (GRL_EXT_CPU_ISA asks for another), {torch.get_num_threads()} threads")
-        print(f"CUDA kernels: {info['cuda_archs'] or 'no'}")
+        print(f"compiled:      for torch {info['torch']}, by {_compiler(info['compiler'])}")
+        asked = os.environ.get("GRL_EXT_CPU_ISA")
+        isa = f"GRL_EXT_CPU_ISA={asked}" if asked else "the widest here; GRL_EXT_CPU_ISA can ask for another"
+        threads = torch.get_num_threads()
+        print(f"CPU kernels:   {info['cpu_isa']} ({isa}), {threads} thread{'s' if threads > 1 else ''}")
+        print(f"CUDA kernels:  {info['cuda_archs'] or 'no'}")
 
     devices = (
         ["cpu"]

@@ -39,12 +39,20 @@ class Names(NamedTuple):
         layers = None if self.layers is None else [self.layers[h] for h in heads]
         return Names(self.features, list(heads) if self.heads is None else [self.heads[h] for h in heads], layers)
 
-    @property
-    def of_features(self) -> str:
-        return "x's" if self.features == "x" else f"the {self.features}'"
-
 
 NUMBERED = Names()
+
+
+# Functions: Dynamo of torch 2.8 takes no property of a named tuple.
+
+
+def _of_features(names: Names) -> str:
+    return "x's" if names.features == "x" else f"the {names.features}'"
+
+
+def _features_are(names: Names) -> str:
+    return "x is" if names.features == "x" else f"the {names.features} are"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors and numbers
@@ -66,8 +74,17 @@ def check_operand(name: str, value: object) -> None:
         )
 
 
+def from_array(value: object) -> object:
+    """Python's number from an array without dimensions, such as numpy's; anything else as it is."""
+    if isinstance(value, (Real, Tensor)) or getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    number = value.item()
+    return number if isinstance(number, Real) else value
+
+
 def check_number(name: str, value: object) -> float:
     """A finite Python float from any real number."""
+    value = from_array(value)
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number or a real tensor, got {type(value).__name__}")
     value = float(value)
@@ -104,9 +121,14 @@ def check_scalar(name: str, value: object) -> Tensor | float:
     return value
 
 
+def check_lambda_number(name: str, value: object) -> Tensor | float:
+    """The same for lambda, of which other layers keep tensors of shape [1]."""
+    return check_scalar(name, value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value)
+
+
 def _check_device(name: str, tensor: Tensor, x: Tensor, names: Names = NUMBERED) -> None:
     if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device} but {names.features} is on {x.device}")
+        raise ValueError(f"{name} is on {tensor.device} but {_features_are(names)} on {x.device}")
 
 
 def check_lambda(x: Tensor, lambda_: Tensor | float) -> Tensor | float:
@@ -161,7 +183,7 @@ def _check_bias(name: str, bias: Tensor, weight: Tensor, x: Tensor, names: Names
         raise ValueError(f"{name} must have shape [{weight.shape[0]}], got {list(bias.shape)}")
     _check_device(name, bias, x, names)
     if bias.dtype != x.dtype:
-        raise TypeError(f"{name} must have {names.of_features} dtype {x.dtype}, got {bias.dtype}")
+        raise TypeError(f"{name} must have {_of_features(names)} dtype {x.dtype}, got {bias.dtype}")
 
 
 def check_operands(x: object, weight: Sequence[object], bias: Sequence[object | None], names: Names = NUMBERED) -> None:
@@ -188,7 +210,7 @@ def check_heads(x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | Non
         check_matrix(name, matrix, x.shape[-1])
         _check_device(name, matrix, x, names)
         if matrix.dtype != x.dtype:
-            raise TypeError(f"{name} must have {names.of_features} dtype {x.dtype}, got {matrix.dtype}")
+            raise TypeError(f"{name} must have {_of_features(names)} dtype {x.dtype}, got {matrix.dtype}")
         if bias[h] is not None:
             _check_bias(names.of("bias", h), bias[h], matrix, x, names)
 
@@ -206,10 +228,13 @@ def check_lambda_of_heads(lambda_: object, heads: int) -> list[Tensor | float | 
             f"got {type(lambda_).__name__}"
         )
     check_count("lambda_", lambda_, heads)
-    return [
-        own if own is None or isinstance(own, Tensor) else check_number(f"lambda_[{h}]", own)
-        for h, own in enumerate(lambda_)
-    ]
+    numbers: list[Tensor | float | None] = []
+    for h, own in enumerate(lambda_):
+        if isinstance(own, Tensor):
+            numbers.append(own.reshape(()) if own.dim() > 0 and own.numel() == 1 else own)
+        else:
+            numbers.append(None if own is None else check_number(f"lambda_[{h}]", own))
+    return numbers
 
 
 def check_lambdas(x: Tensor, lambda_: Sequence[Tensor | float | None], names: Names = NUMBERED) -> None:
@@ -282,7 +307,7 @@ def check_numbers(options: HeadsOptions, names: Names = NUMBERED) -> None:
     """The options that are numbers. Of tensors what can be said without the features."""
     for h, smoothing in enumerate(options.label_smoothing or ()):
         name = names.of("label_smoothing", h)
-        if not isinstance(smoothing, Real):
+        if not isinstance(from_array(smoothing), Real):
             raise TypeError(f"{name} must be a real number, got {type(smoothing).__name__}")
         if not 0 <= check_number(name, smoothing) <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {smoothing:g}")
@@ -331,6 +356,8 @@ def check_loss(
             _check_cross_entropy(name, kind)
         _check_weights(name, x, options.class_weight[h], [max(2, size)], names)
         _check_values(h, targets[h], sample_weight, max(2, size), options.ignore_index[h], kind, names)
+        if not is_own(kind) and kind == CROSS_ENTROPY and targets[h].dtype != torch.int64:
+            _check_probabilities(h, targets[h], sample_weight, size, names)
     weights = options.loss_weight
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
         _check_device("loss_weight", weights, x, names)
@@ -375,7 +402,7 @@ def _check_target(
     labels = kind == CROSS_ENTROPY and target.dtype == torch.int64
     with_size = [*leading, size]
     shapes = ([leading] if labels else [with_size]) + ([with_size, leading] if size == 1 else [])
-    if list(target.shape) not in shapes:
+    if not any(list(target.shape) == shape for shape in shapes):  # Dynamo's `in` compares no symbolic sizes
         wanted = leading if labels or size == 1 else with_size
         raise ValueError(f"{name} must have shape {wanted}, got {list(target.shape)}")
     _check_device(name, target, x, names)
@@ -429,3 +456,39 @@ def _check_values(
             torch.ops.aten._assert_async.msg(right.all(), name)
         elif not right.all():
             raise IndexError(f"{name}, got {target[~right].flatten()[0]}")
+
+
+# For probabilities that were rounded, to two decimals or to bfloat16. csrc/cpu/heads_loss.cpp has the same.
+PROBABILITY_TOLERANCE = 0.02
+
+
+def _check_probabilities(h: int, target: Tensor, sample_weight: Tensor | None, size: int, names: Names) -> None:
+    """Of a cross entropy: several labels at once would be read as probabilities. Looked at as the values above."""
+    in_graph = _is_read_by_graph(target)
+    if not in_graph and not _paths.are_readable(target, sample_weight):
+        return
+    given = target.detach().reshape(-1, size).to(torch.promote_types(target.dtype, torch.float32))
+    least, most = -PROBABILITY_TOLERANCE, 1 + PROBABILITY_TOLERANCE
+    right = ((given >= least) & (given <= most)).all(1)
+    sums = given.sum(1)
+    if size > 1:
+        right = right & ((sums - 1).abs() <= PROBABILITY_TOLERANCE)
+    if sample_weight is not None:
+        right = right | (sample_weight.reshape(-1) == 0)
+    if in_graph:
+        torch.ops.aten._assert_async.msg(right.all(), _probabilities(h, size, names))
+    elif not right.all():
+        row = given[~right][0]
+        what = f"{row[0].item():g}" if size == 1 else f"a row that sums to {row.sum().item():g}"
+        if size > 1 and abs(row.sum().item() - 1) <= PROBABILITY_TOLERANCE:
+            what = f"{row[(row < least) | (row > most)][0].item():g}"
+        raise ValueError(f"{_probabilities(h, size, names)}, got {what}")
+
+
+def _probabilities(h: int, size: int, names: Names) -> str:
+    name = names.of("targets", h)
+    if size == 1:
+        return f"{name} must be probabilities, in [0, 1]"
+    label = None if names.heads is None else names.heads[h]
+    several = f'losses={{{label!r}: "bce"}}' if isinstance(label, str) else 'losses=[..., "bce"]'
+    return f"{name} must be probabilities, which sum to 1 in each row; for several labels at once use {several}"

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from grl_ext import _foreign
 from grl_ext.modules import GRL, GRLLinear
 
 
@@ -73,6 +75,37 @@ def begins_linear(module: nn.Module) -> bool:
             return isinstance(module, nn.Linear)
 
 
+# What makes probabilities of logits. LogSoftmax does too, and changes no cross entropy of two classes or more.
+_NO_LOGITS = (nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softmax, nn.Softmax2d, nn.Softmin)
+_PASS_ON = (nn.Identity, nn.Flatten, nn.Unflatten)
+
+
+def _last_layer(layers: Sequence[nn.Module]) -> nn.Module | None:
+    """The layer whose output these in a row return, as far as sequences and wrappers tell."""
+    layers = list(layers)
+    while layers:
+        last = layers.pop()
+        wrapped = [last._modules[name] for name in _WRAPPED if name in last._modules]
+        if wrapped:
+            layers.append(wrapped[0])
+        elif isinstance(last, nn.Sequential):
+            layers += list(last._modules.values())
+        elif not isinstance(last, _PASS_ON):
+            return last
+    return None
+
+
+def check_logits(name: str, parts: Sequence[nn.Module]) -> None:
+    """A cross entropy makes probabilities itself, and of probabilities it makes other ones."""
+    layer = _last_layer(parts)
+    if isinstance(layer, _NO_LOGITS):
+        kind = type(layer).__name__
+        raise ValueError(
+            f"head {name!r} ends in a {kind}, but heads give logits, from which the cross entropy makes probabilities "
+            f"itself: leave out the {kind}"
+        )
+
+
 def reversal_in(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (GRL, GRLLinear)):
         return module
@@ -84,12 +117,35 @@ def reversal_in(module: nn.Module) -> nn.Module | None:
 
 
 def check_reversal(name: str, module: nn.Module) -> None:
-    """An adversary's gradient would be reversed twice, which is not at all."""
+    """An adversary's gradient would be reversed twice, which is not at all. Looks at all that the names say."""
     if (reversal := reversal_in(module)) is not None:
         raise ValueError(
             f"adversaries[{name!r}] contains a {type(reversal).__name__}, but AdversarialHeads reverses the "
             "adversaries' gradients itself: leave the GRL out, or use a plain nn.Linear"
         )
+    for part in module.modules():
+        if (found := _foreign.describe(part)) is not None:
+            raise ValueError(
+                f"adversaries[{name!r}] {found}, but AdversarialHeads reverses the adversaries' gradients itself: "
+                "leave that reversal out, or pass allow_reversal=True if it is none"
+            )
+
+
+def check_reversal_in_call(name: str, part: nn.Module) -> None:
+    """The same for what was put into a head later: one look at each layer's class. A graph looks for our own layers
+    only."""
+    if torch.compiler.is_compiling():
+        suspect = reversal_in(part) is not None
+    else:
+        suspect = _may_reverse(part)
+    if suspect:
+        check_reversal(name, part)
+
+
+def _may_reverse(module: nn.Module) -> bool:
+    if isinstance(module, (GRL, GRLLinear)) or _foreign.may_reverse(type(module)):
+        return True
+    return any(part is not None and _may_reverse(part) for part in module._modules.values())
 
 
 class HeadPath(NamedTuple):
@@ -117,7 +173,7 @@ def is_linear(head: HeadPath) -> bool:
 def lambda_of(head: HeadPath) -> Tensor | float | None:
     if head.reversal is None or head.lambda_ is not None:
         return head.lambda_
-    return head.reversal._buffers["lambda_"]
+    return head.reversal._current_lambda()
 
 
 def reverse(head: HeadPath, tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from grl_ext._checks import (
     check_operand,
     check_reduction,
     check_tensor,
+    from_array,
     kind_of,
 )
 from grl_ext._options import CROSS_ENTROPY, DEFAULTS, HeadsOptions, Kind, LossOfRows, as_tensor, is_own
@@ -241,8 +242,8 @@ class HeadsLoss(NamedTuple):
 def heads_loss(
     x: Tensor,
     weight: Sequence[Tensor | Sequence[Tensor]],
-    bias: Sequence[Tensor | Sequence[Tensor | None] | None] | None,
-    targets: Sequence[Tensor],
+    bias: Sequence[Tensor | Sequence[Tensor | None] | None] | None = None,
+    targets: Sequence[Tensor] = (),  # required; it has a default because bias before it has one
     *,
     lambda_: Sequence[Tensor | float | None],
     losses: Sequence[str | LossOfRows] | None = None,
@@ -271,7 +272,7 @@ def heads_loss(
         x: ``(..., D)``, float16, bfloat16, float32 or float64. Half types are accumulated in float32.
         weight: for each head ``(size, D)``, of x's dtype; or a sequence of matrices: linear layers with ReLU between
             them. Of these the first layers are computed as by :func:`linear_heads`, the last ones with their loss.
-        bias: for each head (layer) ``(size,)`` or None; None for none at all.
+        bias: for each head (layer) ``(size,)`` or None; None, the default, for none at all.
         targets: for each head int64 classes ``(...)``; or floating-point probabilities ``(..., size)``. A head of size
             1 is binary: classes 0 and 1, or the probability of 1, ``(...)`` or ``(..., 1)``. For ``"mse"`` values
             ``(..., size)``; for ``"bce"`` 0 and 1 (bool, int64) or numbers between them, ``(..., size)``; for a
@@ -332,6 +333,7 @@ def heads_loss(
             reduction=reduction,
         )
     lambda_ = check_lambda_of_heads(lambda_, heads)
+    loss_weight, label_smoothing, ignore_index = map(_as_numbers, (loss_weight, label_smoothing, ignore_index))
     kind = None if losses is None else [kind_of(f"losses[{h}]", loss) for h, loss in enumerate(losses)]
     if kind is not None:
         check_count("losses", kind, heads)
@@ -356,6 +358,11 @@ def heads_loss(
     if all(len(own) == 1 for own in weights):
         return HeadsLoss(*run_heads_loss(x, [w for (w,) in weights], [b for (b,) in biases], targets, lambda_, options))
     return HeadsLoss(*_layered_heads_loss(x, weights, biases, targets, lambda_, options))
+
+
+def _as_numbers(given):
+    """One for all heads, or a sequence of them, without numpy's arrays."""
+    return [from_array(own) for own in given] if isinstance(given, (list, tuple)) else from_array(given)
 
 
 def smoothing_of_all(number: float, kind: Sequence[Kind] | None, heads: int) -> list[float]:

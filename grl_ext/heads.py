@@ -1,6 +1,6 @@
 """Predictors and adversaries over the same features: modules by name, and how each of them is run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -10,18 +10,21 @@ from torch.utils._pytree import tree_map_only
 from grl_ext import functional
 from grl_ext._checks import (
     Names,
+    check_lambda_number,
     check_loss,
     check_mapping,
     check_numbers,
     check_reduction,
-    check_scalar,
     check_tensor,
+    from_array,
     kind_of,
 )
 from grl_ext._head_paths import (
     HeadPath,
     begins_linear,
+    check_logits,
     check_reversal,
+    check_reversal_in_call,
     is_linear,
     lambda_of,
     path_of,
@@ -29,7 +32,7 @@ from grl_ext._head_paths import (
     weights_and_biases,
     why_not_plain,
 )
-from grl_ext._options import DEFAULTS, HeadsOptions, Kind, LossOfRows, is_own
+from grl_ext._options import CROSS_ENTROPY, DEFAULTS, SQUARED_ERROR, HeadsOptions, Kind, LossOfRows, is_own
 from grl_ext._plain import LossAndLogits, add_losses, loss_of_logits
 from grl_ext.modules import GRL
 
@@ -55,28 +58,38 @@ class HeadsOutput(NamedTuple):
 class _Adversaries(nn.ModuleDict):
     """An adversary has its reversal under the same name: it is not added without one, nor taken out alone."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], reversals: nn.ModuleDict) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], reversals: nn.ModuleDict, allow_reversal: bool | Collection[str]
+    ) -> None:
         super().__init__()
         self.__dict__["_reversals"] = reversals  # not a child: the heads hold it under a name of its own
+        # Adversaries in which what looks like a reversal is none; a dict, because Dynamo knows those best.
+        self._allowed = dict.fromkeys(modules if allow_reversal is True else allow_reversal or ())
         self.update(modules)
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         if name not in self._reversals:
             raise ValueError(_no_reversal(name))
-        check_reversal(name, module)
+        if name not in self._allowed:
+            check_reversal(name, module)
         super().__setitem__(name, module)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        self._reversals._modules.pop(name, None)
+        self._forget(name)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
         self._reversals._modules.pop(name, None)
+        self._allowed.pop(name, None)
 
     def clear(self) -> None:
         super().clear()
         self._reversals.clear()
+        self._allowed.clear()
 
     def _get_name(self) -> str:  # in the repr
         return "ModuleDict"
@@ -109,11 +122,14 @@ class AdversarialHeads(nn.Module):
     (weight norm, spectral norm) are fused; what works by hooks (pruning, the old weight norm, accelerate) or by another
     class (LoRA wrappers, quantisation) runs as given.
 
+    Heads give logits. One that ends in a sigmoid or a softmax would have a wrong loss: leave that layer out.
+
     Args:
         in_features: D, the features' size.
         predictors, adversaries: heads by name, such as ``{"digit": 10}``, ``{"domain": [100, 1]}``, ``{"speaker":
             module}``. Size 1 is a binary head with one logit, or a value for a squared error. A given adversary must
-            not reverse the gradient itself.
+            not reverse the gradient itself: leave its reversal out. One that a name gives away is refused (a layer
+            ``RevGrad``, a ``grad_reverse`` that the forward calls); :func:`grl_ext.testing.reverses` finds others.
         bias: whether the linear layers made here have one.
         lambda_: one finite number for all adversaries, or one by name. Each adversary has its own in a :class:`GRL`
             under its name, ``heads.reversals["domain"]``, with that layer's rules. ``heads.lambda_`` reads them by
@@ -124,6 +140,7 @@ class AdversarialHeads(nn.Module):
         dim: which dimension of the features holds them; 1 for maps ``(N, C, H, W)``. Logits have theirs in the same
             place. Maps in ``channels_last`` memory are read as they are; others are copied. A module that does not
             begin with an ``nn.Linear`` gets the features as they are.
+        allow_reversal: True, or names of adversaries: takes them although they seem to reverse the gradient themselves.
         device, dtype: of the linear layers made here.
 
     Attributes:
@@ -174,9 +191,10 @@ class AdversarialHeads(nn.Module):
         adversaries: Mapping[str, Head] | None = None,
         *,
         bias: bool = True,
-        lambda_: float | Mapping[str, float] = 1.0,
+        lambda_: Tensor | float | Mapping[str, Tensor | float] = 1.0,
         losses: Mapping[str, Loss] | None = None,
         dim: int = -1,
+        allow_reversal: bool | Collection[str] = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -197,11 +215,13 @@ class AdversarialHeads(nn.Module):
         modules = {name: _module_of("adversaries", name, head, **made) for name, head in adversaries.items()}
         if isinstance(lambda_, Mapping):
             _check_known("lambda_", lambda_, adversaries, "adversaries")
-            lambdas = {name: check_scalar(f"lambda_[{name!r}]", lambda_.get(name, 1.0)) for name in adversaries}
+            lambdas = {name: check_lambda_number(f"lambda_[{name!r}]", lambda_.get(name, 1.0)) for name in adversaries}
         else:
-            lambdas = dict.fromkeys(adversaries, check_scalar("lambda_", lambda_))
+            lambdas = dict.fromkeys(adversaries, check_lambda_number("lambda_", lambda_))
         self.reversals = nn.ModuleDict({name: _reversal(value, device) for name, value in lambdas.items()})
-        self.adversaries = _Adversaries(modules, self.reversals)
+        if not isinstance(allow_reversal, bool):
+            _check_known("allow_reversal", allow_reversal, adversaries, "adversaries")
+        self.adversaries = _Adversaries(modules, self.reversals, allow_reversal)
         self.losses: dict[str, Loss] = dict.fromkeys((*predictors, *adversaries), "cross_entropy")
         _check_known("losses", losses or {}, self.losses, "heads")
         self.losses.update(losses or {})
@@ -246,10 +266,11 @@ class AdversarialHeads(nn.Module):
         self,
         name: str,
         head: Head,
-        lambda_: float = 1.0,
+        lambda_: Tensor | float = 1.0,
         *,
         loss: Loss = "cross_entropy",
         bias: bool = True,
+        allow_reversal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -269,9 +290,13 @@ class AdversarialHeads(nn.Module):
         module = _module_of("adversaries", name, head, self.in_features, bias, device, dtype)
         if name in self.predictors:
             raise ValueError(_shared([name]))
-        check_reversal(name, module)
+        if not allow_reversal:
+            check_reversal(name, module)
         kind_of(f"losses[{name!r}]", loss)
-        self.reversals[name] = _reversal(check_scalar("lambda_", lambda_), device)
+        self.reversals[name] = _reversal(check_lambda_number("lambda_", lambda_), device)
+        self.adversaries._allowed.pop(name, None)
+        if allow_reversal:
+            self.adversaries._allowed[name] = None
         self.adversaries[name] = module
         self.losses[name] = loss
 
@@ -284,9 +309,9 @@ class AdversarialHeads(nn.Module):
     def lambda_(self, value: Tensor | float | Mapping[str, Tensor | float]) -> None:
         if isinstance(value, Mapping):
             _check_known("lambda_", value, self.adversaries, "adversaries")
-            numbers = {name: check_scalar(f"lambda_[{name!r}]", number) for name, number in value.items()}
+            numbers = {name: check_lambda_number(f"lambda_[{name!r}]", number) for name, number in value.items()}
         else:
-            numbers = dict.fromkeys(self.adversaries, check_scalar("lambda_", value))
+            numbers = dict.fromkeys(self.adversaries, check_lambda_number("lambda_", value))
         for name, number in numbers.items():
             self._reversal_of(name).lambda_ = number
 
@@ -296,9 +321,6 @@ class AdversarialHeads(nn.Module):
             raise ValueError(_no_reversal(name))
         if not isinstance(reversal, GRL):
             raise TypeError(f"reversals[{name!r}] must be a GRL, got {type(reversal).__name__}")
-        dtype = reversal._buffers["lambda_"].dtype
-        if dtype is not torch.float64 and dtype is not torch.float32:  # FSDP1's buffer_dtype, say: it would be rounded
-            raise TypeError(f"lambda_[{name!r}] must be float32 or float64, got {dtype}")
         return reversal
 
     def _heads(
@@ -315,21 +337,23 @@ class AdversarialHeads(nn.Module):
         for name, module in predictors.items():
             if names is None or name in names:
                 heads.append(path_of(name, module, None, inputs.get(name)))
-        for name, module in self._modules["adversaries"]._modules.items():
+        adversaries = self._modules["adversaries"]
+        for name, module in adversaries._modules.items():
             if names is None or name in names:
                 if name in predictors:
                     raise ValueError(_shared([name]))
                 head = path_of(name, module, self._reversal_of(name), inputs.get(name))
                 heads.append(head._replace(lambda_=lambdas[name]) if name in lambdas else head)
-                for part in head.between:
-                    check_reversal(name, part)
+                if name not in adversaries._allowed:
+                    for part in head.between:
+                        check_reversal_in_call(name, part)
         return heads
 
     def _lambdas_of_call(self, lambda_: Lambda) -> dict[str, Tensor | float]:
         if isinstance(lambda_, Mapping):
             _check_known("lambda_", lambda_, self.adversaries, "adversaries")
-            return {name: check_scalar(f"lambda_[{name!r}]", value) for name, value in lambda_.items()}
-        value = check_scalar("lambda_", lambda_)
+            return {name: check_lambda_number(f"lambda_[{name!r}]", value) for name, value in lambda_.items()}
+        value = check_lambda_number("lambda_", lambda_)
         return dict.fromkeys(self.adversaries, value)
 
     def _checked_inputs(self, inputs: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
@@ -357,6 +381,8 @@ class AdversarialHeads(nn.Module):
         lambda_: Lambda | None = None,
         inputs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Tensor] | HeadsOutput:
+        """The logits by name; with targets by name, a :class:`HeadsOutput` of losses and logits. The options are said
+        in the class's docstring."""
         if isinstance(features, torch.fx.Proxy):
             given = {"lambda_": lambda_, "inputs": inputs}
             if targets is not None:
@@ -555,6 +581,9 @@ class AdversarialHeads(nn.Module):
         names: Names,
     ) -> LossAndLogits:
         """Of a head whose last layer is not computed with its loss."""
+        kind = CROSS_ENTROPY if options.kind is None else options.kind[0]
+        if head.last is None and not is_own(kind) and kind != SQUARED_ERROR:
+            check_logits(head.name, head.between)
         by_last = self._is_by_last(head)
         if logits.dim() == 0:
             raise ValueError(f"a head must return logits (..., size) for a loss; {head.name!r} returned shape []")
@@ -577,14 +606,14 @@ class AdversarialHeads(nn.Module):
         if given is None and option != "ignore_index":
             return None
         if not isinstance(given, Mapping):
-            return [given] * len(names)
+            return [from_array(given)] * len(names)
         self._check_names(option, given)
-        return [given.get(name, otherwise) for name in names]
+        return [from_array(given.get(name, otherwise)) for name in names]
 
     def _smoothing(self, given: float | Mapping[str, float], names: Sequence[str], kind) -> list[float] | None:
         if isinstance(given, Mapping):
             return self._per_head("label_smoothing", given, names, 0.0)
-        return functional.smoothing_of_all(given, kind, len(names))
+        return functional.smoothing_of_all(from_array(given), kind, len(names))
 
     def _check_names(self, what: str, given: Mapping[str, object]) -> None:
         if unknown := [name for name in given if name not in self.predictors and name not in self.adversaries]:
@@ -619,7 +648,7 @@ def _by_name(kind: str, heads: Mapping[str, Head] | None) -> dict[str, Head]:
     return dict(heads)
 
 
-def _check_known(what: str, given: Mapping[str, object], known, of: str) -> None:
+def _check_known(what: str, given: Iterable[str], known, of: str) -> None:
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{what} names {unknown}, but the {of} are {list(known)}")
 

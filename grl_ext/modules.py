@@ -6,24 +6,32 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from grl_ext import functional
-from grl_ext._checks import check_number, check_scalar
+from grl_ext import _paths, functional
+from grl_ext._checks import check_lambda_number, check_number
 
 __all__ = ["GRL", "GRLLinear"]
+
+
+# What lambda is called in other layers. A subclass may have such an attribute of its own.
+_OTHER_NAMES = frozenset(
+    ("alpha", "_alpha", "coeff", "coefficient", "lambda", "_lambda", "lambd", "lamb", "lamda", "lmbda", "lam", "weight")
+)
 
 
 class LambdaModule(nn.Module):
     """Holds lambda in a 0-d buffer: saved, moved between devices, set by assignment, never cast, never without a value.
 
     The buffer is float64 (float32 on devices without it), because it is a setting and not an activation: a model in
-    half precision still has the lambda its schedule gave it. It is not on the meta device, which holds no values: in a
-    layer that is, lambda is on the CPU.
+    half precision still has the lambda its schedule gave it. Where something casts the buffer itself to a half type
+    (FSDP1's `buffer_dtype`), the layer goes on with the number that it was last set to. It is not on the meta device,
+    which holds no values: in a layer that is, lambda is on the CPU.
 
     ``initial_lambda`` keeps the constructor's value as a Python number: what ``reset_parameters`` restores and
     :class:`grl_ext.LambdaScheduler` multiplies.
     """
 
     _lambda_was_loaded = False  # by a checkpoint, and not written since
+    _exact_lambda = None  # the number that was last written; None where it is only in the buffer
 
     if TYPE_CHECKING:  # torch.jit.script would read these annotations too
         initial_lambda: float
@@ -37,6 +45,7 @@ class LambdaModule(nn.Module):
     def _register_lambda(self, initial: float, device=None) -> None:
         self.initial_lambda = initial
         self.register_buffer("lambda_", self._new_lambda(device))
+        self._exact_lambda = initial
 
     def _new_lambda(self, device=None) -> Tensor:
         """The constructor's lambda in a new buffer; on the CPU where no device is given, also within `with
@@ -54,10 +63,27 @@ class LambdaModule(nn.Module):
         self._write(factor * self.initial_lambda)
 
     def _shown_lambda(self):
-        return "meta" if self.lambda_.is_meta else self.lambda_.item()
+        return "meta" if self.lambda_.is_meta else self._current_lambda().item()
+
+    def _current_lambda(self) -> Tensor:
+        """The buffer; or, where that is of a half type and holds the exact number rounded, the number. Without a
+        synchronisation."""
+        buffer = self._buffers["lambda_"]
+        if buffer.dtype is torch.float64 or buffer.dtype is torch.float32:
+            return buffer
+        kept = torch.float32 if buffer.device.type == "mps" else torch.float64
+        if self._exact_lambda is None:
+            return buffer.to(kept)
+        exact = torch.full((), self._exact_lambda, dtype=kept, device=buffer.device)
+        return torch.where(exact.to(buffer.dtype) == buffer, exact, buffer.to(kept))
 
     def __setattr__(self, name: str, value) -> None:
         if name != "lambda_" or "lambda_" not in self.__dict__.get("_buffers", ()):
+            if name in _OTHER_NAMES and (type(self) is GRL or (type(self) is GRLLinear and name != "weight")):
+                raise AttributeError(
+                    f"{type(self).__name__} has no {name}, which would change nothing: assign lambda_, as in "
+                    "layer.lambda_ = 0.3"
+                )
             super().__setattr__(name, value)
         elif self.__dict__.get("_is_replica"):
             self._buffers["lambda_"] = value  # nn.DataParallel gives each replica a copy on its own device
@@ -65,12 +91,18 @@ class LambdaModule(nn.Module):
             self._set_lambda(value)
 
     def _set_lambda(self, value: Tensor | float) -> None:
-        self._write(check_scalar("lambda_", value))
+        self._write(check_lambda_number("lambda_", value))
 
     def _write(self, value: Tensor | float) -> None:
         """In place."""
         self._leave_meta()
         self._lambda_was_loaded = False
+        if torch.compiler.is_compiling():  # one graph serves all values
+            self._exact_lambda = None
+        elif isinstance(value, Tensor):
+            self._exact_lambda = value.detach().item() if _paths.are_readable(value) else None
+        else:
+            self._exact_lambda = value
         with torch.no_grad():
             # Through a view: inside a graph of torch.compile, PyTorch loses what is written to a 0-d float64 CPU tensor
             # itself.
@@ -96,9 +128,15 @@ class LambdaModule(nn.Module):
             moved = self._buffers["lambda_"]
         finally:
             self._buffers["lambda_"] = kept
-        lambda_ = _to_supported(kept, moved.device)
+        lambda_ = _to_supported(self._current_lambda(), moved.device)
         self._buffers["lambda_"] = lambda_.share_memory_() if moved.is_shared() else lambda_
         return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        exact = self._current_lambda()
+        if exact is not self._buffers["lambda_"]:
+            destination[prefix + "lambda_"] = exact
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -107,14 +145,18 @@ class LambdaModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._lambda_was_loaded = prefix + "lambda_" in state_dict
+        loaded = state_dict.get(prefix + "lambda_")
+        self._lambda_was_loaded = loaded is not None
+        if isinstance(loaded, Tensor):
+            readable = _paths.are_readable(loaded) and loaded.numel() == 1
+            self._exact_lambda = loaded.item() if readable else None
         # Checkpoints written before the layer was ours have no lambda; the present one stays.
         if prefix + "lambda_" in missing_keys:
             missing_keys.remove(prefix + "lambda_")
 
 
 def _number(value: Tensor | float, name: str = "lambda_") -> float:
-    value = check_scalar(name, value)
+    value = check_lambda_number(name, value)
     return check_number(name, value.item()) if isinstance(value, Tensor) else value
 
 
@@ -129,9 +171,10 @@ class GRL(LambdaModule):
     r"""Gradient reversal layer: the identity forward, the gradient times :math:`-\lambda` backward.
 
     Args:
-        lambda_: a finite number or a 0-d tensor. It lives in a float64 0-d buffer: in ``state_dict``, moved by
-            ``.to(device)``, never cast by ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in
-            place, no synchronisation; under ``torch.compile`` no new graph). A checkpoint without it loads strictly and
+        lambda_: a finite number or a tensor of one element. It lives in a float64 0-d buffer: in ``state_dict``, moved
+            by ``.to(device)``, never cast by ``.half()`` and the like. Assign to change it: ``layer.lambda_ = 0.3`` (in
+            place, no synchronisation; under ``torch.compile`` no new graph). ``layer.alpha = 0.3`` and the like would
+            change nothing and are refused. A checkpoint without it loads strictly and
             leaves it as it is.
 
     Attributes:
@@ -150,7 +193,7 @@ class GRL(LambdaModule):
         torch.Size([4, 2])
     """
 
-    def __init__(self, lambda_: float = 1.0) -> None:
+    def __init__(self, lambda_: Tensor | float = 1.0) -> None:
         super().__init__()
         self._register_lambda(_number(lambda_))
 
@@ -159,10 +202,14 @@ class GRL(LambdaModule):
         def __call__(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor: ...
 
     def forward(self, x: Tensor, coeff: Tensor | float | None = None) -> Tensor:
+        """``x`` itself; backward, the gradient times minus ``coeff``, or minus the layer's lambda if that is None."""
         if torch.jit.is_scripting():
             return functional.gradient_reversal(x, self.lambda_ if coeff is None else coeff)
         else:  # not by way of nn.Module.__getattr__, which takes a tenth of the layer's time
-            return functional.gradient_reversal(x, self._buffers["lambda_"] if coeff is None else coeff)
+            if coeff is None:
+                buffer = self._buffers["lambda_"]
+                coeff = buffer if buffer.dtype is torch.float64 else self._current_lambda()
+            return functional.gradient_reversal(x, coeff)
 
     def extra_repr(self) -> str:
         return f"lambda_={self._shown_lambda()}"
@@ -182,7 +229,7 @@ class GRLLinear(LambdaModule):
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
-        lambda_: a finite number or a 0-d tensor.
+        lambda_: a finite number or a tensor of one element.
 
     Raises:
         TypeError, ValueError: as :func:`grl_ext.grl_linear`.
@@ -195,7 +242,13 @@ class GRLLinear(LambdaModule):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, lambda_: float = 1.0, device=None, dtype=None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        lambda_: Tensor | float = 1.0,
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -219,10 +272,11 @@ class GRLLinear(LambdaModule):
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
+        """The linear layer of ``x``; backward, the gradient to ``x`` times minus the layer's lambda."""
         if torch.jit.is_scripting():
             return functional.grl_linear(x, self.weight, self.bias, self.lambda_)
         else:
-            return functional.grl_linear(x, self.weight, self.bias, self._buffers["lambda_"])
+            return functional.grl_linear(x, self.weight, self.bias, self._current_lambda())
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

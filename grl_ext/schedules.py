@@ -279,7 +279,7 @@ class LambdaScheduler(LRScheduler):
         factor = self._factor(step, self.total_steps)  # before anything has changed
         for layer in self.layers:
             if layer._lambda_was_loaded:
-                loaded = layer.lambda_.item()
+                loaded = layer._current_lambda().item()
                 # Where this scheduler stands. A checkpoint may have been cast to float32.
                 if not math.isclose(loaded, self.last_factor * layer.initial_lambda, rel_tol=2**-23):
                     self._overwritten = f"the lambda_ {loaded} of a {type(layer).__name__}"

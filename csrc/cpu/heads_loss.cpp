@@ -19,6 +19,22 @@ void check_sample_weight(double weight) {
   TORCH_CHECK_VALUE(weight >= 0 && std::isfinite(weight), "a sample weight is negative or not finite");
 }
 
+// For probabilities that were rounded. grl_ext/_checks.py has the same.
+constexpr double kProbabilityTolerance = 0.02;
+
+// A row of a cross entropy's targets.
+template <class T>
+void check_distribution(const T* row, int64_t size) {
+  double sum = 0;
+  bool in_range = true;
+  for (int64_t k = 0; k < size; ++k) {
+    in_range = in_range && row[k] >= -kProbabilityTolerance && row[k] <= 1 + kProbabilityTolerance;
+    sum += row[k];
+  }
+  TORCH_CHECK_VALUE(
+      in_range && (size == 1 || std::abs(sum - 1) <= kProbabilityTolerance), "targets are not probabilities");
+}
+
 // The heads' targets, weights and losses.
 template <class T>
 class Losses {
@@ -146,6 +162,9 @@ class Losses {
     for (int64_t r = 0; r < rows; ++r) {
       double weight = head.sample_weight ? head.sample_weight[r] : 1.0;
       check_sample_weight(weight);
+      if (head.values && head.kind == kCrossEntropy && weight != 0) {
+        check_distribution(head.values + r * head.size, head.size);
+      }
       if (head.labels) {
         const auto label = head.labels[r];
         if (label == head.ignore_index) {

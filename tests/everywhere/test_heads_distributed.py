@@ -508,16 +508,33 @@ def test_the_state_dict_and_hooks_under_fsdp2(in_two_processes):
 
 
 def fsdp1_that_casts_buffers(rank: int) -> None:
+    """As accelerate's plugin and Lightning's strategy do. Lambda goes on exactly, and so do checkpoints."""
     precision = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
-    sharded = FullyShardedDataParallel(
-        network().heads, device_id=torch.device("cpu"), mixed_precision=precision, use_orig_params=True
-    )
+    names = ("digit", "domain")
     _, features, targets = batch()
-    with pytest.raises(TypeError, match=r"^lambda_\['domain'\] must be float32 or float64, got torch.bfloat16$"):
-        sharded(part(rank, features), part(rank, {name: targets[name] for name in ("digit", "domain")}))
+    local, labels = part(rank, features), part(rank, {name: targets[name] for name in names})
+    gradients = []
+    for mixed in (MixedPrecision(param_dtype=torch.bfloat16), precision):
+        heads = network().heads
+        heads.lambda_ = 0.1  # which bfloat16 does not have
+        sharded = FullyShardedDataParallel(
+            heads, device_id=torch.device("cpu"), mixed_precision=mixed, use_orig_params=True
+        )
+        x = local.detach().requires_grad_()
+        sharded(x, labels).loss.backward()
+        gradients.append(x.grad)
+    assert heads.lambda_["domain"].dtype == torch.bfloat16
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    state = sharded.state_dict()
+    assert {state[f"reversals.{name}.lambda_"].item() for name in heads.lambda_} == {0.1}
+    heads.lambda_ = 0.2
+    sharded.load_state_dict(state)
+    x = local.detach().requires_grad_()
+    sharded(x, labels).loss.backward()
+    torch.testing.assert_close(x.grad, gradients[0], rtol=0, atol=0)
 
 
-def test_a_lambda_that_fsdp1_has_cast_is_refused(in_two_processes):
+def test_a_lambda_whose_buffer_fsdp1_has_cast_is_exact(in_two_processes):
     in_two_processes(fsdp1_that_casts_buffers)
 
 

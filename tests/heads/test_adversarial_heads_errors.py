@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -143,6 +144,12 @@ def test_targets_without_names_are_refused():
     assert str(caught.value) == "targets must be a mapping from head names to tensors, got Tensor"
 
 
+def masked(tensor):
+    with warnings.catch_warnings():  # that MaskedTensor is a prototype
+        warnings.simplefilter("ignore")
+        return torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))
+
+
 GIVEN = {
     "linear": 2,
     "layers": [5, 2],
@@ -218,6 +225,145 @@ REFUSED = {
         "ignore_index['domain'] must be an integer, got float",
     ),
     "reduction": (lambda t: {"reduction": "all"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'all'"),
+    "targets: masked": (
+        lambda t: {"targets": masked(F.one_hot(t, 2).float())},
+        TypeError,
+        "targets['domain'] must not be a MaskedTensor: pass targets['domain'].to_tensor(value), with the value that "
+        "masked elements are to have",
+    ),
+    "targets: int32": (
+        lambda t: {"targets": t.int()},
+        TypeError,
+        "targets['domain'] must be torch.int64 (classes) or floating point (probabilities), got torch.int32",
+    ),
+    "targets: complex": (
+        lambda t: {"targets": F.one_hot(t, 2).cfloat()},
+        TypeError,
+        "targets['domain'] must be torch.int64 (classes) or floating point (probabilities), got torch.complex64",
+    ),
+    "targets: other columns": (
+        lambda t: {"targets": F.one_hot(t, 3).float()},
+        ValueError,
+        "targets['domain'] must have shape [6, 2], got [6, 3]",
+    ),
+    "targets: other rows": (
+        lambda t: {"targets": t[:5]},
+        ValueError,
+        "targets['domain'] must have shape [6], got [5]",
+    ),
+    "targets: no rows": (
+        lambda t: {"targets": t[0]},
+        ValueError,
+        "targets['domain'] must have shape [6], got []",
+    ),
+    "targets: negative class": (
+        lambda t: {"targets": t.clone().fill_(-1)},
+        IndexError,
+        "targets['domain'] must be in [0, 2) or ignore_index (-100), got -1",
+    ),
+    "targets: class, with ignore_index": (
+        lambda t: {"targets": t.clone().fill_(-100), "ignore_index": {"domain": 0}},
+        IndexError,
+        "targets['domain'] must be in [0, 2) or ignore_index (0), got -100",
+    ),
+    "targets: other device": (
+        lambda t: {"targets": t.to("meta")},
+        ValueError,
+        "targets['domain'] is on meta but the features are on cpu",
+    ),
+    "sample_weight: integers": (
+        lambda t: {"sample_weight": torch.ones(6, dtype=torch.int64)},
+        TypeError,
+        "sample_weight['domain'] must be floating point, got torch.int64",
+    ),
+    "sample_weight: other device": (
+        lambda t: {"sample_weight": torch.ones(6, device="meta")},
+        ValueError,
+        "sample_weight['domain'] is on meta but the features are on cpu",
+    ),
+    "sample_weight: requires grad": (
+        lambda t: {"sample_weight": torch.ones(6, requires_grad=True)},
+        ValueError,
+        "sample_weight['domain'] requires a gradient, which the heads' loss does not give: pass "
+        "sample_weight['domain'].detach(), or compute this head's loss from heads(features)",
+    ),
+    "sample_weight: NaN": (
+        lambda t: {"sample_weight": torch.full((6,), math.nan)},
+        ValueError,
+        "sample_weight['domain'] must be finite and not negative, got nan",
+    ),
+    "sample_weight: infinite": (
+        lambda t: {"sample_weight": torch.full((6,), math.inf)},
+        ValueError,
+        "sample_weight['domain'] must be finite and not negative, got inf",
+    ),
+    "class_weight: integers": (
+        lambda t: {"class_weight": {"domain": torch.tensor([1, 2])}},
+        TypeError,
+        "class_weight['domain'] must be floating point, got torch.int64",
+    ),
+    "class_weight: other device": (
+        lambda t: {"class_weight": {"domain": torch.ones(2, device="meta")}},
+        ValueError,
+        "class_weight['domain'] is on meta but the features are on cpu",
+    ),
+    "class_weight: requires grad": (
+        lambda t: {"class_weight": {"domain": torch.ones(2, requires_grad=True)}},
+        ValueError,
+        "class_weight['domain'] requires a gradient, which the heads' loss does not give: pass "
+        "class_weight['domain'].detach(), or compute this head's loss from heads(features)",
+    ),
+    "loss_weight: str": (
+        lambda t: {"loss_weight": {"domain": "1"}},
+        TypeError,
+        "loss_weight['domain'] must be a real number or a real tensor, got str",
+    ),
+    "loss_weight: complex": (
+        lambda t: {"loss_weight": {"domain": torch.tensor(1j)}},
+        TypeError,
+        "loss_weight['domain'] must be a real number or a real tensor, got a tensor of torch.complex64",
+    ),
+    "loss_weight: shape": (
+        lambda t: {"loss_weight": {"domain": torch.ones(2)}},
+        ValueError,
+        "loss_weight['domain'] must be a number or a 0-d tensor, got shape [2]",
+    ),
+    "loss_weight: requires grad": (
+        lambda t: {"loss_weight": {"domain": torch.ones((), requires_grad=True)}},
+        ValueError,
+        "loss_weight['domain'] requires a gradient, which the heads' loss does not give: pass "
+        "loss_weight['domain'].detach(), or compute this head's loss from heads(features)",
+    ),
+    "loss_weight: infinite tensor": (
+        lambda t: {"loss_weight": {"domain": torch.tensor(math.inf)}},
+        ValueError,
+        "loss_weight['domain'] must be finite, got inf",
+    ),
+    "label_smoothing: NaN": (
+        lambda t: {"label_smoothing": {"domain": math.nan}},
+        ValueError,
+        "label_smoothing['domain'] must be finite, got nan",
+    ),
+    "label_smoothing: tensor": (
+        lambda t: {"label_smoothing": {"domain": torch.tensor(0.1)}},
+        TypeError,
+        "label_smoothing['domain'] must be a real number, got Tensor",
+    ),
+    "label_smoothing: negative": (
+        lambda t: {"label_smoothing": {"domain": -0.1}},
+        ValueError,
+        "label_smoothing['domain'] must be in [0, 1], got -0.1",
+    ),
+    "ignore_index: None": (
+        lambda t: {"ignore_index": {"domain": None}},
+        TypeError,
+        "ignore_index['domain'] must be an integer, got NoneType",
+    ),
+    "ignore_index: too large": (
+        lambda t: {"ignore_index": {"domain": 2**63}},
+        ValueError,
+        "ignore_index['domain'] must fit into int64, got 9223372036854775808",
+    ),
 }
 
 
@@ -250,3 +396,243 @@ def test_features_and_weights_that_do_not_agree_are_refused_by_name():
     with pytest.raises(TypeError) as caught:
         heads([1.0])
     assert str(caught.value) == "features must be a tensor, got list"
+
+
+# What a head with a squared error does not take.
+REFUSED_VALUES = {
+    "classes": (
+        lambda v: {"targets": v.long()},
+        TypeError,
+        "targets['age'] must be floating point (values), got torch.int64",
+    ),
+    "shape": (lambda v: {"targets": v[:, None, None]}, ValueError, "targets['age'] must have shape [6], got [6, 1, 1]"),
+    "class_weight": (
+        lambda v: {"class_weight": {"age": torch.ones(2)}},
+        ValueError,
+        "class_weight['age'] is for a cross entropy, this head has a squared error",
+    ),
+    "label_smoothing": (
+        lambda v: {"label_smoothing": {"age": 0.1}},
+        ValueError,
+        "label_smoothing['age'] is for a cross entropy, this head has a squared error",
+    ),
+}
+
+
+@pytest.mark.parametrize("head", [1, [5, 1], nn.Sequential(nn.Tanh(), nn.Linear(7, 1)), nn.Sequential(nn.Linear(7, 1))])
+@pytest.mark.parametrize("name", REFUSED_VALUES)
+def test_what_is_no_value_is_refused_for_a_squared_error(head, name):
+    heads = AdversarialHeads(7, {"digit": 3, "age": copy.deepcopy(head)}, losses={"age": "mse"})
+    change, expected, text = REFUSED_VALUES[name]
+    options = change(torch.rand(6))
+    targets = {"digit": torch.randint(3, (6,)), "age": options.pop("targets", torch.rand(6))}
+    with pytest.raises(expected) as caught:
+        heads(torch.randn(6, 7), targets, **options)
+    assert type(caught.value) is expected and str(caught.value) == text
+
+
+# Features, and layers that do not fit them. Of heads whose first layer is computed here.
+REFUSED_FEATURES = {
+    "width": (
+        lambda: torch.randn(6, 8),
+        ValueError,
+        "features must have in_features = 7 elements in dimension -1, got shape [6, 8]",
+    ),
+    "0-d": (lambda: torch.tensor(1.0), ValueError, "features must have at least one dimension, got shape []"),
+    "integers": (
+        lambda: torch.ones(6, 7, dtype=torch.int64),
+        TypeError,
+        "features must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "complex": (
+        lambda: torch.ones(6, 7, dtype=torch.complex64),
+        TypeError,
+        "features must be float16, bfloat16, float32 or float64, got torch.complex64",
+    ),
+    "dtype": (
+        lambda: torch.ones(6, 7, dtype=torch.float64),
+        TypeError,
+        "weight['domain'] must have the features' dtype torch.float64, got torch.float32",
+    ),
+    "device": (
+        lambda: torch.ones(6, 7, device="meta"),
+        ValueError,
+        "weight['domain'] is on cpu but the features are on meta",
+    ),
+    "masked": (
+        lambda: masked(torch.ones(6, 7)),
+        TypeError,
+        "features must not be a MaskedTensor: pass features.to_tensor(value), with the value that masked elements are "
+        "to have",
+    ),
+}
+
+
+@pytest.mark.parametrize("head", [head for head in GIVEN if head != "given"])
+@pytest.mark.parametrize("name", REFUSED_FEATURES)
+def test_features_that_do_not_fit_are_refused_by_the_users_words(head, name):
+    heads = AdversarialHeads(7, adversaries={"domain": copy.deepcopy(GIVEN[head])})
+    make, expected, text = REFUSED_FEATURES[name]
+    for targets in ((), ({"domain": torch.zeros(6, dtype=torch.int64)},)):
+        with pytest.raises(expected) as caught:
+            heads(make(), *targets)
+        assert type(caught.value) is expected and str(caught.value) == text
+
+
+# A layer that was changed after the heads were made: (which parameter, its new value, the error).
+REFUSED_PARAMETERS = {
+    "weight: columns": ("weight", torch.ones(2, 6), ValueError, "must have shape [K, 7] with K at least 1, got [2, 6]"),
+    "weight: device": ("weight", torch.ones(2, 7, device="meta"), ValueError, "is on meta but the features are on cpu"),
+    "weight: dtype": (
+        "weight",
+        torch.ones(2, 7, dtype=torch.float64),
+        TypeError,
+        "must have the features' dtype torch.float32, got torch.float64",
+    ),
+    "bias: shape": ("bias", torch.ones(3), ValueError, "must have shape [2], got [3]"),
+    "bias: device": ("bias", torch.ones(2, device="meta"), ValueError, "is on meta but the features are on cpu"),
+    "bias: dtype": (
+        "bias",
+        torch.ones(2, dtype=torch.float64),
+        TypeError,
+        "must have the features' dtype torch.float32, got torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_PARAMETERS)
+def test_a_layer_that_does_not_fit_the_features_is_refused_by_its_heads_name(name):
+    parameter, value, expected, text = REFUSED_PARAMETERS[name]
+    heads = AdversarialHeads(7, {"digit": 3}, {"domain": 2})
+    setattr(heads.adversaries["domain"], parameter, nn.Parameter(value))
+    x, targets = batch()
+    for arguments in ((), ({"domain": targets["domain"]},)):
+        with pytest.raises(expected) as caught:
+            heads(x, *arguments)
+        assert type(caught.value) is expected and str(caught.value) == f"{parameter}['domain'] {text}"
+
+
+@pytest.mark.parametrize(
+    "dim, text", [(2, "dim is 2, but features have shape [6, 7]"), (-3, "dim is -3, but features have shape [6, 7]")]
+)
+def test_a_dimension_that_the_features_do_not_have_is_refused(dim, text):
+    heads = AdversarialHeads(7, adversaries={"domain": 2}, dim=dim)
+    with pytest.raises(ValueError) as caught:
+        heads(torch.randn(6, 7))
+    assert str(caught.value) == text
+
+
+class Returns(nn.Module):
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def forward(self, x):
+        return self.result
+
+
+@pytest.mark.parametrize(
+    "result, expected, text",
+    [
+        ([torch.ones(6, 2)], TypeError, "a head must return one tensor, its logits; 'domain' returned list"),
+        (torch.tensor(1.0), ValueError, "a head must return logits (..., size) for a loss; 'domain' returned shape []"),
+        (torch.ones(5, 2), ValueError, "targets['domain'] must have shape [5], got [6]"),
+    ],
+    ids=["list", "0-d", "other rows"],
+)
+def test_what_a_head_returns_is_looked_at(result, expected, text):
+    heads = AdversarialHeads(7, adversaries={"domain": Returns(result)})
+    x, targets = batch()
+    with pytest.raises(expected) as caught:
+        heads(x, {"domain": targets["domain"]})
+    assert type(caught.value) is expected and str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    "change, expected, text",
+    [
+        (
+            lambda heads: heads.adversaries.__setitem__("site", nn.Linear(7, 2)),
+            ValueError,
+            "adversaries['site'] has no lambda_: add an adversary with "
+            "heads.add_adversary('site', module, lambda_=...)",
+        ),
+        (
+            lambda heads: heads.add_adversary("digit", 2),
+            ValueError,
+            "head names must differ, got ['digit'] among both predictors and adversaries",
+        ),
+        (
+            lambda heads: heads.add_adversary("site", 0),
+            ValueError,
+            "adversaries['site'] must be a size of at least 1, a sequence of such sizes, or a module, got 0",
+        ),
+        (
+            lambda heads: heads.add_adversary("site", nn.ModuleList([nn.Linear(7, 2)])),
+            TypeError,
+            "adversaries['site'] must be a module that can be called, got ModuleList: for layers in a row use "
+            "nn.Sequential",
+        ),
+        (
+            lambda heads: heads.add_adversary("site", 2, loss="l1"),
+            ValueError,
+            "losses['site'] must be one of ['cross_entropy', 'mse', 'bce'] or a function, got 'l1'",
+        ),
+        (
+            lambda heads: heads.add_adversary("site", 2, lambda_=math.nan),
+            ValueError,
+            "lambda_ must be finite, got nan",
+        ),
+        (
+            lambda heads: setattr(heads, "lambda_", {"digit": 1.0}),
+            ValueError,
+            "lambda_ names ['digit'], but the adversaries are ['domain', 'speaker']",
+        ),
+        (
+            lambda heads: setattr(heads, "lambda_", torch.ones(2)),
+            ValueError,
+            "lambda_ must be a number or a 0-d tensor, got shape [2]",
+        ),
+        (
+            lambda heads: setattr(heads, "lambda_", {"domain": "1"}),
+            TypeError,
+            "lambda_['domain'] must be a real number or a real tensor, got str",
+        ),
+        (
+            lambda heads: AdversarialHeads(7, adversaries=[2]),
+            TypeError,
+            "adversaries must be a mapping from head names to heads, got list",
+        ),
+        (lambda heads: AdversarialHeads(7, {"a": 2}, dim="1"), TypeError, "dim must be an integer, got str"),
+    ],
+    ids=[
+        "adversary without lambda",
+        "name of a predictor",
+        "size",
+        "ModuleList",
+        "loss",
+        "lambda",
+        "lambda of a predictor",
+        "two lambdas",
+        "lambda by name",
+        "a list of heads",
+        "dim",
+    ],
+)
+def test_changes_that_make_no_sense_are_refused_and_change_nothing(change, expected, text):
+    heads = make()
+    with pytest.raises(expected) as caught:
+        change(heads)
+    assert type(caught.value) is expected and str(caught.value) == text
+    assert heads.head_names == tuple(SIZES) and {own.item() for own in heads.lambda_.values()} == {0.75}
+
+
+def test_a_reversal_that_is_none_is_refused_in_the_call():
+    heads, (x, _) = make(), batch()
+    heads.reversals["domain"] = nn.Identity()
+    with pytest.raises(TypeError) as caught:
+        heads(x)
+    assert str(caught.value) == "reversals['domain'] must be a GRL, got Identity"
+    del heads.reversals["domain"]
+    with pytest.raises(ValueError, match=r"^adversaries\['domain'\] has no lambda_: add an adversary with heads"):
+        heads(x)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from head_samples import sample_heads, sample_linear
+from samples import assert_same
 
 from grl_ext import grl_linear, heads_loss, linear_heads
 
@@ -201,9 +202,9 @@ HEADS = {
         "lambda_[1] must be finite, got -inf",
     ),
     "lambda: 1-d": (
-        {"lambda_": [None, torch.ones(1)]},
+        {"lambda_": [None, torch.ones(2)]},
         ValueError,
-        "lambda_[1] must be a number or a 0-d tensor, got shape [1]",
+        "lambda_[1] must be a number or a 0-d tensor, got shape [2]",
     ),
     "lambda: complex": (
         {"lambda_": [None, torch.tensor(1j)]},
@@ -692,7 +693,7 @@ CHANGED = [
     ("linear_heads", "bias", lambda b: b[:1]),
     ("linear_heads", "bias", lambda b: [b[0], b[1][:1]]),
     ("linear_heads", "lambda_", lambda own: own[:1]),
-    ("linear_heads", "lambda_", lambda own: [None, torch.ones(1)]),
+    ("linear_heads", "lambda_", lambda own: [None, torch.ones(2)]),
     ("linear_heads", "lambda_", lambda own: [None, torch.ones((), requires_grad=True)]),
     ("linear_heads", "lambda_", lambda own: [None, torch.ones((), device=META)]),
     ("heads_loss", "targets", lambda t: t[:1]),
@@ -790,3 +791,12 @@ def test_masked_tensors_are_refused_by_name(path, device, argument):
             call()
         how = f"pass {name}.to_tensor(value), with the value that masked elements are to have"
         assert str(caught.value) == f"{name} must not be a MaskedTensor: {how}"
+
+
+def test_no_bias_is_the_default_and_targets_are_needed():
+    x, weight, targets = torch.randn(4, 3), [torch.randn(2, 3)], [torch.tensor([0, 1, 1, 0])]
+    expected = heads_loss(x, weight, None, targets, lambda_=[0.5])
+    assert_same(heads_loss(x, weight, targets=targets, lambda_=[0.5]).loss, expected.loss)
+    with pytest.raises(ValueError) as caught:
+        heads_loss(x, weight, lambda_=[0.5])
+    assert str(caught.value) == "targets must have an entry for each of the 1 heads, got 0"

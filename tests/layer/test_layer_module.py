@@ -11,7 +11,7 @@ from samples import assert_same
 from torch import nn
 from torch.func import functional_call
 
-from grl_ext import GRL, GRLLinear
+from grl_ext import GRL, AdversarialHeads, GRLLinear, heads_loss, linear_heads
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("path")]
 
@@ -59,7 +59,10 @@ def test_the_mode_makes_no_difference(mode):
         True,
         np.float32(0.5),
         np.float64(0.1),
+        np.array(0.25),
+        np.array(3),
         torch.tensor(0.25),
+        torch.tensor([0.25]),
         torch.tensor(3),
         torch.tensor(0.5, requires_grad=True),
         nn.Parameter(torch.tensor(0.5)),
@@ -71,7 +74,10 @@ def test_the_mode_makes_no_difference(mode):
         "bool",
         "numpy float32",
         "numpy float64",
+        "numpy array",
+        "numpy array of integers",
         "tensor",
+        "tensor of shape [1]",
         "int tensor",
         "requires grad",
         "Parameter",
@@ -98,7 +104,9 @@ def test_assignment_sets_lambda_in_place(device, value):
         [0.5],
         np.zeros(2),
         torch.zeros(2),
-        torch.zeros(1, 1),
+        torch.zeros(2, 1),
+        np.array(1j),
+        np.zeros(1),
         torch.tensor(1j),
     ],
     ids=repr,
@@ -388,3 +396,153 @@ def test_repr_shows_lambda():
     layer = GRL()
     layer.lambda_ = 0.1
     assert repr(nn.Sequential(layer)) == "Sequential(\n  (0): GRL(lambda_=0.1)\n)"
+
+
+# --- other layers' habits
+# ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: GRL(0.75), lambda: GRLLinear(3, 2, lambda_=0.75)], ids=["GRL", "GRLLinear"])
+@pytest.mark.parametrize("name", ["alpha", "coeff", "lambd", "lambda", "_lambda", "lmbda", "lamda"])
+def test_another_name_for_lambda_is_refused(make, name):
+    layer = make()
+    with pytest.raises(AttributeError) as caught:
+        setattr(layer, name, 0.9)
+    assert str(caught.value) == (
+        f"{type(layer).__name__} has no {name}, which would change nothing: assign lambda_, as in layer.lambda_ = 0.3"
+    )
+    assert layer.lambda_.item() == 0.75 and not hasattr(layer, name)
+
+
+def test_weight_is_another_name_for_lambda_only_where_there_is_no_weight():
+    with pytest.raises(AttributeError, match="^GRL has no weight"):
+        GRL().weight = 0.9
+    layer = GRLLinear(3, 2)
+    layer.weight = nn.Parameter(torch.zeros(2, 3))
+    assert not layer.weight.any()
+
+
+def test_a_subclass_may_have_such_an_attribute_and_any_layer_others():
+    class Weighted(GRL):
+        def __init__(self, weight):
+            super().__init__(weight)
+            self.weight = weight
+
+    assert Weighted(0.3).weight == 0.3
+    layer = GRL()
+    layer.note = "first"
+    assert layer.note == "first"
+
+
+@pytest.mark.parametrize("value", [np.array(0.3), np.float32(0.3), np.array([0.3])[0], torch.tensor([0.3])], ids=repr)
+def test_what_other_layers_keep_lambda_in_is_taken_everywhere(value):
+    number, x = float(value), torch.randn(4, 3, requires_grad=True)
+    targets = {"a": torch.tensor([0, 1, 1, 0])}
+    for layer in (GRL(value), GRL(), GRLLinear(3, 2, lambda_=value)):
+        layer.lambda_ = value
+        assert layer.lambda_.shape == () and layer.lambda_.item() == number
+    assert reversal_of(GRL(), value) == pytest.approx(-number)
+    given = AdversarialHeads(3, adversaries={"a": 2}, lambda_=value)
+    by_name = AdversarialHeads(3, adversaries={"a": 2}, lambda_={"a": value})
+    added = AdversarialHeads(3, {"b": 2})
+    added.add_adversary("a", 2, lambda_=value)
+    later = AdversarialHeads(3, adversaries={"a": 2})
+    later.lambda_ = {"a": value}
+    for heads in (given, by_name, added, later):
+        assert heads.lambda_["a"].item() == number
+    weight = [torch.randn(2, 3)]
+    for call in (
+        lambda lambda_: linear_heads(x, weight, lambda_=[lambda_])[0].sum(),
+        lambda lambda_: heads_loss(x, weight, None, list(targets.values()), lambda_=[lambda_]).loss,
+    ):
+        assert_same(torch.autograd.grad(call(value), x)[0], torch.autograd.grad(call(number), x)[0])
+
+
+@pytest.mark.parametrize("kind", [np.array, np.float32, np.float64], ids=lambda kind: kind.__name__)
+def test_numpys_numbers_are_options_of_the_heads(kind):
+    x, targets = torch.randn(4, 3, requires_grad=True), {"a": torch.tensor([0, 1, 1, 0])}
+    heads = AdversarialHeads(3, adversaries={"a": 2}, lambda_=0.3)
+    for option, number in (("loss_weight", 0.5), ("label_smoothing", 0.25)):
+        expected = heads(x, targets, **{option: number}).loss
+        for given in (kind(number), {"a": kind(number)}):
+            assert_same(heads(x, targets, **{option: given}).loss, expected)
+        module = heads.adversaries["a"]
+        for given in (kind(number), [kind(number)]):
+            ours = heads_loss(
+                x, [module.weight], [module.bias], list(targets.values()), lambda_=[0.3], **{option: given}
+            )
+            assert_same(ours.loss, expected)
+    index = np.array(1) if kind is np.array else np.int64(1)
+    expected = heads(x, targets, ignore_index=1).loss
+    assert_same(heads(x, targets, ignore_index=index).loss, expected)
+    assert_same(heads(x, targets, ignore_index={"a": index}).loss, expected)
+
+
+# --- a buffer that something else has cast
+# ---------------------------------------------------------------------------------
+
+
+def cast_buffer(layer: nn.Module, dtype=torch.bfloat16) -> nn.Module:
+    """As FSDP1's buffer_dtype does, which no method of the module sees."""
+    buffer = layer.lambda_
+    buffer.data = buffer.to(dtype)
+    return layer
+
+
+def test_a_cast_buffer_does_not_round_the_number(device):
+    layer = cast_buffer(GRL(0.1).to(device))
+    assert layer.lambda_.dtype == torch.bfloat16 and layer.lambda_.item() != 0.1
+    assert reversal_of(layer) == -torch.tensor(0.1).item()
+    assert repr(layer) == "GRL(lambda_=0.1)"
+    layer.lambda_ = 0.3
+    assert reversal_of(layer) == -torch.tensor(0.3).item()
+    assert layer.state_dict()["lambda_"].item() == 0.3
+    assert reversal_of(copy.deepcopy(layer)) == reversal_of(pickle.loads(pickle.dumps(layer))) == reversal_of(layer)
+
+
+def test_casting_the_module_makes_the_buffer_exact_again(device):
+    layer = cast_buffer(GRL(0.1).to(device)).double()
+    assert layer.lambda_.dtype == torch.float64 and layer.lambda_.item() == 0.1
+
+
+@pytest.mark.parametrize("change", ["fill_", "load_state_dict", "tensor"])
+def test_a_cast_buffer_that_was_changed_is_what_counts(change):
+    layer = cast_buffer(GRL(0.1))
+    if change == "fill_":  # by somebody else, as DDP's broadcast of buffers
+        layer.lambda_.fill_(0.25)
+    elif change == "tensor":
+        layer.lambda_ = torch.tensor(0.25)
+    else:
+        layer.load_state_dict({"lambda_": torch.tensor(0.25, dtype=torch.float64)})
+    assert reversal_of(layer) == -0.25
+
+
+def test_a_checkpoint_loads_exactly_into_a_cast_buffer():
+    layer = cast_buffer(GRL(0.5))
+    layer.load_state_dict({"lambda_": torch.tensor(0.1, dtype=torch.float64)})
+    assert reversal_of(layer) == -torch.tensor(0.1).item()
+
+
+def test_the_linear_layer_and_the_heads_use_the_number_too(device):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    linear = GRLLinear(4, 2, lambda_=0.1, device=device)
+    heads = AdversarialHeads(4, adversaries={"a": 2, "b": [3, 2], "c": nn.Sequential(nn.Tanh(), nn.Linear(4, 2))})
+    heads.to(device).lambda_ = 0.1
+    targets = dict.fromkeys("abc", torch.zeros(3, dtype=torch.int64, device=device))
+
+    def gradients():
+        return [torch.autograd.grad(y, x)[0] for y in (linear(x).sum(), heads(x, targets).loss, heads(x)["a"].sum())]
+
+    before = gradients()
+    for layer in (linear, *heads.reversals.values()):
+        cast_buffer(layer)
+    for ours, theirs in zip(gradients(), before, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_a_compiled_layer_uses_the_number_of_a_cast_buffer():
+    torch._dynamo.reset()
+    layer = cast_buffer(GRL(0.1))
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert_same(x.grad, torch.full_like(x, -0.1))

@@ -43,6 +43,21 @@ def test_progress_is_clamped_to_its_range(name):
     assert schedule(1.5) == schedule(1.0)
 
 
+def test_tllibs_warm_start_goes_on_past_its_max_iters():
+    """As docs/layer.md says to write it. tllib counts its own calls, and max_iters only scales the curve."""
+    alpha, lo, hi, max_iters, total_steps = 1.0, 0.0, 1.0, 1000, 10000
+    layer = GRL()
+    schedule = schedules.warm_start(alpha * total_steps / max_iters, lo, hi)
+    scheduler = LambdaScheduler(layer, schedule, total_steps)
+    seen = {}
+    for call in range(total_steps + 1):
+        theirs = 2.0 * (hi - lo) / (1.0 + math.exp(-alpha * call / max_iters)) - (hi - lo) + lo
+        assert layer.lambda_.item() == pytest.approx(theirs, abs=1e-12)
+        seen[call] = round(theirs, 3)
+        scheduler.step()
+    assert [seen[call] for call in (1000, 2000, 10000)] == [0.462, 0.762, 1.0]
+
+
 def test_the_ends_are_exact():
     assert schedules.dann()(0.0) == 0.0
     assert schedules.warm_start(lo=0.2, hi=0.9)(0.0) == 0.2

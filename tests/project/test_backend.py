@@ -118,6 +118,23 @@ def test_the_report_says_where_nobody_has_tested(monkeypatch, capsys, version, s
     assert first.startswith(f"grl_ext {grl_ext.__version__} on torch {version}{untested}, Python ")
 
 
+@pytest.mark.parametrize(
+    "version, compiler", [("12.2.0", "GCC 12.2.0"), ("Clang 17.0.6", "Clang 17.0.6")], ids=["GCC", "Clang"]
+)
+def test_the_report_names_the_compiler_and_who_chose_the_instructions(compiled, monkeypatch, capsys, version, compiler):
+    info = {**compiled.build_info(), "compiler": version, "cpu_isa": "avx2"}
+    monkeypatch.setattr(compiled, "build_info", lambda: info)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.delenv("GRL_EXT_CPU_ISA", raising=False)
+    __main__.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith(f", by {compiler}") and lines[1].startswith("compiled:      for torch ")
+    assert lines[2] == "CPU kernels:   avx2 (the widest here; GRL_EXT_CPU_ISA can ask for another), 1 thread"
+    monkeypatch.setenv("GRL_EXT_CPU_ISA", "avx2")
+    __main__.main()
+    assert capsys.readouterr().out.splitlines()[2] == "CPU kernels:   avx2 (GRL_EXT_CPU_ISA=avx2), 1 thread"
+
+
 # --- instruction sets
 # ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import grl_ext
-from grl_ext import functional, heads, modules, schedules
+from grl_ext import functional, heads, modules, schedules, testing
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -18,7 +18,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 pytestmark = pytest.mark.usefixtures("path")
 
 
-@pytest.mark.parametrize("module", [functional, heads, modules, schedules], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [functional, heads, modules, schedules, testing], ids=lambda module: module.__name__)
 def test_the_examples_in_the_docstrings_run(module):
     # `torch` and `grl_ext` are what a reader has imported.
     failed, tried = doctest.testmod(module, extraglobs={"torch": torch, "grl_ext": grl_ext})
@@ -26,11 +26,17 @@ def test_the_examples_in_the_docstrings_run(module):
 
 
 def test_every_public_name_has_an_example():
-    without = {"HeadsLoss", "HeadsOutput", "schedules"}  # results, and a module whose functions have their own
+    without = {
+        "HeadsLoss",
+        "HeadsOutput",
+        "schedules",
+        "testing",
+    }  # results, and modules whose functions have their own
     for name in set(grl_ext.__all__) - without:
         assert "Example:" in getattr(grl_ext, name).__doc__, name
     for name in ("dann", "warm_start", "linear", "constant"):
         assert "Example:" in getattr(schedules, name).__doc__, name
+    assert "Example:" in testing.reverses.__doc__
 
 
 def test_the_readmes_equivalent_is_equivalent():
@@ -114,7 +120,7 @@ def test_the_snippets_in_the_pages_run(page, first, code, tmp_path, monkeypatch)
 
 def test_the_pages_that_hold_snippets_are_found():
     found = {snippet.values[0].name for snippet in SNIPPETS}
-    assert {"heads.md", "recipes.md", "frameworks.md"} <= found
+    assert {"heads.md", "recipes.md", "frameworks.md", "porting.md"} <= found
 
 
 def test_only_the_snippets_that_make_frameworks_runs_are_left_out():
@@ -127,14 +133,14 @@ def test_only_the_snippets_that_make_frameworks_runs_are_left_out():
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_links_within_the_project_lead_somewhere(page):
-    def without_code(page: Path) -> str:
-        return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    def without_code(page: Path, also: str = "") -> str:
+        return re.sub(r"^```.*?^```$" + also, "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
     headings = {}
     for target in [README, ROOT / "examples" / "README.md", *PAGES]:
         titles = re.findall(r"^#+ (.*)$", without_code(target), re.MULTILINE)
         headings[target.resolve()] = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
-    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", without_code(page)):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", without_code(page, also=r"|`[^`\n]*`")):
         file, _, anchor = link.partition("#")
         target = (page.parent / file).resolve() if file else page.resolve()
         assert target.exists(), link

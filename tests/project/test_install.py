@@ -111,6 +111,29 @@ def test_cuda_build_without_a_cuda_torch_says_so(tmp_path):
     )
 
 
+def test_a_missing_compiler_is_named_with_the_remedy(tmp_path, monkeypatch):
+    def sentence(program):
+        return (
+            f"grl_ext: building needs a C++ compiler, and there is no {program}. Install one (g++) or name it in CXX, "
+            "or set GRL_EXT_BUILD=python for the pure PyTorch path, which needs none."
+        )
+
+    assert only_message(build_ext(tmp_path, GRL_EXT_BUILD="cpu", CXX="none-such -O2")) == sentence("none-such")
+    assert build_ext(tmp_path, GRL_EXT_BUILD="python", CXX="none-such").returncode == 0
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as refusal:
+        build_backend.check_compiler()
+    assert str(refusal.value) == sentence("c++")
+    (tmp_path / "c++").touch(0o755)
+    monkeypatch.setattr(build_backend.sysconfig, "get_config_var", lambda name: "g++ -pthread")
+    with pytest.raises(SystemExit) as refusal:
+        build_backend.check_compiler()
+    assert str(refusal.value) == sentence("g++")
+    (tmp_path / "g++").touch(0o755)
+    build_backend.check_compiler()
+
+
 # --- which toolkit
 # ---------------------------------------------------------------------------------------------------------
 

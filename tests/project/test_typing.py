@@ -29,6 +29,29 @@ digits = domains = torch.zeros(2, dtype=torch.int64)
 
 """
 
+# What the pages in docs/ and the docstrings say to write.
+WRITTEN = (
+    GIVEN
+    + """\
+from grl_ext.testing import reverses
+
+labels = domains
+heads = grl_ext.AdversarialHeads(1764, {"digit": 10}, {"domain": [16, 2]}, lambda_=0.3, allow_reversal=["domain"])
+heads.lambda_ = 0.3
+heads.lambda_ = {"domain": 0.3}
+heads.lambda_ = {"domain": torch.tensor(0.3)}
+number = heads.lambda_["domain"].item()
+heads.add_adversary("site", 3, lambda_=torch.tensor(0.1), allow_reversal=True)
+logits: dict[str, torch.Tensor] = heads(features)
+total: torch.Tensor = heads(features, {"digit": labels}, loss_weight={"digit": 0.5}).loss
+grl_ext.heads_loss(features, [torch.ones(3, 1764)], targets=[labels], lambda_=[None])
+grl_ext.heads_loss(features, [torch.ones(3, 1764)], None, [labels], lambda_=[0.5])
+answer: bool = reverses(torch.nn.Linear(1764, 2), features)
+layer = grl_ext.GRL(torch.tensor([0.3]))
+layer.lambda_ = 0.3
+"""
+)
+
 WRONG = GIVEN + "grl_ext.GRL().lambda_ = 'a'\ngrl_ext.GRLLinear(2, 2)(1.0)\ngrl_ext.schedules.dann('a')\n"
 
 
@@ -72,13 +95,15 @@ def pyright(files: list[Path]) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("check", [mypy, pyright])
 def test_the_readmes_lines_pass_and_wrong_types_are_found(tmp_path, check):
-    right, wrong = tmp_path / "right.py", tmp_path / "wrong.py"
+    right, written, wrong = (tmp_path / f"{name}.py" for name in ("right", "written", "wrong"))
     right.write_text(readme())
+    written.write_text(WRITTEN)
     wrong.write_text(WRONG)
-    found = check([right, wrong])  # in one run: reading PyTorch's types takes most of it
+    found = check([right, written, wrong])  # in one run: reading PyTorch's types takes most of it
     lines = right.read_text().splitlines()
     # PyTorch's own backward() has no types.
     assert [lines[n - 1] for name, n in found if name == right.name and ".backward()" not in lines[n - 1]] == []
+    assert [WRITTEN.splitlines()[n - 1] for name, n in found if name == written.name] == []
     first = WRONG.count("\n") - 2
     assert {n for name, n in found if name == wrong.name} == {first, first + 1, first + 2}
 
