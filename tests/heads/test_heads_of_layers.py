@@ -218,7 +218,8 @@ def test_every_dtype_is_that_of_the_modules(kind, dtype):
     pairs = [(out.logits[name], z) for name, z in logits.items()]
     pairs += [(a.grad, b.grad) for a, b in zip((x, *heads.parameters()), (wide, *exact.parameters()), strict=True)]
     for ours, theirs in pairs:
-        assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+        # The terms of a sum over the rows, which may cancel, are of the size 1 / 33.
+        assert (ours.double() - theirs).abs().max() <= tolerance * max(theirs.abs().max(), 1 / 33)
 
 
 @pytest.mark.parametrize("kind", ["ReLU", "three hidden layers", "Tanh", "the last alone"])
