@@ -10,6 +10,7 @@
 # make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
 # make gpu         everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks each step's command line without one
 # make wheel       wheel and sdist in dist/, checked, and each installed and tried in an environment of its own
+# make docs        the pages in docs/ with the reference from the docstrings, as HTML in build/docs
 # make lint        formatting and lint; `make format` puts right what it can
 #
 # make PYTHON=python3 VENV= ...  uses the environment of that Python as it is and downloads nothing.
@@ -45,7 +46,7 @@ RUN = PYTHONPATH=$(CURDIR) $(PY)
 # A process for each core, with one thread each. Neighbours stay together, so that what a module's tests share is made once or twice.
 PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist worksteal --durations=15
 
-.PHONY: env build test bench examples examples-real fuzz steps matrix asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
+.PHONY: env build test bench examples examples-real fuzz steps matrix asan versions version-oldest version-newest cuda-check gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -145,6 +146,18 @@ wheel: env
 	$(PY) -m build --quiet --no-isolation --sdist --wheel
 	$(PY) .ci/check_dist.py
 
+# As .venv-matrix: it sees the torch of the environment, which the docstrings are read with. Once it is there, no network is needed.
+.venv-docs/.ready: docs/requirements.txt $(READY)
+	$(PY) -m venv .venv-docs
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(ls -d .venv-docs/lib/python*/site-packages)/tests_environment.pth
+	.venv-docs/bin/python -m pip install --quiet -r $<
+	touch $@
+
+# Warnings are errors: a link or a name that leads nowhere, a page that is in no list, a docstring that is no reStructuredText.
+docs: .venv-docs/.ready
+	PYTHONPATH=$(CURDIR) .venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -b html docs build/docs
+	@echo build/docs/index.html
+
 lint: env
 	$(TOOL)ruff check .
 	$(TOOL)ruff format --check .
@@ -157,4 +170,4 @@ format: env
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
 
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix .venv-docs

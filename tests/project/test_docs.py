@@ -105,6 +105,23 @@ def test_every_picture_has_a_text_for_those_who_do_not_see_it():
 
 
 @pytest.mark.once
+def test_each_page_is_in_one_list_of_the_index():
+    lists = re.findall(
+        r"^```{toctree}\n(?::[^\n]*\n)+\n(.*?)^```", (ROOT / "docs/index.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    listed = [name for names in lists for name in names.split()]
+    assert sorted(listed) == [page.stem for page in PAGES if page.stem != "index"]
+
+
+@pytest.mark.once
+def test_the_reference_has_each_public_name():
+    reference = (ROOT / "docs" / "api.md").read_text()
+    found = set(re.findall(r"^\.\. auto\w+:: (?:grl_ext\.)?([\w.]+)$", reference, re.MULTILINE))
+    functions = {f"schedules.{name}" for name in ("constant", "dann", "linear", "warm_start")}
+    assert found == set(grl_ext.__all__) | functions
+
+
+@pytest.mark.once
 def test_what_make_is_asked_for_is_a_target():
     targets = set(re.findall(r"^([\w-]+)(?= |:)", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in [README, *PAGES, *OTHERS]:
