@@ -22,7 +22,8 @@ fails where the two differ.
 - **yes**: right, on the compiled path and on the one in pure Python.
 - **refused**: an error, with what to do instead. No cell of grl_ext is a wrong gradient. What no cell tries, and is not
   right, is said under [the layer](layer.md) (infinite features in `make_fx`, and under `torch.func` inside
-  `torch.compile`) and under [several processes](heads.md#several-processes) (FSDP1's `buffer_dtype`).
+  `torch.compile`) and under [several processes](recipes.md#what-is-tried-in-several-processes) (FSDP1's
+  `buffer_dtype`).
 - **λ a number**, **λ a tensor, for each row**: given to the module's call, to `gradient_reversal` and to `grl_linear`.
 - **the common Python layer**: the `torch.autograd.Function` that most code bases have pasted in, in the same
   network. *Not reversed* means that the features help the adversary, without a warning. *Wrong gradient* is any other.
