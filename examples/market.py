@@ -5,8 +5,8 @@ A stock moves with the market, by its beta, and beyond it: the excess return, a 
 The encoder sees the last days of the stock and of the market; a predictor reads the stock's next excess return from its
 features, an adversary behind the reversal reads the market's return of the day. Judged on later dates: does the
 prediction still rank the stocks, and how much of the market does a fresh linear probe find in the features? Beside them
-stand two forecasts without a network: a ridge regression on the same windows, and the one-day reversal (yesterday's
-    losers will win).
+stand two forecasts without a network: a ridge regression on the same windows, and the rule that yesterday's losers will
+win.
 """
 
 from argparse import Namespace
@@ -22,7 +22,7 @@ from tqdm import tqdm
 import grl_ext
 
 METHODS = ("without reversal", "with reversal")
-BASELINES = ("ridge", "one-day reversal")
+BASELINES = ("ridge", "yesterday's losers")
 WINDOW = 10  # days that the encoder sees
 BETA_DAYS = 250  # days before a return that its beta is estimated on
 TRAINING_SHARE = 0.7
@@ -213,7 +213,7 @@ def baselines(train_sample: Samples, test_sample: Samples) -> dict[str, Tensor]:
     last = test_sample.windows[..., WINDOW - 1]
     return {
         "ridge": rank_correlation(forecast, test_sample.excess).cpu(),
-        "one-day reversal": rank_correlation(-last, test_sample.excess).cpu(),
+        "yesterday's losers": rank_correlation(-last, test_sample.excess).cpu(),
     }
 
 
@@ -246,7 +246,16 @@ def plot(results: dict, daily: dict[str, list[Tensor]]):
     axes[0].legend()
     for name, tint in colours.items():
         sums = [runs.cumsum(0).tolist() for runs in daily[name]]
-        experiment.curve(axes[2], range(len(sums[0])), sums, name, tint, "--" if name == "with reversal" else "-")
+        # The two networks' lines lie on each other.
+        experiment.curve(
+            axes[2],
+            range(len(sums[0])),
+            sums,
+            name,
+            tint,
+            "--" if name == "with reversal" else "-",
+            circles=name == "without reversal",
+        )
     axes[2].set(title="daily rank correlation, summed over the later dates", xlabel="trading day")
     axes[2].legend(loc="upper left")
     return figure

@@ -53,7 +53,9 @@ class Variant:
 
 VARIANTS = {
     "reversed": Variant("with reversal, published layers", 1.0, colour="orange"),
-    "fused": Variant("with reversal, fused heads", 1.0, fused=True, colour="blue", style=":"),
+    "fused": Variant(
+        "with reversal, fused heads (on the line with circles)", 1.0, fused=True, colour="blue", style=":"
+    ),
     # Lambda 0 is the network without an adversary: nothing of it reaches the features. It still learns, and can be
     # watched.
     "plain": Variant("no reversal", 0.0, colour="green"),
@@ -201,22 +203,32 @@ def plot(curves: dict[str, list[Curves]], args: Namespace):
         "on the training pairs (its target is the complement)",
         "agreement": "cosine of reversed and own gradient\nat the features",
     }
-    *axes, for_legend = axes.flat
+    *axes, last = axes.flat
     for axis, (quantity, title) in zip(axes, panels.items(), strict=True):
         for name in curves:
             variant = VARIANTS[name]
-            experiment.curve(
-                axis, epochs, [run[quantity] for run in curves[name]], variant.title, variant.colour, variant.style
-            )
+            hidden = name == "reversed" and "fused" in curves  # the fused heads' line lies on it
+            runs = [run[quantity] for run in curves[name]]
+            experiment.curve(axis, epochs, runs, variant.title, variant.colour, variant.style, circles=hidden)
         axis.set(title=title, xlabel="epoch")
     for axis in axes[:2]:
         axis.set_ylim(0.5, 1.0)
     axes[3].set_ylim(0.0, 0.6)
     axes[4].axhline(0, color="black", linewidth=0.8)
-    for_legend.axis("off")
     seeds = len(curves["plain"])
     title = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    for_legend.legend(*axes[0].get_legend_handles_labels(), loc="center", title=title)
+    if "fused" in curves:
+        for quantity, colour, label in (("accuracy", "blue", "accuracy"), ("loss", "pink", "loss")):
+            pairs = zip(curves["fused"], curves["reversed"], strict=True)
+            runs = [[a - b for a, b in zip(fused[quantity], own[quantity], strict=True)] for fused, own in pairs]
+            experiment.curve(last, epochs, runs, f"{label} on held-out pairs", colour)
+        last.set(title="the two lines that lie on each other:\nfused heads minus published layers", xlabel="epoch")
+        last.axhline(0, color="black", linewidth=0.8)
+        last.legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title=title)
+    else:
+        last.axis("off")
+        last.legend(*axes[0].get_legend_handles_labels(), loc="center", title=title)
     return figure
 
 
@@ -288,6 +300,9 @@ def main(arguments: list[str] | None = None) -> dict:
     options.add_argument(
         "--resume", action="store_true", help="take finished runs with the same settings from the output folder"
     )
+    options.add_argument(
+        "--redraw", action="store_true", help="only draw the picture anew, from the output folder's metrics.json"
+    )
     if options.parse_known_args(arguments)[0].published:
         options.set_defaults(**PUBLISHED)
     args = options.parse_args(arguments)
@@ -295,6 +310,11 @@ def main(arguments: list[str] | None = None) -> dict:
         options.error("--published needs --mnist: the published setting is on MNIST")
     if not {"reversed", "plain"} <= set(args.variants):
         options.error("--variants needs reversed and plain, which the finding compares")
+    if args.redraw:
+        saved = json.loads((args.out / "metrics.json").read_text())
+        args.every = saved["settings"]["every"]
+        experiment.save(plot(saved["results"]["curves"], args), args.out)
+        return saved
     digits = data.load_digits(args.mnist, 28)
     curves: dict[str, list[Curves]] = {name: [] for name in args.variants}
     steps = len(args.variants) * args.seeds * args.epochs * -(-args.pairs // args.batch)

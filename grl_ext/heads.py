@@ -155,18 +155,18 @@ class AdversarialHeads(nn.Module):
     ``heads(features, targets, ...)`` gives a :class:`HeadsOutput`. The options are those of :func:`grl_ext.heads_loss`,
     one for all heads or by name:
 
-        targets: by head name. A head left out has no loss, and the ``.grad`` of its parameters stays as it is.
-        sample_weight: ``(...)``, for all heads or by name; by name also ``(..., size)`` for ``"mse"`` and ``"bce"``.
-        class_weight: ``(classes,)`` by name.
-        loss_weight: a number for all heads, or numbers by name; 1 for those not named.
-        label_smoothing, ignore_index: for all heads or by name.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    - ``targets``: by head name. A head left out has no loss, and the ``.grad`` of its parameters stays as it is.
+    - ``sample_weight``: ``(...)``, for all heads or by name; by name also ``(..., size)`` for ``"mse"`` and ``"bce"``.
+    - ``class_weight``: ``(classes,)`` by name.
+    - ``loss_weight``: a number for all heads, or numbers by name; 1 for those not named.
+    - ``label_smoothing``, ``ignore_index``: for all heads or by name.
+    - ``reduction``: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Both also take, for this call only:
 
-        lambda_: in place of the adversaries' own, a number for all, or numbers by name.
-        inputs: by name, keyword arguments for that head's module: ``inputs={"speaker": {"lengths": lengths}}``. The
-            module then runs as given. What an adversary sends back to tensors among them is reversed too.
+    - ``lambda_``: in place of the adversaries' own, a number for all, or numbers by name.
+    - ``inputs``: by name, keyword arguments for that head's module: ``inputs={"speaker": {"lengths": lengths}}``. The
+      module then runs as given. What an adversary sends back to tensors among them is reversed too.
 
     Raises:
         ValueError, TypeError: no head at all, a size below 1, a name used twice or that ``nn.ModuleDict`` refuses

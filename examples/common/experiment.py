@@ -58,12 +58,22 @@ def shown(found: dict, digits: int = 3) -> str:
 
 
 def curve(
-    axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, colour: str, style: str = "-"
+    axes: Axes,
+    x: Sequence[float],
+    runs: Sequence[Sequence[float]],
+    label: str,
+    colour: str,
+    style: str = "-",
+    circles: bool = False,
 ) -> None:
-    """The mean over the seeds (rows of `runs`) as a line, one standard deviation to each side as a band."""
+    """The mean over the seeds (rows of `runs`) as a line, one standard deviation to each side as a band. A line that
+    lies under another is seen by its `circles`."""
     values = torch.tensor(runs)
     mean, sd = values.mean(0), values.std(0, correction=min(1, len(runs) - 1))
-    axes.plot(x, mean, style, color=COLOURS[colour], label=label, linewidth=1.8)
+    (line,) = axes.plot(x, mean, style, color=COLOURS[colour], label=label, linewidth=1.8)
+    if circles:
+        line.set(marker="o", markersize=7, markerfacecolor="white", markeredgewidth=1.5)
+        line.set(markevery=max(1, len(x) // 10))
     axes.fill_between(x, mean - sd, mean + sd, color=COLOURS[colour], alpha=0.15, linewidth=0)
 
 
@@ -85,11 +95,15 @@ def finish(args: argparse.Namespace, results: dict, figure: Figure, finding: str
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    figure.savefig(args.out / "plot.png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, args.out)
     print(f"wrote {args.out / 'metrics.json'} and {args.out / 'plot.png'}")
     print(finding)
     return metrics
+
+
+def save(figure: Figure, folder: Path) -> None:
+    figure.savefig(folder / "plot.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
 
 
 def _version(package: str) -> str:

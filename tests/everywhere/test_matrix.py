@@ -1,6 +1,6 @@
 """Every set-up of PyTorch times every operation, on both paths: values and gradients are those of plain PyTorch, and
-the tables in `docs/works-with.md` and the README say what the tests give. `tests/matrix/` holds the rows, the columns
-and what writes the tables."""
+the tables in `docs/works-with.md` say what the tests give. `tests/matrix/` holds the rows, the columns and what writes
+the tables."""
 
 import json
 
@@ -81,8 +81,6 @@ def test_the_cells_where_nothing_is_compiled_give_what_the_table_says(tmp_path):
     assert found and not differs, (HOW, differs)
 
 
-def test_the_tables_are_written_from_the_outcomes():
+def test_the_page_is_written_from_the_outcomes():
     assert WRITTEN.keys() == ROWS.keys(), HOW
     assert table.PAGE.read_text() == table.page(WRITTEN, TORCH), HOW
-    readme = table.README.read_text()
-    assert readme == table.readme_with(WRITTEN, readme), HOW

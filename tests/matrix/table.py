@@ -1,4 +1,4 @@
-"""The matrix's outcomes as tables: `docs/works-with.md`, all of them, and the README's short form."""
+"""The matrix's outcomes as tables: `docs/works-with.md`, a short form first and then all of them."""
 
 import json
 import re
@@ -9,8 +9,7 @@ from matrix.rows import ROWS, YES
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = Path(__file__).with_name("outcomes.json")
-PAGE, README = ROOT / "docs" / "works-with.md", ROOT / "README.md"
-BEGIN, END = "<!-- written by tests/matrix/write.py -->", "<!-- end -->"
+PAGE = ROOT / "docs" / "works-with.md"
 
 INTRODUCTION = """\
 # What it works with
@@ -25,12 +24,16 @@ fails where the two differ.
   right, is said under [the layer](layer.md) (infinite features in `make_fx`, and under `torch.func` inside
   `torch.compile`).
 - **λ a number**, **λ a tensor, for each row**: given to the module's call, to `gradient_reversal` and to `grl_linear`.
-- **the common Python layer**: the `torch.autograd.Function` of ten lines that most code bases have, in the same
+- **the common Python layer**: the `torch.autograd.Function` that most code bases have pasted in, in the same
   network. *Not reversed* means that the features help the adversary, without a warning. *Wrong gradient* is any other.
 - **-**: not tried, because PyTorch's own linear layers do not take it, or the row is about a λ that a module holds.
 
 Measured on torch {torch}. Rows with ** need other packages, or more time than the rest: `make matrix` runs them. So it
 does with the pure-Python path of rows with *.
+
+## In short
+
+The number is how many set-ups the group has.
 """
 
 Outcomes = dict[str, dict[str, dict[str, str]]]  # of row, column and path
@@ -76,7 +79,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def page(outcomes: Outcomes, torch_version: str) -> str:
-    notes, lines = Notes(), [INTRODUCTION.format(torch=torch_version).rstrip()]
+    notes, lines = Notes(), [INTRODUCTION.format(torch=torch_version), short_form(outcomes)]
     for group, names in groups().items():
         lines += [f"\n## {group}\n", "| | " + " | ".join((*OURS, COMMON)) + " |", "|---" * (len(OURS) + 2) + "|"]
         for name in names:
@@ -122,9 +125,3 @@ def _common(names: list[str], outcomes: Outcomes) -> str:
         f"**{outcome}**: " + ("all" if len(names) == len(own) else ", ".join(own)) for outcome, own in failures.items()
     ]
     return "; ".join(parts)
-
-
-def readme_with(outcomes: Outcomes, text: str) -> str:
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{short_form(outcomes)}\n\n{END}{after}"

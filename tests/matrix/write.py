@@ -1,5 +1,4 @@
-"""Runs the matrix and writes what it gives to `outcomes.json`, `docs/works-with.md` and the README: `python
-tests/matrix/write.py`.
+"""Runs the matrix and writes what it gives to `outcomes.json` and `docs/works-with.md`: `python tests/matrix/write.py`.
 
 GRL_EXT_MATRIX=all also runs the rows that need other packages (`make matrix`); without it their outcomes stay as they
 are.
@@ -42,5 +41,4 @@ if __name__ == "__main__":
     version = torch.__version__.partition("+")[0]
     table.OUTCOMES.write_text(json.dumps({"torch": version, "outcomes": result}, indent=1, ensure_ascii=False) + "\n")
     table.PAGE.write_text(table.page(result, version))
-    table.README.write_text(table.readme_with(result, table.README.read_text()))
     subprocess.run(["git", "diff", "--stat"], cwd=table.ROOT, check=False)

@@ -278,6 +278,18 @@ def test_command_writes_table_json_and_picture(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_both_pictures_are_drawn_from_the_committed_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    document = json.loads((BENCH / "results" / "cpu-float32.json").read_text())
+    for drawn in (plot.draw, plot.draw_heads):
+        drawn(document, tmp_path / "out.png")
+        assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+        with pytest.raises(SystemExit, match="nothing to draw"):
+            drawn({**document, "cases": []}, tmp_path / "out.png")
+
+
 def test_pairs_hold_what_their_label_says():
     digits = torch.tensor([0, 0, 3, 7])
     images = torch.tensor([100.0, 100.0, 1.0, 1.0]).view(4, 1, 1, 1).expand(4, 1, 28, 28)
