@@ -1,9 +1,10 @@
 // The constants that depend on the instruction set: the shapes of the register tiles, and the sizes of what stays in a
 // cache. A tile's sums stay in registers, of which AVX-512 and AArch64 have 32, the others 16.
 //
-// Those of 64-byte vectors were chosen by `python bench/compare.py --cases heads` on a processor with AVX-512, those of
-// narrower ones by the same with GRL_EXT_CPU_ISA=avx2 and baseline on an AMD EPYC with AVX2 (Zen 2, 32 KB of L1 and
-// 512 KB of L2 a core). Those of AArch64 follow from its registers and were never timed.
+// Those of 64-byte vectors were chosen by `python bench/compare.py --cases heads` on a processor with AVX-512. Those of
+// narrower ones were chosen by bench/cpu_kernels.cpp on an AMD EPYC with AVX2 (Zen 2, 32 KB of L1 and 512 KB of L2 a
+// core), with 2, 12 and 33 columns of 1024 and 1764 features. Those of AArch64 follow from its registers and were not
+// timed.
 
 constexpr int kTileRows = 4;
 constexpr int kWeightColumns = 6;
