@@ -3,6 +3,7 @@
 //
 //   table_test names         which tables it has, one a line
 //   table_test logits|gradients|halves|scale
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -85,7 +86,7 @@ bool close(double found, double expected, long n) {
 // Every width around those of vectors, tiles and panels; a power of two; one that is not a whole number of vectors.
 const std::vector<long> kFeatures{1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 33, 48, 63, 100, 129, 256, 333, 1024, 1764, 1765};
 const std::vector<long> kRows{1, 3, 4, 5, 8, 17, 32, 63, kMaxBlockRows};
-const std::vector<long> kColumns{1, 2, 3, 4, 5, 6, 7, 12, 13, 33, 40};
+const std::vector<long> kColumns{0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 33, 40};
 
 template <class F>
 void for_each_shape(const F& f) {

@@ -103,7 +103,7 @@ void features_gradient(const GradientsBlock<T>& b) {
   constexpr long kStep = 2 * kFeatureVectors * kLanes;  // whole tiles and whole cache lines
   constexpr long kRoom = kPanelBytes / sizeof(T);
   const long features = b.features;
-  const long steps = (kRoom / b.columns - kLanes) / kStep;
+  const long steps = (kRoom / (b.columns > 0 ? b.columns : 1) - kLanes) / kStep;
   const long panel = steps > 1 ? steps * kStep : kStep;
   const bool copies = b.columns > kPanelColumnsInPlace && steps > 0;
   alignas(64) T copy[kRoom];
