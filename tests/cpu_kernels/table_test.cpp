@@ -152,10 +152,14 @@ void test_gradients(const Kernels& table) {
       }
     }
     const bool streams = turn % 2 == 1;
-    const long before = turn / 2 % 5;  // where dx lies after a cache line's beginning
-    ++turn;
     const T guard = 77;
-    std::vector<T> dx(before + rows * features + 64, guard), dw = start;
+    std::vector<T> dx(rows * features + 256, guard), dw = start;
+    long before = 0;  // dx begins with a cache line, or three elements later
+    while (reinterpret_cast<uintptr_t>(dx.data() + before) % 64 != 0) {
+      ++before;
+    }
+    before += turn / 2 % 2 * 3;
+    ++turn;
     heads<T>(table).gradients(
         {.dx = dx.data() + before,
          .dw = dw.data(),

@@ -5,12 +5,12 @@
 // the rows are a power of two apart, its lines all fall into one set of the L1 cache, and each lies in a page of its
 // own. Therefore dx is written along its rows here, and a strip of x is read once, into a copy without gaps.
 
-// dx[r] = sum_c scaled[c][r] w[c] for R rows, `apart` rows from each other, and S vectors of features: a step has S + R
-// loads for S * R products. Columns that do not go into dx are left out, not multiplied by 0: their weight may be
-// infinite. kStream: dx is aligned.
+// dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step has S + R loads for S * R products.
+// Columns that do not go into dx are left out, not multiplied by 0: their weight may be infinite. kStream: dx is
+// aligned.
 template <bool kStream, class T, int R, int S, Edge kEdge>
 inline void features_gradient_tile(
-    const GradientsBlock<T>& b, long row, long apart, const T* w, long w_stride, long at, Lanes<T, kEdge> lanes) {
+    const GradientsBlock<T>& b, long row, const T* w, long w_stride, long at, Lanes<T, kEdge> lanes) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   Vector<T> sum[R][S] = {};
   for (long i = 0; i < b.dx_runs; ++i) {
@@ -22,7 +22,7 @@ inline void features_gradient_tile(
       }
       GRL_EXT_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Vector<T> factor = broadcast(b.scaled[c * kMaxBlockRows + row + r * apart]);
+        const Vector<T> factor = broadcast(b.scaled[c * kMaxBlockRows + row + r]);
         GRL_EXT_UNROLL
         for (int s = 0; s < S; ++s) {
           sum[r][s] += factor * ws[s];
@@ -34,7 +34,7 @@ inline void features_gradient_tile(
   for (int r = 0; r < R; ++r) {
     GRL_EXT_UNROLL
     for (int s = 0; s < S; ++s) {
-      T* to = b.dx + (row + r * apart) * b.features + at + s * kLanes;
+      T* to = b.dx + (row + r) * b.features + at + s * kLanes;
       if constexpr (kStream) {
         stream(to, sum[r][s]);
       } else {
@@ -44,28 +44,23 @@ inline void features_gradient_tile(
   }
 }
 
-// The same for the features from `begin` to `end`. kStream: from `aligned` on dx is aligned.
+// The same for the features from `begin` to `end`.
 template <bool kStream, class T, int R>
-void features_gradient_rows(
-    const GradientsBlock<T>& b, long row, long apart, const T* w, long w_stride, long begin, long aligned, long end) {
+void features_gradient_rows(const GradientsBlock<T>& b, long row, const T* w, long w_stride, long begin, long end) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   const Lanes<T, Edge::kNone> inside(0);
   long at = begin;
-  if (kStream && begin < aligned) {
-    features_gradient_tile<false, T, R, 1>(b, row, apart, w, w_stride, begin, inside);
-    at = aligned;
-  }
   for (; at + kFeatureVectors * kLanes <= end; at += kFeatureVectors * kLanes) {
-    features_gradient_tile<kStream, T, R, kFeatureVectors>(b, row, apart, w, w_stride, at, inside);
+    features_gradient_tile<kStream, T, R, kFeatureVectors>(b, row, w, w_stride, at, inside);
   }
   for (; at + kLanes <= end; at += kLanes) {
-    features_gradient_tile<kStream, T, R, 1>(b, row, apart, w, w_stride, at, inside);
+    features_gradient_tile<kStream, T, R, 1>(b, row, w, w_stride, at, inside);
   }
   if (at < end && end >= kLanes) {
     const Lanes<T, Edge::kOverlap> overlap(end - at);
-    features_gradient_tile<false, T, R, 1>(b, row, apart, w, w_stride, end - kLanes, overlap);
+    features_gradient_tile<false, T, R, 1>(b, row, w, w_stride, end - kLanes, overlap);
   } else if (at < end) {
-    features_gradient_tile<false, T, R, 1>(b, row, apart, w, w_stride, 0, Lanes<T, Edge::kShort>(end));
+    features_gradient_tile<false, T, R, 1>(b, row, w, w_stride, 0, Lanes<T, Edge::kShort>(end));
   }
 }
 
@@ -79,58 +74,33 @@ void copy_weight(T* to, const GradientsBlock<T>& b, long at, long width, long st
   }
 }
 
-// The features from `begin` to `end` of all rows. Streaming stores need an aligned address: rows that are `apart` from
-// each other are aligned alike and go into one tile, which begins and ends where they are aligned.
-template <bool kStream, class T>
-void features_gradient_panel(const GradientsBlock<T>& b, long apart, const T* w, long w_stride, long begin, long end) {
-  for (long first = 0; first < apart; ++first) {
-    const auto address = reinterpret_cast<unsigned long>(b.dx + first * b.features);
-    const long shift = kStream ? -address % GRL_EXT_VECTOR_BYTES / sizeof(T) : 0;
-    const long from = begin == 0 ? 0 : begin + shift, to = end == b.features ? end : end + shift;
-    for (long row = first; row < b.rows;) {
-      const bool whole = row + (kTileRows - 1) * apart < b.rows;
-      const auto rows = whole ? features_gradient_rows<kStream, T, kTileRows> : features_gradient_rows<kStream, T, 1>;
-      rows(b, row, apart, w, w_stride, from, begin + shift, to);
-      row += (whole ? kTileRows : 1) * apart;
-    }
-  }
-}
-
 // dx panel by panel: a panel is as many features as have their weight in the L1 cache while the rows pass by.
-template <class T>
+template <bool kStream, class T>
 void features_gradient(const GradientsBlock<T>& b) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   constexpr long kStep = 2 * kFeatureVectors * kLanes;  // whole tiles and whole cache lines
   constexpr long kRoom = kPanelBytes / sizeof(T);
-  const long features = b.features;
   const long steps = (kRoom / (b.columns > 0 ? b.columns : 1) - kLanes) / kStep;
   const long panel = steps > 1 ? steps * kStep : kStep;
   const bool copies = b.columns > kPanelColumnsInPlace && steps > 0;
   alignas(64) T copy[kRoom];
-  long apart = 1;
-  while (b.dx_streams && apart * features % kLanes != 0) {
-    apart *= 2;
-  }
-  const bool streams = b.dx_streams && b.rows >= kTileRows * apart && features >= kStep;
-  for (long begin = 0; begin < features;) {
+  for (long begin = 0; begin < b.features;) {
     // What would be less than a vector is joined to the panel before.
-    const long end = features - begin < panel + kLanes ? features : begin + panel;
+    const long end = b.features - begin < panel + kLanes ? b.features : begin + panel;
     const T* w = b.weight;
-    long w_stride = features;
+    long w_stride = b.features;
     if (copies) {
-      w_stride = panel + kLanes;  // rows that are not aligned at `end` go on to where they are
-      copy_weight(copy, b, begin, features - begin < w_stride ? features - begin : w_stride, w_stride);
+      w_stride = panel + kLanes;
+      copy_weight(copy, b, begin, end - begin, w_stride);
       w = copy - begin;
     }
-    if (streams) {
-      features_gradient_panel<true>(b, apart, w, w_stride, begin, end);
-    } else {
-      features_gradient_panel<false>(b, 1, w, w_stride, begin, end);
+    for (long row = 0; row < b.rows;) {
+      const bool whole = b.rows - row >= kTileRows;
+      const auto rows = whole ? features_gradient_rows<kStream, T, kTileRows> : features_gradient_rows<kStream, T, 1>;
+      rows(b, row, w, w_stride, begin, end);
+      row += whole ? kTileRows : 1;
     }
     begin = end;
-  }
-  if (streams) {
-    finish_streaming();
   }
 }
 
@@ -222,7 +192,13 @@ void gradients(const GradientsBlock<T>& b) {
   if (b.dw) {
     weight_gradient(b);
   }
-  if (b.dx) {
-    features_gradient(b);
+  // Streaming stores need aligned addresses. Where only some rows are aligned, they would take longer than others.
+  const auto address = reinterpret_cast<unsigned long>(b.dx);
+  const long row_bytes = b.features * static_cast<long>(sizeof(T));
+  if (b.dx && b.dx_streams && address % GRL_EXT_VECTOR_BYTES == 0 && row_bytes % GRL_EXT_VECTOR_BYTES == 0) {
+    features_gradient<true>(b);
+    finish_streaming();
+  } else if (b.dx) {
+    features_gradient<false>(b);
   }
 }
