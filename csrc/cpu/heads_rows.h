@@ -33,6 +33,8 @@ class Rows {
     return reinterpret_cast<const T*>(data_ + row * row_bytes_);
   }
 
+  bool converts() const { return convert_ != nullptr; }
+
   // Where to write rows; written() must follow.
   T* write(int64_t row) { return convert_ ? copy_.data() : reinterpret_cast<T*>(data_ + row * row_bytes_); }
 

@@ -21,12 +21,14 @@ inline int64_t thread_count(int64_t rows, int64_t features, int64_t columns, int
   return std::max<int64_t>(1, std::min({static_cast<int64_t>(at::get_num_threads()), useful, (rows + 3) / 4}));
 }
 
-// Elements of a block of features. Such a block and one of their gradient fit into the L2 cache with room to spare.
-constexpr int64_t kBlockElements = 1 << 15;
-
 inline int64_t block_rows(int64_t features) {
-  return std::clamp<int64_t>(kBlockElements / std::max<int64_t>(1, features) / 4 * 4, 8, kMaxBlockRows);
+  return std::clamp<int64_t>(kernels().block_elements / std::max<int64_t>(1, features) / 4 * 4, 8, kMaxBlockRows);
 }
+
+// From this size on the features' gradient is stored past the caches, by the kernels that can. Features and gradient
+// together would exceed the part of the last cache that a few cores share, 16 MB or 32 MB. (What the system says is its
+// size may be that of all its parts.)
+constexpr size_t kStreamedBytes = 8 << 20;
 
 // What a sweep does, in this order. A list of matrices has one for each of the operator's heads, or is empty.
 template <class T>
@@ -67,6 +69,7 @@ void Sweep<T>::run() const {
   const auto sweep_rows = [&](int64_t thread, int64_t begin, int64_t end) {
     auto x_rows = computes_logits || of_weight ? std::optional<Rows<T>>(std::in_place, x, features) : std::nullopt;
     auto dx_rows = of_x ? std::optional<Rows<T>>(std::in_place, gradients->x, features) : std::nullopt;
+    const bool streams = of_x && !dx_rows->converts() && gradients->x.nbytes() >= kStreamedBytes;
     HeadRows<T> z_rows(columns, logits), g_rows(columns, grad_logits);
     std::vector<T> z(k * kMaxBlockRows), g(k * kMaxBlockRows), scaled(k * kMaxBlockRows);
     for (int64_t r = begin; r < end; r += step) {
@@ -108,7 +111,8 @@ void Sweep<T>::run() const {
              .dx_columns = x_columns.data(),
              .dx_runs = static_cast<long>(x_columns.size()),
              .dw_columns = sums->weight_columns().data(),
-             .dw_runs = static_cast<long>(sums->weight_columns().size())});
+             .dw_runs = static_cast<long>(sums->weight_columns().size()),
+             .dx_streams = streams});
       }
       if (of_x) {
         dx_rows->written(r, height);

@@ -68,6 +68,7 @@ struct GradientsBlock {
   long dx_runs;
   const Columns* dw_columns;  // ranges of the columns whose dw is needed
   long dw_runs;
+  bool dx_streams;  // dx is too large for the caches: stored past them, where the kernels can
 };
 
 // Each takes a block of at most kMaxBlockRows rows. csrc/cpu/kernels/heads_logits.h, heads_loss.h and heads_gradients.h
@@ -89,6 +90,7 @@ struct ConvertKernels {
 
 struct Kernels {
   const char* isa;
+  long block_elements;  // of the features that a block of rows should have
   ScaleKernels scale_half, scale_bfloat16, scale_float, scale_double;
   HeadsKernels<float> heads_float;
   HeadsKernels<double> heads_double;

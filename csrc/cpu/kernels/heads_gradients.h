@@ -1,8 +1,5 @@
-// The gradients of all heads for one block of rows: dx = scaled^T w and dw += g x, strip by strip over the features.
-
-// Up to this many columns the memory is slower than the arithmetic of the gradients: dw is computed first, and
-// prefetches dx's memory. With more columns dx is computed first, and is written to memory while dw is computed.
-constexpr long kFewColumns = 6;
+// The gradients of all heads for one block of rows: dx = scaled^T w and dw += g x, strip by strip over the features, for
+// vectors as wide as a cache line.
 
 // dx[r] = sum_c scaled[c][r] w[c] for R rows and S vectors of features: a step has S + R loads for S * R products.
 // Columns that do not go into dx are left out, not multiplied by 0: their weight may be infinite.

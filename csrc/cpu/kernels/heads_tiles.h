@@ -1,22 +1,10 @@
-// What the heads' matrix products share: the shapes of their register tiles, and unrolled loops.
+// What the heads' matrix products share: loops over register tiles, unrolled. tuning.h has the tiles' shapes.
 //
 // The products take one block of rows at a time: the logits (heads_logits.h), then the losses (heads_loss.h), then the
-// gradients (heads_gradients.h). With N rows, D features and K columns (all heads together) the arithmetic is 6 N D K
-// and the least traffic 2 N D elements. A block of rows stays in the L2 cache from the logits to the gradients, so that
-// features are read from memory once. z, g: K x kMaxBlockRows, one column after the other, so that the losses' vectors
-// run over rows.
-
-// A tile's sums stay in registers, of which AVX-512 has 32 and the others 16: kTileRows x kForwardColumns for the
-// logits, kTileRows x kStripVectors for the features' gradient, kWeightColumns x kStripVectors for the weight's.
-#if GRL_EXT_VECTOR_BYTES == 64
-constexpr int kForwardColumns = 6;
-constexpr int kStripVectors = 4;
-#else
-constexpr int kForwardColumns = 3;
-constexpr int kStripVectors = 2;
-#endif
-constexpr int kTileRows = 4;
-constexpr int kWeightColumns = 6;
+// gradients (heads_gradients.h, or heads_gradients_narrow.h). With N rows, D features and K columns (all heads together)
+// the arithmetic is 6 N D K and the least traffic 2 N D elements. A block of rows stays in the L2 cache from the logits
+// to the gradients, so that features are read from memory once. z, g: K x kMaxBlockRows, one column after the other, so
+// that the losses' vectors run over rows.
 
 // The compiler keeps an array of vectors in registers only if every loop over it is unrolled.
 #if defined(__clang__)

@@ -7,10 +7,15 @@ namespace {
 #include "convert.h"
 #include "scale.h"
 #include "vector.h"
-// Comments keep clang-format from sorting the includes: heads_tiles.h needs vector.h,
+// Comments keep clang-format from sorting the includes. heads_tiles.h needs vector.h, and
 #include "heads_tiles.h"
-// and these need heads_tiles.h.
+#include "tuning.h"
+// these need both of them.
+#if GRL_EXT_VECTOR_BYTES == 64
 #include "heads_gradients.h"
+#else
+#include "heads_gradients_narrow.h"
+#endif
 #include "heads_logits.h"
 #include "heads_loss.h"
 }  // namespace
@@ -21,6 +26,7 @@ namespace {
 extern const Kernels GRL_EXT_TABLE(GRL_EXT_ISA);
 const Kernels GRL_EXT_TABLE(GRL_EXT_ISA) = {
     GRL_EXT_ISA_NAME,
+    kBlockElements,
     {scale<Half, float>, scale_each<Half, float>},
     {scale<BFloat16, float>, scale_each<BFloat16, float>},
     {scale<float, float>, scale_each<float, float>},

@@ -21,6 +21,31 @@ inline void store(T* to, Vector<T> v) {
   __builtin_memcpy(to, &v, sizeof(v));
 }
 
+// Stores a vector at an aligned address past the caches: the line is not read before it is written.
+template <class T>
+inline void stream(T* to, Vector<T> v) {
+#if defined(__x86_64__)
+  typedef float Floats __attribute__((vector_size(GRL_EXT_VECTOR_BYTES), may_alias));
+  Floats bits;
+  __builtin_memcpy(&bits, &v, sizeof(bits));
+  // An instruction, not the compiler's builtin: clang and GCC name it differently.
+#if GRL_EXT_VECTOR_BYTES == 16
+  __asm__("movntps %1, %0" : "=m"(*reinterpret_cast<Floats*>(to)) : "x"(bits));
+#else
+  __asm__("vmovntps %1, %0" : "=m"(*reinterpret_cast<Floats*>(to)) : "x"(bits));
+#endif
+#else
+  store(to, v);
+#endif
+}
+
+// What was streamed is seen by other threads before anything that this one stores later.
+inline void finish_streaming() {
+#if defined(__x86_64__)
+  __asm__ volatile("sfence" ::: "memory");
+#endif
+}
+
 // Where in a row a vector lies.
 enum class Edge {
   kNone,     // well inside
