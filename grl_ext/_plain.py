@@ -216,8 +216,9 @@ def _output_losses(z: Tensor, target: Tensor, valid: Tensor, kind: int) -> Tenso
     wanted = torch.where(valid, target.to(z.dtype), zero)
     if kind == SQUARED_ERROR:
         return (z - wanted).square()
-    # A side that is not wanted adds nothing, though its logit be infinite. (F.softplus is linear from 20 on.)
-    of_one, of_zero = -F.logsigmoid(z), -F.logsigmoid(-z)
+    # A side that is not wanted adds nothing, though its logit be infinite. Not F.softplus, which is linear from 20 on,
+    # nor F.logsigmoid, which DTensor does not know.
+    of_one, of_zero = torch.logaddexp(-z, zero), torch.logaddexp(z, zero)
     return torch.where(wanted == 0, zero, wanted * of_one) + torch.where(wanted == 1, zero, (1 - wanted) * of_zero)
 
 

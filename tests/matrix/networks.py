@@ -149,6 +149,39 @@ class Loss(Logits):
         return self.heads(features, {"digit": labels, "domain": labels.clamp(max=1)}).loss
 
 
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """A loss of one's own that has PyTorch's values."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def labels_at_once(labels: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The domain as several labels, and a weight for each entry."""
+    target = torch.stack((labels == 0, labels != 0), -1)
+    ones = torch.ones_like(labels, dtype=like.dtype)
+    return target, torch.stack((ones / 2, ones), -1)
+
+
+class Others(Loss):
+    """A loss of one's own, and several labels at once with a weight for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads.losses = {"digit": cross_entropies, "domain": "bce"}
+
+    def loss_of(self, features: Tensor, labels: Tensor) -> Tensor:
+        target, weight = labels_at_once(labels, features.detach())
+        targets = {"digit": labels, "domain": target}
+        return self.heads(features, targets, sample_weight={"domain": weight}).loss
+
+
+class PlainOthers(Layers):
+    def loss_of(self, features: Tensor, labels: Tensor) -> Tensor:
+        digit, domain = self.logits(features)
+        target, weight = labels_at_once(labels, features.detach())
+        entries = F.binary_cross_entropy_with_logits(domain, target.to(domain.dtype), weight, reduction="sum")
+        return F.cross_entropy(digit, labels) + entries / weight.sum()
+
+
 class Hidden(Loss):
     """The adversary's layers are fused; of the predictor's, the first and the last."""
 
@@ -168,6 +201,7 @@ COLUMNS: dict[str, Callable[[], Network]] = {
     "heads' logits": Logits,
     "heads' loss": Loss,
     "heads' loss, hidden layers": Hidden,
+    "heads' loss, bce and a function": Others,
     COMMON: lambda: Layers(Pasted(LAMBDA)),
 }
 LAYER, LINEAR = tuple(COLUMNS)[:2]
@@ -190,7 +224,11 @@ def network(column: str, seed: int = 1) -> Network:
 
 def plain_like(other: nn.Module) -> Network:
     """Layer by layer in plain PyTorch, with the parameters' values of `other`."""
-    made = Layers(PlainReversal(), isinstance(other, Hidden))
+    made = (
+        PlainOthers(PlainReversal())
+        if isinstance(other, Others)
+        else Layers(PlainReversal(), isinstance(other, Hidden))
+    )
     values = list(other.parameters())
     made.to(values[0].dtype)
     with torch.no_grad():

@@ -321,7 +321,7 @@ def _(network: Network) -> list[Tensor]:
     jagged, of_jagged = (torch.nested.nested_tensor_from_jagged(t, offsets) for t in (x, labels))
     features = network.encoder(jagged).tanh()
     if hasattr(network, "heads") and network.column != "heads' logits":
-        loss = network.heads(features, {"digit": of_jagged, "domain": of_jagged.clamp(max=1)}).loss
+        loss = network.loss_of(features, of_jagged)
     else:
         digit, domain = (z.values() for z in network.logits(features))
         loss = F.cross_entropy(digit, labels) + F.cross_entropy(domain, labels.clamp(max=1))
