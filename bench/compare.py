@@ -35,7 +35,7 @@ DEFAULT_GROUPS = cases.GROUPS | founding.GROUPS | heads.GROUPS | linear.GROUPS |
 GROUPS = DEFAULT_GROUPS | linear.BY_NAME_ONLY
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BUSY = 0.5  # of the cores, by the load of the last minute
-LONGEST_WAIT = 180  # seconds: what a build left of the load has gone by then
+LONGEST_WAIT = 60  # seconds: most of what a build left of the load has gone by then
 
 
 def backend() -> dict:
@@ -84,7 +84,8 @@ def wait_until_idle(seconds: float = LONGEST_WAIT) -> None:
     end = time.monotonic() + seconds
     if is_busy():
         print(
-            f"the machine is busy (load {load()} on {os.cpu_count()} cores): waiting for at most {seconds:.0f} s",
+            f"the machine is busy (load {load()} on {os.cpu_count()} cores): waiting for at most {seconds:.0f} s "
+            "(--no-wait skips this)",
             flush=True,
         )
     while is_busy() and time.monotonic() < end:
@@ -139,13 +140,13 @@ def select(wanted: Sequence[str], settings: cases.Settings) -> list[cases.Case]:
 
 def run(case: cases.Case, settings: cases.Settings) -> report.CaseResult:
     work = case.build()
-    work.check()
+    remarks = work.check()
     if case.measures == "memory":
-        return report.summarise(
-            case, work, {row: [measure.peak_memory(row.step, settings.device)] for row in work.rows}
-        )
+        counted = {row: [measure.peak_memory(row.step, settings.device)] for row in work.rows}
+        return report.summarise(case, work, counted, remarks)
     if case.measures == "launches":
-        return report.summarise(case, work, {row: [measure.launches(row.step)] for row in work.rows})
+        counted = {row: [measure.launches(row.step)] for row in work.rows}
+        return report.summarise(case, work, counted, remarks)
     if settings.device == "cpu":
         timer = measure.wall_timer()
     else:
@@ -153,7 +154,7 @@ def run(case: cases.Case, settings: cases.Settings) -> report.CaseResult:
     rounds = functools.partial(tqdm, desc=f"{case.name} rounds", leave=False, disable=None)
     steps = {row: row.step for row in work.rows}
     samples = measure.interleave(steps, timer, seconds=case.seconds, min_rounds=case.min_rounds, progress=rounds)
-    return report.summarise(case, work, samples)
+    return report.summarise(case, work, samples, remarks)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -168,6 +169,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, help="CPU threads (default: PyTorch's own choice, which is what users get)"
     )
+    parser.add_argument("--no-wait", action="store_true", help="begin at once, also on a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the layer's overhead by size (PNG, SVG, ...)")
     return parser.parse_args(argv)
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in selected))
         return 0
-    if settings.device == "cpu" and not settings.quick:  # `make bench` builds before
+    if settings.device == "cpu" and not (settings.quick or options.no_wait):  # `make bench` builds before
         wait_until_idle()
     facts = environment(settings)
     print(headline(facts))

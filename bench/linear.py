@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import baselines
 import grl_ext
 import heads
-from cases import COEFF, Case, Row, Settings, Work, check_gradients
+from cases import COEFF, Case, Remarks, Row, Settings, Work, deviation, judge
 
 
 def _build_grl_linear(size: int, rows: int, settings: Settings) -> Work:
@@ -41,11 +41,13 @@ def _build_grl_linear(size: int, rows: int, settings: Settings) -> Work:
         Row("GRLLinear", "ours", step_of(fused)),
     ]
 
-    def check() -> None:
+    def check() -> Remarks:
+        remarks = {}
         dx, *weights = measured[1].step()
         for row in (measured[0], measured[2]):
             eps = torch.finfo(settings.dtype).eps  # the factor is a power of two: exact but for the order of the sums
-            check_gradients(row.name, row.step(), [-COEFF * dx, *weights], 4 * math.sqrt(size) * eps)
+            judge(row, deviation(row.step(), [-COEFF * dx, *weights], 4 * math.sqrt(size) * eps), remarks)
+        return remarks
 
     return Work(measured, check, "yardstick: nn.Linear alone, which reverses nothing")
 
@@ -81,8 +83,11 @@ def _build_switch(columns: int, settings: Settings) -> Work:
         dx, dw, _ = torch.ops.grl_ext._heads_gradients(dz, x, weight, factor, lambda_, [True] * 3 + [False] * 2)
         return dx, *dw
 
-    def check() -> None:
-        check_gradients("_heads_gradients", ours(), by_products(), 4 * math.sqrt(n) * torch.finfo(torch.float32).eps)
+    def check() -> Remarks:
+        remarks = {}
+        tolerance = 4 * math.sqrt(n) * torch.finfo(torch.float32).eps
+        judge(rows[1], deviation(ours(), by_products(), tolerance), remarks)
+        return remarks
 
     rows = [Row("matrix products", "reference", by_products), Row("_heads kernels", "ours", ours)]
     return Work(rows, check, "yardstick: none, two forms of the same")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import baselines
 import grl_ext
-from cases import COEFF, Case, Row, Settings, Work, check_gradients
+from cases import COEFF, Case, Remarks, Row, Settings, Work, deviation, judge
 
 CLASSES, DOMAINS = 19, 2
 
@@ -46,13 +46,14 @@ def _build(n: int, c: int, side: int, settings: Settings) -> Work:
     ]
     yardstick = Row("yardstick: heads over rows", "yardstick", step_of(rows, lambda x: over_rows(x, targets).loss))
 
-    def check() -> None:
-        expected = measured[0].step()
+    def check() -> Remarks:
+        expected, remarks = [t.double() for t in measured[0].step()], {}
         eps = max(
             torch.finfo(settings.dtype).eps, torch.finfo(torch.float32).eps if settings.dtype != torch.float64 else 0
         )
         for row in measured[1:]:
-            check_gradients(row.name, row.step(), [t.double() for t in expected], 16 * math.sqrt(n * side * side) * eps)
+            judge(row, deviation(row.step(), expected, 16 * math.sqrt(n * side * side) * eps), remarks)
+        return remarks
 
     return Work([*measured, yardstick], check, "yardstick: the same heads over rows (N, C)")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from cases import Case, Row, Work
+from cases import Case, Remarks, Row, Work
 from measure import Spread, is_above, paired_difference, paired_ratio
 
 Samples = dict[Row, list[float]]
@@ -20,6 +20,7 @@ class RowResult:
     cost: Spread | None  # what the comparison is about: the total, or what it has over the identity's
     to_reference: Spread | None
     to_best_peer: Spread | None
+    remark: str | None  # how the result deviates from what it should be
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class CaseResult:
     rows: list[RowResult]
 
 
-def summarise(case: Case, work: Work, samples: Samples) -> CaseResult:
+def summarise(case: Case, work: Work, samples: Samples, remarks: Remarks | None = None) -> CaseResult:
+    remarks = {} if remarks is None else remarks
     rows, references, best_peer, slower = [], {}, {}, []
     for section in dict.fromkeys(row.section for row in work.rows):
         members = [row for row in work.rows if row.section == section]
@@ -57,6 +59,7 @@ def summarise(case: Case, work: Work, samples: Samples) -> CaseResult:
                     Spread.of(cost[row]) if row in cost else None,
                     paired_ratio(cost[row], cost[reference]) if row in cost and reference else None,
                     paired_ratio(cost[row], cost[best]) if row in cost and best else None,
+                    remarks.get(row),
                 )
             )
         slower += [
@@ -133,6 +136,8 @@ def table(result: CaseResult) -> str:
             total = _cell(None if taxed and row.kind == "yardstick" else row.total, size, 24)
             line = f"{mark} {row.name:<{width}}{total}" + (_cell(row.cost, size, 28) if taxed else "")
             lines.append(line + _cell(row.to_reference, 1.0, 24) + _cell(row.to_best_peer, 1.0, 24))
+            if row.remark:
+                lines.append(f"    (its own result: {row.remark})")
     rounds = max(row.total.n for row in result.rows)
     lines.append(
         f"  {f'median [quartiles] of {rounds} rounds, paired within a round' if rounds > 1 else 'counted exactly'}"

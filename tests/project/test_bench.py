@@ -142,14 +142,23 @@ def test_peak_memory_counts_what_is_held_at_a_time():
 def test_check_catches_a_wrong_layer(monkeypatch, group, wrong):
     if group == "founding":
         pytest.importorskip("sklearn")
-    layers = [
-        baselines.Layer("identity", "identity", lambda coeff: baselines.Identity()),
-        baselines.Layer("bad", "peer", wrong),
-    ]
-    monkeypatch.setattr(baselines, "layers", lambda: (layers, []))
-    (case,) = compare.select([group], SETTINGS)
-    with pytest.raises(cases.WrongResult, match="eager bad: gradient 0"):
-        case.build().check()
+    for kind in ("ours", "peer"):
+        layers = [
+            baselines.Layer("identity", "identity", lambda coeff: baselines.Identity()),
+            baselines.Layer("bad", kind, wrong),
+        ]
+        monkeypatch.setattr(baselines, "layers", lambda layers=layers: (layers, []))
+        (case,) = compare.select([group], SETTINGS)
+        work = case.build()
+        if kind == "ours":
+            with pytest.raises(cases.WrongResult, match="eager bad: gradient 0"):
+                work.check()
+            continue
+        # A rival's deviation is said in its row, and does not end the run.
+        remarks = work.check()
+        assert {row.name for row in remarks} == {"bad"}
+        result = report.summarise(case, work, {row: [1.0] for row in work.rows}, remarks)
+        assert "(its own result: gradient 0 of shape" in report.table(result)
 
 
 def test_a_wrong_result_is_named_and_the_other_cases_are_written(monkeypatch, capsys, tmp_path):
@@ -190,7 +199,7 @@ def test_rows_that_take_turns_over_buffers_all_give_the_right_result(monkeypatch
     (case,) = compare.select([group], cases.Settings("cpu", dtype, quick=True))
     work = case.build()
     for _ in range(3):  # each check is a step of every row: the next buffer's
-        work.check()
+        assert work.check() == {}
     names = [row.name for row in work.rows]
     assert len(set(names)) == len(names)
     if group == "heads":
