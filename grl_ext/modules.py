@@ -18,6 +18,9 @@ _OTHER_NAMES = frozenset(
 )
 
 
+_KEPT = torch.float64  # lambda's dtype, looked up once
+
+
 class LambdaModule(nn.Module):
     """Holds lambda in a 0-d buffer: saved, moved between devices, set by assignment, never cast, never without a value.
 
@@ -208,7 +211,7 @@ class GRL(LambdaModule):
         else:  # not by way of nn.Module.__getattr__, which takes a tenth of the layer's time
             if coeff is None:
                 buffer = self._buffers["lambda_"]
-                coeff = buffer if buffer.dtype is torch.float64 else self._current_lambda()
+                coeff = buffer if buffer.dtype is _KEPT else self._current_lambda()
             return functional.gradient_reversal(x, coeff)
 
     def extra_repr(self) -> str:
