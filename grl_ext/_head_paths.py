@@ -152,7 +152,7 @@ class HeadPath(NamedTuple):
     """A head in its parts: first, hidden, between, last. Where first is None, between begins with the reversal."""
 
     name: str
-    reversal: GRL | None  # of an adversary
+    reversal: nn.Module | None  # of an adversary: a GRL, or a wrapper of one
     path: str  # as the repr calls it
     why: str
     first: nn.Module | None = None  # a linear layer
@@ -170,6 +170,11 @@ def is_linear(head: HeadPath) -> bool:
     return head.path == "fused" and head.last is None
 
 
+def layers_of(reversal: nn.Module) -> list[GRL]:
+    """Of a wrapper that has a copy, the copy comes last."""
+    return [reversal] if isinstance(reversal, GRL) else [part for part in reversal.modules() if isinstance(part, GRL)]
+
+
 def lambda_of(head: HeadPath) -> Tensor | float | None:
     if head.reversal is None or head.lambda_ is not None:
         return head.lambda_
@@ -183,7 +188,9 @@ def reverse(head: HeadPath, tensor: Tensor) -> Tensor:
     return head.reversal(tensor) if head.lambda_ is None else head.reversal(tensor, head.lambda_)
 
 
-def path_of(name: str, module: nn.Module, reversal: GRL | None, inputs: Mapping[str, Any] | None = None) -> HeadPath:
+def path_of(
+    name: str, module: nn.Module, reversal: nn.Module | None, inputs: Mapping[str, Any] | None = None
+) -> HeadPath:
     if inputs is not None:
         return HeadPath(name, reversal, "as given", "it has inputs of its own", between=(module,), inputs=inputs)
     if _has_any_global_hook():
@@ -199,7 +206,7 @@ def path_of(name: str, module: nn.Module, reversal: GRL | None, inputs: Mapping[
     return _path_of_layers(name, list(module._modules.values()), reversal)
 
 
-def _why_not_inlined(reversal: GRL) -> str | None:
+def _why_not_inlined(reversal: nn.Module) -> str | None:
     """Why a reversal's own call must be made."""
     if type(reversal) is not GRL:
         return f"{type(reversal).__name__} is not GRL"
@@ -210,7 +217,7 @@ def _why_not_inlined(reversal: GRL) -> str | None:
     return "its forward was replaced" if "forward" in fields else None
 
 
-def _path_of_layers(name: str, parts: list[nn.Module], reversal: GRL | None) -> HeadPath:
+def _path_of_layers(name: str, parts: list[nn.Module], reversal: nn.Module | None) -> HeadPath:
     if not parts:
         return HeadPath(name, reversal, "as given", "empty")
     ends_linear = len(parts) > 1 and why_not_plain(parts[-1], nn.Linear) is None

@@ -216,10 +216,11 @@ def _output_losses(z: Tensor, target: Tensor, valid: Tensor, kind: int) -> Tenso
     wanted = torch.where(valid, target.to(z.dtype), zero)
     if kind == SQUARED_ERROR:
         return (z - wanted).square()
-    # A side that is not wanted adds nothing, though its logit be infinite. Not F.softplus, which is linear from 20 on,
-    # nor F.logsigmoid, which DTensor does not know.
-    of_one, of_zero = torch.logaddexp(-z, zero), torch.logaddexp(z, zero)
-    return torch.where(wanted == 0, zero, wanted * of_one) + torch.where(wanted == 1, zero, (1 - wanted) * of_zero)
+    # As a softmax over 0 and z: F.softplus is linear from 20 on, and DTensor does not know F.logsigmoid.
+    logs = torch.stack([torch.zeros_like(z), z], -1).log_softmax(-1)
+    sides = torch.stack([1 - wanted, wanted], -1)
+    # A side that is not wanted adds nothing, though its logit be infinite.
+    return -torch.where(sides == 0, zero, sides * logs).sum(-1)
 
 
 def _own_losses(loss: LossOfRows, z: Tensor, target: Tensor, valid: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from grl_ext._head_paths import (
     check_reversal_in_call,
     is_linear,
     lambda_of,
+    layers_of,
     path_of,
     reverse,
     weights_and_biases,
@@ -303,7 +304,7 @@ class AdversarialHeads(nn.Module):
     @property
     def lambda_(self) -> dict[str, Tensor]:
         """Each adversary's lambda, the 0-d buffer of its reversal."""
-        return {name: self._reversal_of(name).lambda_ for name in self.adversaries}
+        return {name: layers_of(self._reversal_of(name))[-1].lambda_ for name in self.adversaries}
 
     @lambda_.setter
     def lambda_(self, value: Tensor | float | Mapping[str, Tensor | float]) -> None:
@@ -313,13 +314,15 @@ class AdversarialHeads(nn.Module):
         else:
             numbers = dict.fromkeys(self.adversaries, check_lambda_number("lambda_", value))
         for name, number in numbers.items():
-            self._reversal_of(name).lambda_ = number
+            for layer in layers_of(self._reversal_of(name)):
+                layer.lambda_ = number
 
-    def _reversal_of(self, name: str) -> GRL:
+    def _reversal_of(self, name: str) -> nn.Module:
+        """A GRL, or a wrapper of one, such as peft's for modules to be saved."""
         reversal = self._modules["reversals"]._modules.get(name)
         if reversal is None:
             raise ValueError(_no_reversal(name))
-        if not isinstance(reversal, GRL):
+        if not isinstance(reversal, GRL) and not layers_of(reversal):
             raise TypeError(f"reversals[{name!r}] must be a GRL, got {type(reversal).__name__}")
         return reversal
 

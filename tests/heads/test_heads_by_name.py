@@ -586,3 +586,29 @@ def test_a_run_is_resumed_with_heads_in_another_order():
         resumed.step()
         scheduler.step()
     assert lambdas_of(other) == lambdas_of(heads)
+
+
+class Saved(nn.Module):
+    """As peft wraps modules that it is to save: the copy is the one that is used."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module, self.copy = module, copy.deepcopy(module)
+
+    def forward(self, *inputs):
+        return self.copy(*inputs)
+
+
+def test_a_wrapped_reversal_is_called_and_set():
+    heads, x = AdversarialHeads(4, {"p": 2}, {"a": [5, 2]}, lambda_=0.3), torch.randn(6, 4, requires_grad=True)
+    expected = torch.autograd.grad(heads(x)["a"].sin().sum(), x)
+    heads.reversals["a"] = Saved(heads.reversals["a"])
+    torch.testing.assert_close(torch.autograd.grad(heads(x)["a"].sin().sum(), x), expected)
+    heads.lambda_ = 0.6
+    assert heads.lambda_["a"] == heads.reversals["a"].original_module.lambda_ == 0.6
+    doubled = torch.autograd.grad(heads(x)["a"].sin().sum(), x)[0]
+    torch.testing.assert_close(doubled, 2 * expected[0])
+    torch.testing.assert_close(torch.autograd.grad(heads(x, lambda_=0.3)["a"].sin().sum(), x), expected)
+    with pytest.raises(TypeError, match=r"reversals\['a'\] must be a GRL, got Linear"):
+        heads.reversals["a"] = nn.Linear(4, 4)
+        heads(x)
