@@ -70,13 +70,27 @@ class _ReversalWithJvp(_Reversal):
         return scale(tangent, _minus(ctx.saved_tensors[0] if ctx.lambda_ is None else ctx.lambda_))
 
 
+# From 2.14 on make_fx records `detach()` as an alias, through which a gradient passes.
+_DETACH_IS_RECORDED = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _without_gradient(tensor: Tensor) -> Tensor:
+    """As detach(), in a recording too: the bits seen as integers have no gradient."""
+    if _DETACH_IS_RECORDED or torch.compiler.is_compiling():
+        return tensor.detach()
+    if tensor.is_complex():
+        return torch.view_as_complex(_without_gradient(torch.view_as_real(tensor.resolve_conj())))
+    return tensor.detach().view(_INTEGERS[tensor.element_size()]).view(tensor.dtype)
+
+
 def _recorded(x: Tensor, lambda_: Tensor | float) -> Tensor:
     """The value of x, the derivative -lambda: what any recording of operators keeps. Its derivative is 0 where x is not
     finite."""
     if not x.is_floating_point() and not x.is_complex():
         return x.view_as(x)
-    value = x.detach()
-    factor = _minus(lambda_.detach() if isinstance(lambda_, Tensor) else lambda_)
+    value = _without_gradient(x)
+    factor = _minus(_without_gradient(lambda_) if isinstance(lambda_, Tensor) else lambda_)
     return torch.where(value.isfinite(), value + scale(x - value, factor), value)
 
 
