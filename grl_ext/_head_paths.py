@@ -166,6 +166,12 @@ class HeadPath(NamedTuple):
 # Functions: Dynamo of torch 2.8 takes no property of a named tuple.
 
 
+def with_lambda(head: HeadPath, lambda_: Tensor | float) -> HeadPath:
+    """For one call. Nor does it take _replace()."""
+    parts = head.first, head.hidden, head.between, head.last
+    return HeadPath(head.name, head.reversal, head.path, head.why, *parts, lambda_, head.inputs)
+
+
 def is_linear(head: HeadPath) -> bool:
     return head.path == "fused" and head.last is None
 

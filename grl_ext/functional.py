@@ -445,7 +445,7 @@ def run_heads_loss(
     names: Names = NUMBERED,
 ) -> LossAndLogits:
     """:func:`heads_loss` of linear heads, with their options packed; its errors use the names."""
-    if options is not DEFAULTS and (options.reduction == "none" or (options.kind and any(map(is_own, options.kind)))):
+    if options.reduction == "none" or (options.kind is not None and any(is_own(kind) for kind in options.kind)):
         return _loss_by_logits(x, weight, bias, targets, lambda_, options, names)
     path = _paths.of_heads(x, (*weight, *bias, *targets))
     if path is Path.EAGER:

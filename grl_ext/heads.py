@@ -32,6 +32,7 @@ from grl_ext._head_paths import (
     reverse,
     weights_and_biases,
     why_not_plain,
+    with_lambda,
 )
 from grl_ext._options import CROSS_ENTROPY, DEFAULTS, SQUARED_ERROR, HeadsOptions, Kind, LossOfRows, is_own
 from grl_ext._plain import LossAndLogits, add_losses, loss_of_logits
@@ -346,7 +347,7 @@ class AdversarialHeads(nn.Module):
                 if name in predictors:
                     raise ValueError(_shared([name]))
                 head = path_of(name, module, self._reversal_of(name), inputs.get(name))
-                heads.append(head._replace(lambda_=lambdas[name]) if name in lambdas else head)
+                heads.append(with_lambda(head, lambdas[name]) if name in lambdas else head)
                 if name not in adversaries._allowed:
                     for part in head.between:
                         check_reversal_in_call(name, part)
@@ -357,7 +358,7 @@ class AdversarialHeads(nn.Module):
             _check_known("lambda_", lambda_, self.adversaries, "adversaries")
             return {name: check_lambda_number(f"lambda_[{name!r}]", value) for name, value in lambda_.items()}
         value = check_lambda_number("lambda_", lambda_)
-        return dict.fromkeys(self.adversaries, value)
+        return {name: value for name in self.adversaries}  # noqa: C420 - Dynamo of torch 2.8 knows no fromkeys of these
 
     def _checked_inputs(self, inputs: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
         check_mapping("inputs", inputs, "keyword arguments")
