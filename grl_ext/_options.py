@@ -66,6 +66,14 @@ class HeadsOptions(NamedTuple):
         return options._replace(loss_weight=torch.stack(options.loss_weight))
 
 
+# A function: Dynamo of torch 2.8 takes few methods of a named tuple.
+
+
+def is_by_logits(options: HeadsOptions, h: int) -> bool:
+    """Whether head h's loss is computed from its logits in plain PyTorch: the losses of rows, and the user's own."""
+    return options.reduction == "none" or (options.kind is not None and is_own(options.kind[h]))
+
+
 DEFAULTS = HeadsOptions()  # made once, not in every step
 
 

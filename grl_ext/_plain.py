@@ -224,8 +224,8 @@ def _output_losses(z: Tensor, target: Tensor, valid: Tensor, kind: int) -> Tenso
 
 
 def _own_losses(loss: LossOfRows, z: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """By the user's function, which sees zeros in place of rows that are not valid: what it makes of them must be
-    finite to have no gradient."""
+    """By the user's function, which sees zeros in place of rows that are not valid. Whatever it makes of them, neither
+    the logits nor the targets get a gradient for it."""
     target = torch.where(valid.view(-1, *[1] * (target.dim() - 1)), target, target.new_zeros(()))
     losses = loss(torch.where(valid[:, None], z, z.new_zeros(())), target)
     check_own_losses(losses, z.shape[0])

@@ -28,7 +28,7 @@ from grl_ext._checks import (
     from_array,
     kind_of,
 )
-from grl_ext._options import CROSS_ENTROPY, DEFAULTS, HeadsOptions, Kind, LossOfRows, as_tensor, is_own
+from grl_ext._options import CROSS_ENTROPY, DEFAULTS, HeadsOptions, Kind, LossOfRows, as_tensor, is_by_logits, is_own
 from grl_ext._paths import EXACT, Path
 from grl_ext._plain import LossAndLogits
 from grl_ext._reversal import for_operator
@@ -445,7 +445,7 @@ def run_heads_loss(
     names: Names = NUMBERED,
 ) -> LossAndLogits:
     """:func:`heads_loss` of linear heads, with their options packed; its errors use the names."""
-    if options.reduction == "none" or (options.kind is not None and any(is_own(kind) for kind in options.kind)):
+    if any(is_by_logits(options, h) for h in range(len(weight))):
         return _loss_by_logits(x, weight, bias, targets, lambda_, options, names)
     path = _paths.of_heads(x, (*weight, *bias, *targets))
     if path is Path.EAGER:
@@ -499,11 +499,7 @@ def _loss_by_logits(
     check_counts(targets, options, len(weight))
     total, losses, all_logits = None, {}, {}
     for plain in (False, True):
-        heads = [
-            h
-            for h in range(len(weight))
-            if plain == (options.reduction == "none" or (options.kind is not None and is_own(options.kind[h])))
-        ]
+        heads = [h for h in range(len(weight)) if is_by_logits(options, h) == plain]
         if not heads:
             continue
         layers = [weight[h] for h in heads], [bias[h] for h in heads]

@@ -34,7 +34,16 @@ from grl_ext._head_paths import (
     why_not_plain,
     with_lambda,
 )
-from grl_ext._options import CROSS_ENTROPY, DEFAULTS, SQUARED_ERROR, HeadsOptions, Kind, LossOfRows, is_own
+from grl_ext._options import (
+    CROSS_ENTROPY,
+    DEFAULTS,
+    SQUARED_ERROR,
+    HeadsOptions,
+    Kind,
+    LossOfRows,
+    is_by_logits,
+    is_own,
+)
 from grl_ext._plain import LossAndLogits, add_losses, loss_of_logits
 from grl_ext.modules import GRL
 
@@ -542,8 +551,7 @@ class AdversarialHeads(nn.Module):
         others = [h for h in range(len(heads)) if h not in losses]
         for h, before_last in zip(others, self._before_last(features, [heads[h] for h in others]), strict=True):
             head, alone = heads[h], ([targets[h]], options.some([h]), names.some([h]))
-            by_logits = options.reduction == "none" or (options.kind is not None and is_own(options.kind[h]))
-            if head.last is None or by_logits or (self.dim != -1 and not self._is_by_last(head)):
+            if head.last is None or is_by_logits(options, h) or (self.dim != -1 and not self._is_by_last(head)):
                 z = before_last.pop() if head.last is None else head.last(before_last.pop())
                 z = self._checked(head, z)
                 loss, (losses[h],), (logits[h],) = self._loss_of_logits(features, head, z, *alone)
@@ -661,7 +669,7 @@ def _seen_inputs(head: HeadPath) -> dict[str, Any]:
     """The head's further inputs. An adversary's gradient for tensors among them is reversed as the features' is."""
 
     def seen(tensor: Tensor) -> Tensor:
-        return reverse(head, tensor) if tensor.requires_grad else tensor
+        return reverse(head, tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor
 
     return tree_map_only(Tensor, seen, dict(head.inputs))
 

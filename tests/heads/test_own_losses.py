@@ -88,7 +88,10 @@ def test_rows_that_do_not_count_come_as_zeros(device):
     assert torch.equal(targets, torch.tensor([1.0, 0.0, 2.0, 0.0]))
     assert torch.equal(logits[1::2], torch.zeros(2, 2))
     z = heads.predictors["age"](x)
-    torch.testing.assert_close(out.loss, (z[0].square().sum() / 1 + 2 * z[2].square().sum() / 2) / 3)
+    expected = (z[0].square().sum() / 1 + 2 * z[2].square().sum() / 2) / 3
+    torch.testing.assert_close(out.loss, expected)
+    # Nor is there a gradient of the infinite ones.
+    torch.testing.assert_close(torch.autograd.grad(out.loss, x), torch.autograd.grad(expected, x))
 
 
 def test_targets_of_any_shape_and_dtype(device):
@@ -261,6 +264,17 @@ def test_a_head_with_inputs_of_its_own(device):
     torch.testing.assert_close(out.loss, expected)
     wanted = [x, factor, *heads.adversaries.parameters()]
     torch.testing.assert_close(torch.autograd.grad(out.loss, wanted), torch.autograd.grad(expected, wanted))
+
+
+def test_the_tangents_of_inputs_are_reversed_too(device):
+    heads = AdversarialHeads(4, {}, {"speaker": Pooled(4, 2)}, lambda_=0.5)
+    x, lengths, factor = torch.randn(6, 5, 4), torch.randint(1, 6, (6,)), torch.rand(6, 1)
+
+    def logits(factor):
+        return heads(x, inputs={"speaker": {"lengths": lengths, "condition": {"factor": factor}}})["speaker"]
+
+    _, tangent = torch.func.jvp(logits, (factor,), (torch.ones_like(factor),))
+    torch.testing.assert_close(tangent, -0.5 * heads.adversaries["speaker"](x, lengths))
 
 
 def test_inputs_go_by_name(device):
