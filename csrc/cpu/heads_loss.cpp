@@ -24,7 +24,7 @@ constexpr double kProbabilityTolerance = 0.02;
 
 // A row of a cross entropy's targets.
 template <class T>
-void check_distribution(const T* row, int64_t size) {
+void check_probabilities(const T* row, int64_t size) {
   double sum = 0;
   bool in_range = true;
   for (int64_t k = 0; k < size; ++k) {
@@ -60,7 +60,7 @@ class Losses {
       (weights && weights->dim() == 2 ? head.entry_weight : head.sample_weight) = pointer(weights);
       head.class_weight = pointer(options.class_weight.get(h));
       if (head.kind == kBinaryCrossEntropy) {
-        check_probabilities(head, target.size(0));
+        check_indicators(head, target.size(0));
       }
       const auto total = total_weight(head, target.size(0));
       head.norm = options.mean ? total : 1.0;
@@ -89,6 +89,7 @@ class Losses {
       }
       return columns;
     };
+    // Without a norm nothing counts, neither a row nor an entry.
     const auto values = columns_of(head.values),
                entry_weights = columns_of(head.norm == 0 ? nullptr : head.entry_weight);
     const HeadBlock<T> block{
@@ -163,7 +164,7 @@ class Losses {
       double weight = head.sample_weight ? head.sample_weight[r] : 1.0;
       check_sample_weight(weight);
       if (head.values && head.kind == kCrossEntropy && weight != 0) {
-        check_distribution(head.values + r * head.size, head.size);
+        check_probabilities(head.values + r * head.size, head.size);
       }
       if (head.labels) {
         const auto label = head.labels[r];
@@ -189,7 +190,7 @@ class Losses {
     return total;
   }
 
-  static void check_probabilities(const Target& head, int64_t rows) {
+  static void check_indicators(const Target& head, int64_t rows) {
     for (int64_t i = 0; i < rows * head.size; ++i) {
       const bool counts = head.entry_weight ? head.entry_weight[i] != 0
                                             : !head.sample_weight || head.sample_weight[i / head.size] != 0;

@@ -8,12 +8,6 @@
 
 namespace grl_ext::cpu {
 
-extern const Kernels kKernelsBaseline;
-#if defined(__x86_64__)
-extern const Kernels kKernelsAvx512;
-extern const Kernels kKernelsAvx2;
-#endif
-
 namespace {
 
 std::vector<const Kernels*> runnable() {

@@ -97,6 +97,12 @@ struct Kernels {
   ConvertKernels half, bfloat16;
 };
 
+// One for each instruction set that the machine may have (csrc/cpu/isa/).
+extern const Kernels kKernelsBaseline;
+#if defined(__x86_64__)
+extern const Kernels kKernelsAvx2, kKernelsAvx512;
+#endif
+
 // The table of the widest instruction set that this machine has; GRL_EXT_CPU_ISA=avx512|avx2|baseline chooses another
 // one that it has.
 const Kernels& kernels();

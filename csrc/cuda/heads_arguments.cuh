@@ -17,7 +17,7 @@ enum class TargetKind : uint8_t {
   kClasses,        // int64 (rows): cross entropy
   kProbabilities,  // A (rows, size): cross entropy
   kValues,         // A (rows, size): squared error of each output
-  kBinary,         // A (rows, size): binary cross entropy of each output
+  kIndicators,     // A (rows, size): how much each output holds, in [0, 1]: binary cross entropy of each
 };
 
 // A number that the host knows, or where the device holds it: then it is read when the kernel runs, so that nothing

@@ -10,7 +10,7 @@ namespace {
 
 TargetKind target_kind(int64_t kind, const Tensor& target) {
   return kind == kSquaredError            ? TargetKind::kValues
-      : kind == kBinaryCrossEntropy       ? TargetKind::kBinary
+      : kind == kBinaryCrossEntropy       ? TargetKind::kIndicators
       : target.scalar_type() == at::kLong ? TargetKind::kClasses
                                           : TargetKind::kProbabilities;
 }

@@ -32,7 +32,7 @@ struct RowLoss {
   A share;  // of a row of weight 1 in the total loss: loss_weight / norm
   double norm;
 
-  __device__ bool by_output() const { return kind == TargetKind::kValues || kind == TargetKind::kBinary; }
+  __device__ bool by_output() const { return kind == TargetKind::kValues || kind == TargetKind::kIndicators; }
 };
 
 template <typename T>

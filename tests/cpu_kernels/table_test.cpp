@@ -15,13 +15,6 @@
 
 #include "../../csrc/cpu/kernels.h"
 
-namespace grl_ext::cpu {
-extern const Kernels kKernelsBaseline;
-#if defined(__x86_64__)
-extern const Kernels kKernelsAvx2, kKernelsAvx512;
-#endif
-}  // namespace grl_ext::cpu
-
 using namespace grl_ext::cpu;
 
 namespace {

@@ -53,7 +53,7 @@ struct Case {
 };
 
 inline bool is_by_output(const HeadCase& head) {
-  return head.kind == TargetKind::kValues || head.kind == TargetKind::kBinary;
+  return head.kind == TargetKind::kValues || head.kind == TargetKind::kIndicators;
 }
 
 inline std::vector<HeadCase> heads_of(const std::vector<int>& sizes) {
@@ -71,7 +71,7 @@ inline std::string describe(const Case& c) {
       (c.on_device ? ", numbers on the device" : "") + (c.offset ? ", misaligned" : "") +
       (c.nan_rows ? ", rows of NaN" : "");
   for (const HeadCase& h : c.heads) {
-    const char* const kinds[] = {"none", "classes", "probabilities", "values", "binary"};
+    const char* const kinds[] = {"none", "classes", "probabilities", "values", "indicators"};
     text += "\n  head of " + std::to_string(h.size) + " with " + kinds[static_cast<int>(h.kind)] +
         (h.sample_weight ? ", sample weights" : "") + (h.of_entries ? " of entries" : "") +
         (h.class_weight ? ", class weights" : "") + (h.smoothing > 0 ? ", smoothed" : "") +
@@ -251,7 +251,7 @@ struct Inputs {
           const bool absent = head.absent_weight != 0 && k + 1 == head.size;
           v = absent ? 0 : k + 1 == head.size && head.size > 1 ? left : left * (v + 1) / 2;
           left -= v;
-        } else if (head.kind == TargetKind::kBinary) {
+        } else if (head.kind == TargetKind::kIndicators) {
           v = numbers.below(2) == 0 ? (v + 1) / 2 : v > 0;
         }
         values.push_back(static_cast<A>(is_nan_row(r) ? NAN : v));

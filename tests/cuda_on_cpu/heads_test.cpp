@@ -338,7 +338,7 @@ HeadCase with(int size, TargetKind kind, bool sample_weight, bool class_weight, 
 // Heads that between them have every kind and option, and one of each alone.
 std::vector<std::vector<HeadCase>> option_heads() {
   constexpr auto kClasses = TargetKind::kClasses, kProbabilities = TargetKind::kProbabilities,
-                 kValues = TargetKind::kValues, kBinary = TargetKind::kBinary;
+                 kValues = TargetKind::kValues, kIndicators = TargetKind::kIndicators;
   const auto by_entries = [](HeadCase head) {
     head.of_entries = true;
     return head;
@@ -353,9 +353,9 @@ std::vector<std::vector<HeadCase>> option_heads() {
        with(1, kClasses, false, false, 0, 0.25), with(2, kValues, true, false, 0, 0),
        with(1, kProbabilities, false, true, 0), with(1, kValues, false, false, 0, 1)},
       heads_of({31, 1}),
-      {with(5, kBinary, false, false, 0), with(1, kBinary, true, false, 0, 0.5),
-       by_entries(with(3, kBinary, true, false, 0, 0.25)), by_entries(with(4, kValues, true, false, 0, 0.75)),
-       with(2, kBinary, true, false, 0)},
+      {with(5, kIndicators, false, false, 0), with(1, kIndicators, true, false, 0, 0.5),
+       by_entries(with(3, kIndicators, true, false, 0, 0.25)), by_entries(with(4, kValues, true, false, 0, 0.75)),
+       with(2, kIndicators, true, false, 0)},
   };
   for (auto& heads : lists) {
     for (std::size_t h = 0; h < heads.size(); ++h) {
@@ -422,7 +422,7 @@ void check_type() {
         130,
         {with(4, TargetKind::kClasses, false, false, 0), with(3, TargetKind::kClasses, true, true, 0.1),
          with(2, TargetKind::kProbabilities, true, false, 0), with(2, TargetKind::kValues, true, false, 0),
-         with(2, TargetKind::kBinary, true, false, 0)},
+         with(2, TargetKind::kIndicators, true, false, 0)},
         device};
     c.heads.back().of_entries = true;
     c.nan_rows = true;
