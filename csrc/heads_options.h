@@ -41,9 +41,10 @@ struct HeadsOptions {
 // grad_x, grad_weight, grad_bias
 using HeadsGradients = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
-// loss, head_losses, logits, grad_x, grad_weight, grad_bias
+// loss, head_losses, logits, grad_logits, grad_x, grad_weight, grad_bias
 using HeadsLossResult = std::tuple<
-    at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
+    at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>,
+    std::vector<at::Tensor>>;
 
 inline int64_t classes_of(int64_t head_size) {
   return head_size > 1 ? head_size : 2;

@@ -32,6 +32,8 @@ TORCH_LIBRARY(grl_ext, m) {
   // biases. The others come back empty. x may be left out where no weight needs a gradient, and weight where x needs
   // none: nothing else reads them. factor[h] is the head's factor in the gradient of x: 1 for a predictor, -lambda for
   // an adversary. Where the host does not know lambda, lambda_[h] holds it, 0-d, and factor[h] is -1.
+  // with_grad_logits, where no other gradient is needed: for each head the gradient of its own loss, without
+  // loss_weight, in the type that it is computed in. Else that list is empty.
   m.def("_heads_logits(Tensor x, Tensor[] weight, Tensor?[] bias) -> Tensor[]");
   m.def(
       "_heads_gradients(Tensor[] grad_logits, Tensor? x, Tensor[] weight, float[] factor, Tensor?[] lambda_, "
@@ -39,8 +41,10 @@ TORCH_LIBRARY(grl_ext, m) {
   m.def(
       "_heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] sample_weight, "
       "Tensor?[] class_weight, float[] factor, Tensor?[] lambda_, Tensor? loss_weight, int[] kind, "
-      "float[] label_smoothing, int[] ignore_index, bool mean, bool[] needs) "
-      "-> (Tensor loss, Tensor head_losses, Tensor[] logits, Tensor grad_x, Tensor[] grad_weight, Tensor[] grad_bias)");
+      "float[] label_smoothing, int[] ignore_index, bool mean, bool with_grad_logits, bool[] needs) "
+      "-> (Tensor loss, Tensor head_losses, Tensor[] logits, Tensor[] grad_logits, Tensor grad_x, Tensor[] "
+      "grad_weight, "
+      "Tensor[] grad_bias)");
 }
 
 namespace {

@@ -47,12 +47,16 @@ HeadsGradients heads_gradients(
 HeadsLossResult heads_loss(
     const Tensor& x, at::TensorList weight, const OptionalTensors& bias, at::TensorList, const OptionalTensors&,
     const OptionalTensors&, at::ArrayRef<double> factor, const OptionalTensors& lambda, const std::optional<Tensor>&,
-    at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>& needs) {
+    at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, bool with_grad_logits, const c10::List<bool>& needs) {
   const auto loss_options = x.options().dtype(arithmetic_type(x.scalar_type()));
   auto logits = heads_logits(x, weight, bias);
   auto [dx, dw, db] = heads_gradients(logits, x, weight, factor, lambda, needs);
-  return {
-      at::empty({}, loss_options), at::empty({static_cast<int64_t>(weight.size())}, loss_options), logits, dx, dw, db};
+  std::vector<Tensor> grad_logits;
+  for (size_t h = 0; with_grad_logits && h < logits.size(); ++h) {
+    grad_logits.push_back(at::empty_like(logits[h], loss_options));
+  }
+  auto head_losses = at::empty({static_cast<int64_t>(weight.size())}, loss_options);
+  return {at::empty({}, loss_options), head_losses, logits, grad_logits, dx, dw, db};
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 //
 // The forward computes the gradients too; the backward multiplies them by the loss's incoming gradient. Not in float16:
 // a gradient that underflows in the forward cannot be recovered by a loss scale that comes in the backward. There the
-// forward computes the losses only, and the backward goes over the features once more, with the scale. So does the
-// backward where single heads' losses have incoming gradients. Where logits have some, or the gradients are to be
-// differentiated, it is made of ATen operators and linear_heads.
+// forward keeps the gradients of the logits in float32 (on CUDA it keeps nothing), and the backward goes over the
+// features once more, with the scale. So does the backward where single heads' losses have incoming gradients. Where
+// logits have some, or the gradients are to be differentiated, it is made of ATen operators and linear_heads.
 #include <ATen/ATen.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -29,15 +29,16 @@ using torch::autograd::variable_list;
 
 HeadsLossResult call_kernel(
     const HeadInputs& inputs, const HeadsOptions& options, const std::optional<Tensor>& loss_weight,
-    const std::vector<bool>& needs) {
+    bool with_grad_logits, const std::vector<bool>& needs) {
   static const auto kernel = find_kernel<HeadsLossResult(
       const Tensor&, at::TensorList, const OptionalTensors&, at::TensorList, const OptionalTensors&,
       const OptionalTensors&, at::ArrayRef<double>, const OptionalTensors&, const std::optional<Tensor>&,
-      at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, const c10::List<bool>&)>("_heads_loss");
+      at::IntArrayRef, at::ArrayRef<double>, at::IntArrayRef, bool, bool, const c10::List<bool>&)>("_heads_loss");
   const auto [factor, lambda] = to_lists(inputs.factors);
   return kernel.call(
       inputs.x, inputs.weight, inputs.bias, options.targets, options.sample_weight, options.class_weight, factor,
-      lambda, loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, to_list(needs));
+      lambda, loss_weight, options.kind, options.label_smoothing, options.ignore_index, options.mean, with_grad_logits,
+      to_list(needs));
 }
 
 // All but loss_weight.
@@ -90,9 +91,24 @@ variable_list backward_by_kernel(
   const auto weight = std::all_of(weights.begin(), weights.end(), same)
       ? weights[0].expand({static_cast<int64_t>(weights.size())})
       : at::stack(weights);
-  auto [loss, head_losses, logits, dx, dw, db] = call_kernel(
-      some(inputs, asked), options_of(options, asked), weight, needs_of(needs, asked));
+  auto [loss, head_losses, logits, grad_logits, dx, dw, db] = call_kernel(
+      some(inputs, asked), options_of(options, asked), weight, /*with_grad_logits=*/false, needs_of(needs, asked));
   return among_all({std::move(dx), std::move(dw), std::move(db)}, asked, needs);
+}
+
+// From the gradients of the logits that the forward has kept, one for each head and for its own loss.
+variable_list backward_from_kept(
+    const IncomingGradients& incoming, const HeadInputs& inputs, const std::optional<Tensor>& loss_weight,
+    const std::vector<Tensor>& kept, const std::vector<bool>& needs) {
+  variable_list grad_logits(incoming.logits.begin(), incoming.logits.end());
+  for (size_t h = 0; h < inputs.count(); ++h) {
+    if (const auto weight = incoming.of_head(h, loss_weight); weight.defined()) {
+      auto own = at::empty_like(kept[h], inputs.x.scalar_type());
+      at::mul_out(own, kept[h], weight);
+      grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
+    }
+  }
+  return gradients_of_heads(grad_logits, inputs, needs);
 }
 
 // The same in ATen operators, which are differentiable; with the logits' incoming gradients. The logits are made again:
@@ -145,10 +161,11 @@ variable_list scaled(const Tensor& grad, const std::vector<bool>& needs, bool la
 
 class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
  public:
-  HeadsLossBackward(const HeadInputs& inputs, HeadsOptions options, variable_list gradients)
+  HeadsLossBackward(
+      const HeadInputs& inputs, HeadsOptions options, variable_list gradients, const std::vector<Tensor>& grad_logits)
       : heads_(inputs.count()), factors_(inputs.factors.begin(), inputs.factors.end()), options_(std::move(options)),
         gradients_(std::move(gradients)), passed_(inputs.count()) {
-    saved_.reserve(1 + 5 * heads_);
+    saved_.reserve(1 + 5 * heads_ + grad_logits.size());
     saved_.save(inputs.x);
     for (size_t h = 0; h < heads_; ++h) {
       saved_.save(inputs.weight[h]);
@@ -156,6 +173,9 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
       saved_.save(options_.targets[h]);
       saved_.save(options_.sample_weight.get(h));
       saved_.save(options_.class_weight.get(h));
+    }
+    for (const auto& kept : grad_logits) {
+      saved_.save(kept);
     }
     // What is saved stays nowhere else.
     options_.targets.clear();
@@ -179,7 +199,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     for (const auto& factor : factors_) {
       factors.push_back(factor.unpack());
     }
-    return backward(grads, saved_.unpack(*this), options_, std::move(factors), needs);
+    return backward(heads_, grads, saved_.unpack(*this), options_, std::move(factors), needs);
   }
 
   void release_variables() override {
@@ -214,13 +234,14 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     args.collect(options_.ignore_index);
     args.collect(options_.mean);
     args.collect(gradients_.empty());
+    args.collect(saved_.size());
   }
 
   TracedBackward traced() const {
-    return [heads = heads_, options = options_, factors = traced_factors(factors_), needs = needs_when_traced()](
-               const variable_list& grads, const variable_list& saved) {
+    return [heads = heads_, at_factors = saved_.size(), options = options_, factors = traced_factors(factors_),
+            needs = needs_when_traced()](const variable_list& grads, const variable_list& saved) {
       const auto at = [begin = saved.begin()](size_t i) { return begin + static_cast<std::ptrdiff_t>(i); };
-      const size_t at_factors = 1 + 5 * heads, after_factors = at_factors + 2 * heads;
+      const size_t after_factors = at_factors + 2 * heads;
       auto own = options;
       if (own.loss_weight) {
         own.loss_weight = saved[after_factors];
@@ -230,23 +251,24 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
       if (can_reuse(incoming, needs, gradients)) {
         return scaled(grads[0], needs, /*last=*/false, gradients);
       }
-      return backward(grads, {at(0), at(at_factors)}, own, factors(at(at_factors)), needs);
+      return backward(heads, grads, {at(0), at(at_factors)}, own, factors(at(at_factors)), needs);
     };
   }
 
  private:
   // From what the constructor saves.
   static variable_list backward(
-      const variable_list& grads, const std::vector<Tensor>& saved, HeadsOptions options, std::vector<Factor> factors,
-      const std::vector<bool>& needs) {
+      size_t heads, const variable_list& grads, const std::vector<Tensor>& saved, HeadsOptions options,
+      std::vector<Factor> factors, const std::vector<bool>& needs) {
     if (!any_defined(grads)) {
       return variable_list(needs.size());
     }
-    const IncomingGradients incoming(grads, (saved.size() - 1) / 5);
+    const IncomingGradients incoming(grads, heads);
     HeadInputs inputs{saved[0], {}, OptionalTensors(), std::move(factors)};
     options.sample_weight = OptionalTensors();  // lists are shared, not copied
     options.class_weight = OptionalTensors();
-    for (size_t next = 1; next < saved.size(); next += 5) {
+    const size_t at_kept = 1 + 5 * heads;
+    for (size_t next = 1; next < at_kept; next += 5) {
       inputs.weight.push_back(saved[next]);
       inputs.bias.push_back(to_optional(saved[next + 1]));
       options.targets.push_back(saved[next + 2]);
@@ -255,15 +277,20 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     }
     // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const bool in_operators = any_defined(incoming.logits) || any_batched(grads) || at::GradMode::is_enabled();
-    return in_operators ? backward_in_operators(incoming, inputs, options, needs)
-                        : backward_by_kernel(incoming, inputs, options, needs);
+    const bool plain = !any_batched(grads) && !at::GradMode::is_enabled();
+    if (plain && saved.size() > at_kept) {
+      const std::vector<Tensor> kept(saved.begin() + static_cast<std::ptrdiff_t>(at_kept), saved.end());
+      return backward_from_kept(incoming, inputs, options.loss_weight, kept, needs);
+    }
+    return plain && !any_defined(incoming.logits) ? backward_by_kernel(incoming, inputs, options, needs)
+                                                  : backward_in_operators(incoming, inputs, options, needs);
   }
 
   const size_t heads_;
   std::vector<SavedFactor> factors_;
   HeadsOptions options_;  // without the tensors that are saved
-  SavedList saved_;  // x; weight, bias, target, sample weight and class weight of each head
+  SavedList
+      saved_;  // x; weight, bias, target, sample weight and class weight of each head; its logits' gradient, if kept
   variable_list gradients_;  // by GradientSlots; empty: the backward computes them
   HeadsPassed passed_;
 };
@@ -335,10 +362,11 @@ std::optional<LossAndLogits> heads_loss(
   const auto recording = recorded(*inputs);
   const bool now = inputs->x.scalar_type() != at::kHalf;
   const auto needs = now ? recording : std::vector<bool>(recording.size());
-  auto [loss, all_losses, logits, dx, dw, db] = [&] {
+  const bool keep = !now && any(recording) && inputs->x.is_cpu();
+  auto [loss, all_losses, logits, grad_logits, dx, dw, db] = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    return call_kernel(*inputs, options, options.loss_weight, needs);
+    return call_kernel(*inputs, options, options.loss_weight, keep, needs);
   }();
   auto head_losses = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -349,7 +377,7 @@ std::optional<LossAndLogits> heads_loss(
     std::iota(heads.begin(), heads.end(), 0);
     auto gradients = now ? among_all({std::move(dx), std::move(dw), std::move(db)}, heads, needs) : variable_list();
     auto edges = edges_of(*inputs);
-    auto node = make_node<HeadsLossBackward>(*inputs, std::move(options), std::move(gradients));
+    auto node = make_node<HeadsLossBackward>(*inputs, std::move(options), std::move(gradients), grad_logits);
     node->set_next_edges(std::move(edges));
     torch::autograd::set_history(loss, node);
     torch::autograd::set_history(head_losses, node);

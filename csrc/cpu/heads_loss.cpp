@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 
+#include "../arithmetic_type.h"
 #include "heads_sweep.h"
 
 namespace grl_ext::cpu {
@@ -39,8 +40,11 @@ void check_probabilities(const T* row, int64_t size) {
 template <class T>
 class Losses {
  public:
-  Losses(at::TensorList weight, const HeadsOptions& options, const std::vector<double>& factors, int64_t threads)
-      : factors_(factors), sums_(threads * weight.size()) {
+  // `of_total`: whether gradients are those of the total loss, in which each head's has its weight.
+  Losses(
+      at::TensorList weight, const HeadsOptions& options, const std::vector<double>& factors, int64_t threads,
+      bool of_total)
+      : factors_(factors), of_total_(of_total), sums_(threads * weight.size()) {
     heads_.reserve(weight.size());
     const auto loss_weights = options.loss_weight ? options.loss_weight->to(at::kDouble).contiguous() : Tensor();
     for (size_t h = 0; h < weight.size(); ++h) {
@@ -104,7 +108,7 @@ class Losses {
         .entry_weight = entry_weights.empty() ? nullptr : entry_weights.data(),
         .class_weight = head.class_weight,
         .smoothing = head.smoothing,
-        .grad_factor = head.norm == 0 ? 0.0 : head.loss_weight / head.norm,
+        .grad_factor = head.norm == 0 ? 0.0 : (of_total_ ? head.loss_weight : 1.0) / head.norm,
         .factor = factors_[h]};
     const auto& kernels = heads_kernels<T>();
     const auto loss = head.kind == kSquaredError ? kernels.squared_error
@@ -199,6 +203,7 @@ class Losses {
   }
 
   const std::vector<double>& factors_;
+  const bool of_total_;
   std::vector<Target> heads_;
   std::vector<double> sums_;  // per thread and head
 };
@@ -207,7 +212,8 @@ HeadsLossResult heads_loss(
     const Tensor& x_, at::TensorList weight, const OptionalTensors& bias, at::TensorList targets,
     const OptionalTensors& sample_weight, const OptionalTensors& class_weight, at::ArrayRef<double> factor,
     const OptionalTensors& lambda, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
-    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs) {
+    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, bool with_grad_logits,
+    const c10::List<bool>& needs) {
   const HeadsOptions options{
       .targets = targets.vec(),
       .sample_weight = sample_weight,
@@ -221,38 +227,43 @@ HeadsLossResult heads_loss(
   const int64_t n = x.size(0), d = x.size(1);
   const Division division(weight.size(), [&](size_t h) { return weight[h].size(0); });
   Gradients gradients(needs, head_factors(factor, lambda), x.scalar_type());
+  TORCH_CHECK_VALUE(!with_grad_logits || !gradients.needs.any(), "with_grad_logits goes without other gradients");
   int64_t columns = 0;
   for (const auto& matrix : weight) {
     columns += matrix.size(0);
   }
   const auto threads = thread_count(n, d, columns, /*passes=*/gradients.needs.any() ? 3 : 1);
-  std::vector<Tensor> logits(weight.size());
+  std::vector<Tensor> logits(weight.size()), grad_logits;
+  for (size_t h = 0; with_grad_logits && h < weight.size(); ++h) {
+    grad_logits.push_back(empty({n, weight[h].size(0)}, arithmetic_type(x.scalar_type())));
+  }
   return dispatch_arithmetic(x.scalar_type(), [&](auto zero) -> HeadsLossResult {
     using T = decltype(zero);
-    Losses<T> losses(weight, options, gradients.factors, threads);
+    Losses<T> losses(weight, options, gradients.factors, threads, /*of_total=*/!with_grad_logits);
     if (division.swept.count() > 0) {
       const Parameters<T> parameters(division.swept, weight, bias);
       make_logits(logits, division.swept, x);
       Sweep<T> sweep{division.swept, n, d, threads, x, &parameters, logits};
       sweep.loss = [&](auto... block) { losses.block(block...); };
+      sweep.grad_logits = grad_logits;
       sweep.gradients = gradients.needs.any() ? &gradients : nullptr;
       sweep.run();
     }
     for (const auto h : division.by_products) {  // with the losses between the products
       logits[h] = at::linear(x, weight[h], bias.get(h));
-      const auto grad_logits = at::empty_like(logits[h]);
+      const auto own = with_grad_logits ? grad_logits[h] : at::empty_like(logits[h]);
       HeadColumns only;
       only.add(0, weight[h].size(0));
       Sweep<T> sweep{only, n, /*features=*/0, threads, x};
       sweep.logits = logits[h];
       sweep.loss = [&](int64_t thread, int64_t, auto... block) { losses.block(thread, h, block...); };
-      sweep.grad_logits = grad_logits;
+      sweep.grad_logits = own;
       sweep.run();
-      gradients.add_products(h, grad_logits, x, weight);
+      gradients.add_products(h, own, x, weight);
     }
     gradients.finish(n, d);
     auto [loss, head_losses] = losses.total();
-    return {std::move(loss),        std::move(head_losses),      std::move(logits),
+    return {std::move(loss),        std::move(head_losses),      std::move(logits),        std::move(grad_logits),
             std::move(gradients.x), std::move(gradients.weight), std::move(gradients.bias)};
   });
 }

@@ -19,7 +19,9 @@ HeadsLossResult heads_loss_cuda(
     const Tensor& x_, at::TensorList weight_, const OptionalTensors& bias_, at::TensorList targets_,
     const OptionalTensors& sample_weight_, const OptionalTensors& class_weight_, at::ArrayRef<double> factor,
     const OptionalTensors& lambda, const std::optional<Tensor>& loss_weight, at::IntArrayRef kind,
-    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, const c10::List<bool>& needs) {
+    at::ArrayRef<double> label_smoothing, at::IntArrayRef ignore_index, bool mean, bool with_grad_logits,
+    const c10::List<bool>& needs) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!with_grad_logits, "_heads_loss on CUDA returns no gradients of logits");
   const c10::cuda::CUDAGuard guard(x_.device());
   const Sizes sizes(x_.size(0), x_.size(1), weight_, 0);
   const auto x = x_.contiguous();
@@ -66,7 +68,7 @@ HeadsLossResult heads_loss_cuda(
     products.write_gradients(gradients, x);
   });
   C10_CUDA_CHECK(stream.status);
-  return {loss, head_losses, logits, gradients.dx, gradients.dw, gradients.db};
+  return {loss, head_losses, logits, {}, gradients.dx, gradients.dw, gradients.db};
 }
 
 }  // namespace

@@ -103,6 +103,8 @@ def _heads_logits(device):
 
 
 NEEDS = [[True] * 5, [True, *[False] * 4], [False, True, False, True, True], [False, False, False, True, False]]
+NO_NEEDS = [False] * 5
+KEPT = "the gradients of the logits"
 
 
 def _heads_gradients(device):
@@ -123,7 +125,7 @@ def _heads_loss(device):
         targets = [t if t.dtype == torch.int64 else t.to(wide) for t in sample.targets]
         rows = torch.rand(len(sample.x), dtype=wide, device=device)
         for factor, lambda_ in factors(device):
-            for needs in [*NEEDS, [False] * 5]:
+            for needs in [*NEEDS, NO_NEEDS, KEPT]:
                 yield (
                     sample.x,
                     *sample.linear,
@@ -137,7 +139,8 @@ def _heads_loss(device):
                     [0.1, 0.0],
                     [-100, -100],
                     True,
-                    needs,
+                    needs is KEPT,
+                    NO_NEEDS if needs is KEPT else needs,
                 )
 
 

@@ -241,7 +241,7 @@ def test_some_gradients_may_be_batched_and_others_not(device, network):
 
 
 @on_losses
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_several_backward_passes_over_what_is_returned(device, head_sizes, dtype):
     """A gradient for each loss, an entropy penalty on the logits, then the total: each as the layers give it."""
     sample = sample_heads(device, dtype, (70,), 7, head_sizes, kinds=KINDS)

@@ -388,3 +388,16 @@ def test_a_step_is_one_kernel_and_one_scaling_whatever_the_number_of_heads(path,
         "grl_ext::_heads_loss",
         "grl_ext::_scale_list_",
     ]
+
+
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
+def test_the_float16_backward_makes_no_logits_again(path):
+    """Its gradients wait for the loss scale. Those of the logits are kept until then, as layers keep logits."""
+    sample = sample_heads(torch.device("cpu"), torch.float16, (64,), 16, ((SWITCH + 1,), (2,)))
+    loss = our_loss(sample).loss
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        torch.autograd.grad(loss, sample.wanted)
+    names = [event.name for event in record.events()]
+    assert "grl_ext::_heads_gradients" in names
+    assert "grl_ext::_heads_loss" not in names
+    assert "aten::linear" not in names
