@@ -27,7 +27,7 @@ from heads import Sizes, whole_deviation
 from measure import Spread, interleave, is_above, paired_ratio, wall_timer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-LARGEST = 2e9  # multiply-adds of a forward, so that a round takes some hundred milliseconds at most
+LARGEST = 3e8  # multiply-adds of a forward, so that a step takes some ten milliseconds at most
 BATCHES = 4  # of rounds: a network that seems slower is measured again, which chance does not survive
 
 
@@ -132,7 +132,7 @@ def ratio(problem: Problem, seconds: float) -> tuple[Spread, bool]:
     steps = {"layers": problem.layered(), "heads": problem.fused()}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for batch in range(BATCHES):
-        found = interleave(steps, wall_timer(), seconds=seconds / BATCHES, min_rounds=5, seed=batch)
+        found = interleave(steps, wall_timer(), seconds=seconds / BATCHES, min_rounds=12, seed=batch)
         for name, own in samples.items():
             own += found[name]
         if not is_above(samples["heads"], samples["layers"], margin=0.0):

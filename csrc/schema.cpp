@@ -22,7 +22,8 @@ TORCH_LIBRARY(grl_ext, m) {
       "Tensor?[] sample_weight, Tensor?[] class_weight, Tensor? loss_weight, int[] kind, float[] label_smoothing, "
       "int[] ignore_index, bool mean) -> (Tensor loss, Tensor[] head_losses, Tensor[] logits)");
 
-  // grad * factor, times `tensor`, which has one element or broadcasts; zeros where that product is 0, whatever grad is.
+  // grad * factor, times `tensor`, which has one element or broadcasts; zeros where that product is 0, whatever grad
+  // is.
   m.def("_scale(Tensor grad, float factor, Tensor? tensor) -> Tensor");
   m.def("_scale_(Tensor(a!) grad, float factor, Tensor? tensor) -> ()");
   // The same for several gradients of one dtype and one number: on CUDA one launch.

@@ -71,7 +71,8 @@ def heads(dtype: torch.dtype, rows: int, features: int, sizes: tuple[int, ...]) 
         ]
         torch.ops.grl_ext._heads_loss(
             x, weight, bias, targets, sample_weight, class_weight, factor, lambda_, torch.ones(count),
-            [int(squared)] * count, [0.0 if squared else 0.1] * count, [-1] * count, kind != "probabilities", False, needs,
+            [int(squared)] * count, [0.0 if squared else 0.1] * count, [-1] * count, kind != "probabilities",
+            False, needs,
         )  # fmt: skip
 
 

@@ -289,8 +289,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
   const size_t heads_;
   std::vector<SavedFactor> factors_;
   HeadsOptions options_;  // without the tensors that are saved
-  SavedList
-      saved_;  // x; weight, bias, target, sample weight and class weight of each head; its logits' gradient, if kept
+  SavedList saved_;  // x; of each head weight, bias, target, sample and class weight; gradients of logits, where kept
   variable_list gradients_;  // by GradientSlots; empty: the backward computes them
   HeadsPassed passed_;
 };
@@ -321,7 +320,7 @@ void to_rows(HeadsOptions& options, const HeadInputs& inputs, const Tensor& feat
   if (options.loss_weight) {
     const auto& weights = *options.loss_weight;
     const bool readable = weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble;
-    // From the CPU a copy, because it may change before the backward. On a GPU kernels read what it holds when they run.
+    // From the CPU a copy: it may change before the backward. On a GPU kernels read what it holds when they run.
     const auto numbers = (readable ? weights : weights.to(at::kDouble)).detach();
     options.loss_weight = numbers.is_cpu() ? numbers.clone() : numbers;
   }

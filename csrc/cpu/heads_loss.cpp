@@ -154,8 +154,8 @@ class Losses {
     return tensor ? tensor->template const_data_ptr<T>() : nullptr;
   }
 
-  // The sum of the weights of rows, or of their outputs. Needed before the first gradient, which is divided by it. Refuses invalid targets and
-  // weights. The weight of a class that no row has is not read: it may be infinite.
+  // The sum of the weights of rows, or of their outputs. Needed before the first gradient, which is divided by it.
+  // Refuses invalid targets and weights. The weight of a class that no row has is not read: it may be infinite.
   static double total_weight(const Target& head, int64_t rows) {
     if (head.entry_weight) {
       return total_entry_weight(head, rows);

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import founding  # noqa: E402
 import heads  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
+import sweep  # noqa: E402
 
 pytestmark = pytest.mark.once
 
@@ -322,3 +324,40 @@ def test_the_memory_of_conditioning_is_what_the_recipe_says():
     # Tensors are counted exactly; another version of torch may hold a small one more.
     assert found["outer_product"] / 1e6 == pytest.approx(outer, rel=0.05)
     assert found["contraction"] / 1e6 == pytest.approx(without, rel=0.05)
+
+
+def test_the_sweep_draws_networks_of_every_kind_and_checks_what_they_give(monkeypatch):
+    draw = random.Random(0)
+    networks = [sweep.drawn(draw, torch.float32) for _ in range(200)]
+    heads = [sizes for network in networks for sizes in (*network.predictors, *network.adversaries)]
+    assert {len(sizes) for sizes in heads} == {1, 2, 3}
+    assert min(sizes[-1] for sizes in heads) == 1
+    assert max(sizes[-1] for sizes in heads) > 1000
+    assert all(network.multiply_adds <= sweep.LARGEST for network in networks)
+
+    for dtype in sweep.DTYPES.values():
+        sweep.Problem(sweep.Network(32, 8, ((3,), (1,)), ((16, 2),), dtype)).check()
+    wrong = sweep.Problem(sweep.Network(32, 8, (), ((2,),), torch.float32))
+    wrong.heads.lambda_ = 2 * cases.COEFF
+    with pytest.raises(cases.WrongResult, match=re.escape("float32 32x8 [] reversed [2]: gradient 0")):
+        wrong.check()
+
+
+def test_the_sweep_names_what_is_slower_beyond_the_noise(monkeypatch):
+    clock = FakeClock()
+    monkeypatch.setattr(sweep, "wall_timer", lambda: measure.wall_timer(clock))
+
+    class Fake:
+        def __init__(self, ours: float) -> None:
+            self.ours = ours
+
+        def fused(self):
+            return clock.step(self.ours)
+
+        def layered(self):
+            return clock.step(1e-2)
+
+    for ours, above in ((0.8e-2, False), (1.2e-2, True)):
+        spread, found = sweep.ratio(Fake(ours), seconds=0.1)
+        assert spread.median == pytest.approx(ours / 1e-2)
+        assert found == above
