@@ -75,6 +75,8 @@ struct Sweep {
   int slices;
   int blocks;
   int64_t rows_per_block;
+  int row_lanes;  // lanes of a warp that a row of the logits gets
+  int rows_at_once;  // that a warp takes: 32 / row_lanes
 
   // Where things lie in shared memory, in bytes; the tiles of x come first.
   int weight_at;
@@ -95,6 +97,16 @@ constexpr int64_t round_up(int64_t a, int64_t multiple) {
   return divide_up(a, multiple) * multiple;
 }
 
+// A column has a lane, and a warp takes as many rows as that leaves room for: a row costs the same instructions whether
+// all lanes have a column or two. A power of two, and a whole kColumnGroup, which the gradients read.
+inline int lanes_of_row(int columns) {
+  int lanes = kColumnGroup;
+  while (lanes < columns && lanes < kMaxSweepColumns) {
+    lanes *= 2;
+  }
+  return lanes;
+}
+
 inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   const int64_t row_bytes = int64_t{sweep.slice_features} * problem.element_bytes;
   const int64_t logits_tiles = sweep.tile_rows / kRowGroup * divide_up(problem.columns, kColumnGroup);
@@ -109,9 +121,9 @@ inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   sweep.target_bytes = problem.target_bytes;
   sweep.targets_at = place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
   sweep.sums_at = place(8 * 32 * std::max<int64_t>(logits_tiles, sweep.threads / 32));
-  sweep.g_at = place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * kMaxSweepColumns);
+  sweep.g_at = place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * sweep.row_lanes);
   sweep.scaled_pitch = sweep.tile_rows + kPiece;  // kPiece: fewer bank conflicts of the lanes that write a row
-  sweep.scaled_at = place(int64_t{problem.arithmetic_bytes} * sweep.scaled_pitch * kMaxSweepColumns);
+  sweep.scaled_at = place(int64_t{problem.arithmetic_bytes} * sweep.scaled_pitch * sweep.row_lanes);
   sweep.shared_bytes = static_cast<int>(end);
 }
 
@@ -134,6 +146,8 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   };
 
   Sweep sweep{};
+  sweep.row_lanes = lanes_of_row(problem.columns);
+  sweep.rows_at_once = kMaxSweepColumns / sweep.row_lanes;
   const int64_t column_groups = divide_up(problem.columns, kColumnGroup);
   const auto fits = [&](const Shape& shape, int64_t slice_features) {
     sweep.threads = shape.threads;

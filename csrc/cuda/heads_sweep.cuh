@@ -45,7 +45,8 @@ struct SweepArguments : HeadsCall<T> {
 static_assert(sizeof(SweepArguments<double>) <= 4096 && sizeof(SweepArguments<float>) <= 4096);
 
 // A lane's column, the same in every row. It and its head's loss are in shared memory: they are read once a tile, and
-// the arithmetic in between needs the registers.
+// the arithmetic in between needs the registers. A warp takes several rows at a time where they have few columns, and
+// then as many of its lanes have the same column.
 template <typename T>
 struct Column {
   using A = typename Arithmetic<T>::type;
@@ -63,19 +64,20 @@ struct Column {
 };
 
 template <typename T>
-__device__ Column<T> column_of_lane(const Heads<T>& heads, int columns) {
+__device__ Column<T> column_of_lane(const Heads<T>& heads, int columns, int row_lanes) {
   using A = typename Arithmetic<T>::type;
-  const int lane = lane_id();
+  const int lane = lane_id() & (row_lanes - 1);
+  const int row_at = lane_id() - lane;  // the first lane of the row
   Column<T> column{};
   column.exists = lane < columns;
-  column.first_lane = lane;
-  column.end_lane = lane + 1;
+  column.first_lane = lane_id();
+  column.end_lane = lane_id() + 1;
   for (int h = 0; column.exists && h < heads.count; ++h) {
     const Head<T>& head = heads.head[h];
     if (head.begin <= lane && lane < head.end) {
       column.head = h;
-      column.first_lane = head.begin;
-      column.end_lane = head.end;
+      column.first_lane = row_at + head.begin;
+      column.end_lane = row_at + head.end;
       column.factor = static_cast<A>(head.factor_in_dx());
       column.bias = head.bias ? Arithmetic<T>::widen(head.bias[lane - head.begin]) : A(0);
       column.logits = head.logits + (lane - head.begin);  // or grad_logits
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
   // losses.
   const int first_slice = static_cast<int>(blockIdx.y);
   {
-    const auto mine = column_of_lane(in.heads, in.columns);
+    const auto mine = column_of_lane(in.heads, in.columns, sweep.row_lanes);
     start_slice(first_slice, mine.head);
     if (warp_id() == 0) {
       columns[lane_id()] = mine;
@@ -216,14 +218,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         __syncthreads();
       }
 
-      // 4. Row by row, a warp for each row and a lane for each column: logits, loss, g.
+      // 4. Row by row, a lane for each column and a warp for as many rows as it has lanes for: logits, loss, g. The
+      // lanes of a row past the last stay with their warp, whose shuffles need them. Their g is 0: a tile has room for
+      // it.
       const Column<T> column = columns[lane_id()];
-      for (int r = warp_id(); r < rows; r += kWarps) {
-        const int64_t at = (row + r) * in.columns + lane_id();
+      const int lane = lane_id() & (sweep.row_lanes - 1);
+      const int row_of_lane = lane_id() * sweep.rows_at_once / kWarpSize;
+      for (int first_row = warp_id() * sweep.rows_at_once; first_row < rows; first_row += kWarps * sweep.rows_at_once) {
+        const int r = first_row + row_of_lane;
+        const bool exists = column.exists && r < rows;
+        const int64_t at = (row + r) * in.columns + lane;
         const int64_t in_head = (row + r) * (column.end_lane - column.first_lane);
         A z = 0;
-        if (multiplies && column.exists) {
-          z = logits_tiles.sum_of_splits(sums, r, lane_id()) + (slice == 0 ? column.bias : in.z[at]);
+        if (multiplies && exists) {
+          z = logits_tiles.sum_of_splits(sums, r, lane) + (slice == 0 ? column.bias : in.z[at]);
           if (in.z) {
             in.z[at] = z;
           }
@@ -234,10 +242,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         A dz = 0;
         if constexpr (kWithLoss) {
           if (has_loss) {
-            z = in.pass == Pass::kLossOfLogits && column.exists ? in.z[at] : z;
+            z = in.pass == Pass::kLossOfLogits && exists ? in.z[at] : z;
             const RowLoss<T>& head = losses[column.head];
             RowTarget<T> target;
-            if (column.exists) {
+            if (exists) {
               const int bytes = head.kind == TargetKind::kClasses
                   ? 8
                   : (column.end_lane - column.first_lane) * int{sizeof(A)};
@@ -246,16 +254,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
               const int entry = column.weight_pitch > 1 ? lane_id() - column.first_lane : 0;
               target = RowTarget<T>(head, own, column.weight_at < 0 ? A(1) : weights[r * column.weight_pitch + entry]);
             }
-            dz = loss_of_lane(loss, z, head, target, column.exists, column.first_lane, column.end_lane, in.sums);
+            dz = loss_of_lane(loss, z, head, target, exists, column.first_lane, column.end_lane, in.sums);
           }
-        } else if (in.pass == Pass::kGradients && column.exists) {
+        } else if (in.pass == Pass::kGradients && exists) {
           dz = Arithmetic<T>::widen(column.grad_logits[in_head]);
         }
         db += dz;
-        g[r * kMaxSweepColumns + lane_id()] = dz;
-        scaled[lane_id() * sweep.scaled_pitch + r] = dz * column.factor;
+        g[r * sweep.row_lanes + lane] = dz;
+        scaled[lane * sweep.scaled_pitch + r] = dz * column.factor;
       }
-      const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.factor != 0);
+      const unsigned of_first_row = ~0u >> (kWarpSize - sweep.row_lanes);
+      const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.factor != 0) & of_first_row;
       __syncthreads();
 
       // 5. The gradients, while the tile is in shared memory.
@@ -265,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
             width, pieces_are_whole(in.dx, in.features));
       }
       if (in.weight_columns != 0) {
-        dw.add(g, x, pitch, in.columns, rows, width);
+        dw.add(g, sweep.row_lanes, x, pitch, in.columns, rows, width);
       }
       __syncthreads();
       if (sweep.stages == 1) {
@@ -280,16 +289,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
 
   // 6. The block's sums over its rows. The blocks of all slices have the same g, so that those of slice 0 write them.
   const Column<T> column = columns[lane_id()];
+  const auto of_all_rows = [&](double value) {
+    return over_lanes_in_steps(sum_over_warps(value, scratch), sweep.row_lanes);
+  };
   if (in.partial) {
-    const auto total = static_cast<A>(sum_over_warps(static_cast<double>(db), scratch));
-    if (blockIdx.y == 0 && warp_id() == 0 && column.exists) {
+    const auto total = static_cast<A>(of_all_rows(static_cast<double>(db)));
+    if (blockIdx.y == 0 && warp_id() == 0 && lane_id() < in.columns) {
       const int64_t dw_size = in.weight_columns != 0 ? int64_t{in.columns} * in.features : 0;
       in.partial[blockIdx.x * in.partial_stride + dw_size + lane_id()] = total;
     }
   }
   if (has_loss) {
-    const double total = over_head(sum_over_warps(loss, scratch), column.first_lane, column.end_lane, Sum{});
-    if (blockIdx.y == 0 && warp_id() == 0 && column.exists && lane_id() == column.first_lane) {
+    const double total = over_head(of_all_rows(loss), column.first_lane, column.end_lane, in.sums.widest, Sum{});
+    if (blockIdx.y == 0 && warp_id() == 0 && lane_id() < in.columns && lane_id() == column.first_lane) {
       in.losses[blockIdx.x * in.heads.count + column.head] = norms[column.head] == 0 ? 0.0 : total / norms[column.head];
     }
   }

@@ -60,6 +60,7 @@ SweepArguments<T> sweep_arguments(Pass pass, const HeadsCall<T>& call, const Swe
     if (head.grad_weight) {
       arguments.weight_columns |= (~0u >> (32 - head.size())) << head.begin;
     }
+    arguments.sums.widest = std::max(arguments.sums.widest, head.size());
     arguments.sums.softmax |= head.kind == TargetKind::kClasses || head.kind == TargetKind::kProbabilities;
     arguments.sums.mass |= head.kind == TargetKind::kProbabilities ||
         (head.kind == TargetKind::kClasses && head.class_weight);

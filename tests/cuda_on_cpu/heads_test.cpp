@@ -1,9 +1,11 @@
 // The heads' kernels against plain loops in double precision (heads_oracle.h): every form, option and element type,
 // many sizes, outputs between guards, twice for the same bits. `heads_test TYPE` runs one element type; `races` few
 // cases of each form, for ThreadSanitizer, to which a thread is expensive, and `races_of_TYPE` fewer; `plan` the launch
-// shapes alone; `launches` what a device would say to them; `small` how many there are at a small size; `bad_target`
-// must end in the kernel's assertion.
+// shapes alone; `launches` what a device would say to them; `small` how many there are at a small size;
+// `rows_share_warps` what a row costs; `bad_target` must end in the kernel's assertion.
 #include "heads_oracle.h"
+
+#include <numeric>
 
 namespace {
 
@@ -669,6 +671,34 @@ void small_steps() {
   count_launches<double>();
 }
 
+// A row costs the same instructions whether a warp takes one or eight at a time. So narrow heads take as many rows as
+// there are lanes for. Counted by the shuffles in 64 rows of a cross entropy: two sums over the lanes of each head, and
+// those of the logits, which do not depend on how rows share warps.
+void rows_share_warps() {
+  struct {
+    std::vector<int> sizes;
+    int rows_at_once;
+    std::size_t shuffles;  // of a sum over the widest head: a step for each doubling, and one to hand it out
+  } cases[] = {{{2, 2}, 8, 2}, {{2, 6}, 4, 4}, {{10, 2}, 2, 5}, {{16}, 2, 5}, {{17}, 1, 6}, {{31, 1}, 1, 6}};
+  for (const auto& [sizes, rows_at_once, shuffles] : cases) {
+    const auto count = [&, &sizes = sizes](int64_t rows) {
+      Run<float> run({rows, 4, heads_of(sizes), kOneSm});
+      typename Run<float>::Results got(run);
+      const std::size_t before = cuda_emulation::shuffled_lanes.load();
+      run.start("the start of heads_loss", [&](Stream& stream) { run.run_loss(got, stream); });
+      return cuda_emulation::shuffled_lanes.load() - before;
+    };
+    const std::size_t columns = std::accumulate(sizes.begin(), sizes.end(), std::size_t{0});
+    const std::size_t of_logits = (columns + kColumnGroup - 1) / kColumnGroup * (64 / kRowGroup) * 31 *
+        (columns <= kColumnGroup ? 2 : 1);  // two warps share a tile where there are fewer tiles than warps
+    const std::size_t want = kWarpSize * (64 / rows_at_once * 2 * shuffles + of_logits);
+    if (const std::size_t more = count(320) - count(256); more != want) {
+      ++failures;
+      std::printf("wrong: %zu lanes' shuffles for 64 rows of %zu columns, not %zu\n", more, columns, want);
+    }
+  }
+}
+
 void bad_target() {
   Run<float> run({4, 8, heads_of({2, 3})});
   run.classes[1][2] = 3;
@@ -689,6 +719,7 @@ int main(int, char** argv) {
       : what == "plan"              ? plan()
       : what == "launches"          ? launches()
       : what == "small"             ? small_steps()
+      : what == "rows_share_warps"  ? rows_share_warps()
                                     : bad_target();
   return failures != 0;
 }

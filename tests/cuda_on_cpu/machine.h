@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -395,10 +396,14 @@ CUDA_EMULATION_UNSEEN inline Lanes exchange(unsigned mask, uint64_t value, Site 
   return received;
 }
 
+// How many lanes have been given a number by another: a count of a kernel's work, for tests.
+inline std::atomic<std::size_t> shuffled_lanes{0};
+
 // The value that `source` holds; the own one where that lane is not among those that may be asked.
 template <typename T>
 T shuffle(unsigned mask, T value, unsigned source, bool may_ask, Site site) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
+  shuffled_lanes.fetch_add(1, std::memory_order_relaxed);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   bits = exchange(mask, bits, site).of[may_ask ? source : this_thread->lane];
