@@ -72,19 +72,17 @@ __device__ Column<T> column_of_lane(const Heads<T>& heads, int columns, int row_
   column.exists = lane < columns;
   column.first_lane = lane_id();
   column.end_lane = lane_id() + 1;
-  for (int h = 0; column.exists && h < heads.count; ++h) {
-    const Head<T>& head = heads.head[h];
-    if (head.begin <= lane && lane < head.end) {
-      column.head = h;
-      column.first_lane = row_at + head.begin;
-      column.end_lane = row_at + head.end;
-      column.factor = static_cast<A>(head.factor_in_dx());
-      column.bias = head.bias ? Arithmetic<T>::widen(head.bias[lane - head.begin]) : A(0);
-      column.logits = head.logits + (lane - head.begin);  // or grad_logits
-      column.target_at = head.target_at;
-      column.weight_at = head.sample_weight ? head.weight_at : -1;
-      column.weight_pitch = head.weights_of_row();
-    }
+  if (column.exists) {
+    column.head = heads.of_column(lane);
+    const Head<T>& head = heads.head[column.head];
+    column.first_lane = row_at + head.begin;
+    column.end_lane = row_at + head.end;
+    column.factor = static_cast<A>(head.factor_in_dx());
+    column.bias = head.bias ? Arithmetic<T>::widen(head.bias[lane - head.begin]) : A(0);
+    column.logits = head.logits + (lane - head.begin);  // or grad_logits
+    column.target_at = head.target_at;
+    column.weight_at = head.sample_weight ? head.weight_at : -1;
+    column.weight_pitch = head.weights_of_row();
   }
   return column;
 }
@@ -125,86 +123,91 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
   const int64_t end = min(begin + sweep.rows_per_block, in.rows);
 
   const auto width_of = [&](int slice) { return min(pitch, in.features - slice * pitch); };
-  const auto start_tile = [&](int slice, int stage, int64_t row) {
-    const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
-    if (row < end && reads_x) {
-      T* const to = tiles + stage * sweep.tile_rows * pitch;
-      const T* const from = in.x + row * in.features + slice * pitch;
-      for (int r = warp_id(); r < rows; r += kWarps) {
-        copy_row(to + r * pitch, from + r * int64_t{in.features}, width_of(slice));
+  // Starts the copies of the tile at `row`: its rows, its targets and sample weights, and `weight_rows` of the weights.
+  // A warp takes one of these after the other.
+  const auto start_copies = [&](int slice, int stage, int64_t row, int weight_rows) {
+    const int rows = static_cast<int>(max(int64_t{0}, min(int64_t{sweep.tile_rows}, end - row)));
+    const int x_rows = reads_x ? rows : 0;
+    const int before_weights = x_rows + (has_loss && rows > 0 ? 2 * in.heads.count : 0);
+    T* const tile = tiles + stage * sweep.tile_rows * pitch;
+    char* const targets = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
+    const int row_bytes = width_of(slice) * int{sizeof(T)};
+    for (int i = warp_id(); i < before_weights + weight_rows; i += kWarps) {
+      const void* from;
+      void* to;
+      int bytes = row_bytes;
+      if (i < x_rows) {
+        to = tile + i * pitch;
+        from = in.x + (row + i) * in.features + slice * pitch;
+      } else if (i < before_weights) {
+        const Head<T>& head = in.heads.head[(i - x_rows) / 2];
+        const bool is_target = (i - x_rows) % 2 == 0;
+        const int of_row = is_target ? head.target_bytes()
+            : head.sample_weight     ? head.weights_of_row() * int{sizeof(A)}
+                                     : 0;
+        bytes = rows * of_row;
+        to = targets + sweep.tile_rows * (is_target ? head.target_at : head.weight_at);
+        from = static_cast<const char*>(is_target ? head.target : head.sample_weight) + row * of_row;
+      } else {
+        const int c = i - before_weights;
+        const Head<T>& head = in.heads.head[in.heads.of_column(c)];
+        to = weight + c * pitch;
+        from = head.weight + (c - head.begin) * int64_t{in.features} + slice * pitch;
       }
+      copy_to_shared(static_cast<char*>(to), static_cast<const char*>(from), bytes);
     }
-    if (row < end && has_loss) {
-      char* const to = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
-      for (int i = warp_id(); i < 2 * in.heads.count; i += kWarps) {  // a target or a sample weight
-        const Head<T>& head = in.heads.head[i / 2];
-        const int bytes = head.target_bytes();
-        if (i % 2 == 0) {
-          copy_row(
-              to + sweep.tile_rows * head.target_at, static_cast<const char*>(head.target) + row * bytes, rows * bytes);
-        } else if (head.sample_weight) {
-          const int count = head.weights_of_row();
-          copy_row(
-              reinterpret_cast<A*>(to + sweep.tile_rows * head.weight_at), head.sample_weight + row * count,
-              rows * count);
+    __pipeline_commit();  // these copies are one group
+  };
+
+  // The block's columns, norms and losses, which are read after the next barrier.
+  const auto set_up = [&] {
+    if (warp_id() == 0) {
+      columns[lane_id()] = column_of_lane(in.heads, in.columns, sweep.row_lanes);
+    }
+    if constexpr (kWithLoss) {
+      if (has_loss) {
+        find_norms(norms, scratch, in.norms, in.heads, in.rows);
+        if (static_cast<int>(threadIdx.x) < in.heads.count) {
+          losses[threadIdx.x] = row_loss(in.heads.head[threadIdx.x], norms[threadIdx.x]);
         }
       }
     }
-    __pipeline_commit();  // this tile's copies are one group
   };
-  const auto start_slice = [&](int slice, int head_of_lane) {
-    for (int c = warp_id(); reads_weight && c < in.columns; c += kWarps) {
-      const Head<T>& head = in.heads.head[__shfl_sync(kWholeWarp, head_of_lane, c)];
-      copy_row(
-          weight + c * pitch, head.weight + (c - head.begin) * int64_t{in.features} + slice * pitch, width_of(slice));
-    }
-    zero_row_ends(weight, pitch, in.columns, width_of(slice));
-    zero_row_ends(tiles, pitch, sweep.stages * sweep.tile_rows, width_of(slice));
-    start_tile(slice, 0, begin);
-  };
-
-  // 1. The copies of the weights and of the first tile start. Meanwhile the block sets up its columns, norms and
-  // losses.
-  const int first_slice = static_cast<int>(blockIdx.y);
-  {
-    const auto mine = column_of_lane(in.heads, in.columns, sweep.row_lanes);
-    start_slice(first_slice, mine.head);
-    if (warp_id() == 0) {
-      columns[lane_id()] = mine;
-    }
-  }
-  if constexpr (kWithLoss) {
-    if (has_loss) {
-      find_norms(norms, scratch, in.norms, in.heads, in.rows);
-      if (static_cast<int>(threadIdx.x) < in.heads.count) {
-        losses[threadIdx.x] = row_loss(in.heads.head[threadIdx.x], norms[threadIdx.x]);
-      }
-    }
-  }
-  __syncthreads();
 
   WeightGradient<T> dw;
   dw.needed = in.weight_columns;
   A db = 0;
   double loss = 0;
+  const int ahead = sweep.stages - 1;  // tiles that are copied before the one that is computed with
+  const int first_slice = static_cast<int>(blockIdx.y);
   for (int slice = first_slice; slice < sweep.slices; slice += static_cast<int>(gridDim.y)) {
     const int first = slice * pitch;
     const int width = width_of(slice);
     const int pieces = (width + kPiece - 1) / kPiece;
-    if (slice != first_slice) {
-      start_slice(slice, columns[lane_id()].head);
-    }
-    dw.clear();
-
     int stage = 0;
-    for (int64_t row = begin; row < end; row += sweep.tile_rows) {
-      // 2. Start to copy the next tile, and wait for this one.
+    int64_t row = begin - ahead * sweep.tile_rows;  // of the tile that is computed with
+    for (bool is_first = true; row < end; row += sweep.tile_rows, is_first = false) {
+      // 1. Start to copy a tile; with the first one, the weights. Meanwhile the block sets up its columns, norms and
+      // losses.
+      start_copies(slice, stage, row + ahead * sweep.tile_rows, is_first && reads_weight ? in.columns : 0);
+      stage ^= ahead;
+      if (is_first) {
+        zero_row_ends(weight, pitch, in.columns, width);
+        zero_row_ends(tiles, pitch, sweep.stages * sweep.tile_rows, width);
+        if (slice == first_slice) {
+          set_up();
+        }
+        dw.clear();
+      }
+      if (row < begin) {
+        continue;
+      }
+
+      // 2. Wait for the tile to compute with: that before the latest where there are two stages.
       const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
       const T* const x = tiles + stage * sweep.tile_rows * pitch;
       const char* const targets = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
-      if (sweep.stages == 2) {
-        stage ^= 1;
-        start_tile(slice, stage, row + sweep.tile_rows);
+      if (ahead == 1) {
         __pipeline_wait_prior(1);  // all but the latest group of this thread; the barrier: of the others too
       } else {
         __pipeline_wait_prior(0);
@@ -277,9 +280,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         dw.add(g, sweep.row_lanes, x, pitch, in.columns, rows, width);
       }
       __syncthreads();
-      if (sweep.stages == 1) {
-        start_tile(slice, 0, row + sweep.tile_rows);
-      }
     }
     if (in.weight_columns != 0) {
       A* const out = in.partial + blockIdx.x * in.partial_stride + first;
