@@ -121,6 +121,17 @@ def loops_of(body: list[str]) -> list[list[str]]:
     return [body[begin:end] for begin, end in inner]
 
 
+def straight_lines_of(body: list[str]) -> list[list[str]]:
+    """The runs of lines that no label, branch or call interrupts."""
+    runs = [[]]
+    for line in body:
+        if re.match(r"\$\w+:|(@!?%\w+ +)?(bra|call|ret)\b", line):
+            runs.append([])
+        else:
+            runs[-1].append(line)
+    return runs
+
+
 def accesses_of(lines: list[str]) -> list[str]:
     """Reads and writes of global memory, but for those through the read-only cache (.nc): the factor's."""
     found = [re.match(r"(?:@!?%\w+ +)?((?:ld|st|atom|red)\.global[.\w:]*)", line) for line in lines]
@@ -145,6 +156,35 @@ def test_the_parser_sees_loops_and_split_stores():
     (loop,) = loops_of([line.strip() for line in body.splitlines()])
     assert accesses_of(loop) == ["ld.global.cg.v4.u32", "st.global.f32"]
     assert [is_vector(access) for access in accesses_of(loop)] == [True, False]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_norm_has_eight_rows_in_flight(compiled_code, arch):
+    """Labels (8 bytes) and, where rows have weights, those: eight loads with nothing between them that waits."""
+    kernels, _ = compiled_code("heads_loss.cu", arch)
+    adding = {name: kernel for name, kernel in kernels.items() if "heads_norm_kernel" in name}
+    assert len(adding) == TYPES
+    for name, kernel in adding.items():
+        loads = [
+            sum(bool(re.match(r"ld\.global\.nc\.[a-z]64\b", line)) for line in lines)
+            for lines in straight_lines_of(kernel.body)
+        ]
+        assert max(loads) >= 8, f"{name}: {loads}"
+        for loop in loops_of(kernel.body):
+            if any(line.startswith("ld.global.nc") for line in loop):
+                assert not any("call" in line for line in loop), f"{name}: the assertion stands in the loop"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", ["heads_loss.cu", "linear_heads.cu"])
+def test_the_sweep_starts_its_copies_in_one_place(compiled_code, source, arch):
+    """Copies of 16 bytes, unrolled by four, of 8 and of 4: each place where they stand costs a hundred instructions."""
+    kernels, _ = compiled_code(source, arch)
+    sweeps = {name: kernel for name, kernel in kernels.items() if "heads_sweep_kernel" in name}
+    assert sweeps
+    for name, kernel in sweeps.items():
+        copies = sum(line.startswith("cp.async.c") for line in kernel.body)
+        assert 3 <= copies <= 10, f"{name}: {copies} asynchronous copies"
 
 
 FORMS = 5  # of the factor: a value, a float or a double on the device, a tensor with 32- or 64-bit indices
