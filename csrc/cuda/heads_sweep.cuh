@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
   dw.needed = in.weight_columns;
   A db = 0;
   double loss = 0;
+  bool targets_exist = true;
   const int ahead = sweep.stages - 1;  // tiles that are copied before the one that is computed with
   const int first_slice = static_cast<int>(blockIdx.y);
   for (int slice = first_slice; slice < sweep.slices; slice += static_cast<int>(gridDim.y)) {
@@ -257,6 +258,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
               const int entry = column.weight_pitch > 1 ? lane_id() - column.first_lane : 0;
               target = RowTarget<T>(head, own, column.weight_at < 0 ? A(1) : weights[r * column.weight_pitch + entry]);
             }
+            targets_exist &= target.exists;
             dz = loss_of_lane(loss, z, head, target, exists, column.first_lane, column.end_lane, in.sums);
           }
         } else if (in.pass == Pass::kGradients && exists) {
@@ -300,6 +302,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
     }
   }
   if (has_loss) {
+    check_target(targets_exist);
     const double total = over_head(of_all_rows(loss), column.first_lane, column.end_lane, in.sums.widest, Sum{});
     if (blockIdx.y == 0 && warp_id() == 0 && lane_id() < in.columns && lane_id() == column.first_lane) {
       in.losses[blockIdx.x * in.heads.count + column.head] = norms[column.head] == 0 ? 0.0 : total / norms[column.head];
