@@ -641,6 +641,13 @@ void launches() {
   if (cuda_emulation::launches == 0) {
     ++failures;
   }
+  // Two blocks fit on a multiprocessor only where all of its memory may be shared memory.
+  for (const auto& [kernel, bytes] : cuda_emulation::dynamic_bytes_asked_for) {
+    if (cuda_emulation::carveout_asked_for[kernel] != cudaSharedmemCarveoutMaxShared) {
+      ++failures;
+      std::printf("wrong: %zu bytes of shared memory without a carve-out\n", bytes);
+    }
+  }
 }
 
 // A step at a small size is two launches, the sweep and the sum of what its blocks left; the backward is one more
