@@ -13,7 +13,7 @@ std::vector<Tensor> heads_logits_cuda(const Tensor& x_, at::TensorList weight_, 
   const auto x = x_.contiguous();
   const auto weight = contiguous(weight_);
   const auto bias = contiguous(bias_);
-  const auto logits = empty_logits(sizes, x.options());
+  auto logits = empty_logits(sizes, x.options());
   auto stream = current_stream(x);
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -24,6 +24,9 @@ std::vector<Tensor> heads_logits_cuda(const Tensor& x_, at::TensorList weight_, 
     });
     if (sizes.columns <= kMaxSweepColumns) {
       return heads_logits(call_of(sizes, x, Tensor(), all_heads), stream, allocator_like(x));
+    }
+    if (sizes.heads.size() == 1) {
+      return logits_of_one_head(logits[0], x, weight[0], bias[0]);
     }
     HeadsProducts<T> products(sizes, all_heads, x.options());
     products.compute_logits(x, stream);
@@ -57,6 +60,18 @@ HeadsGradients heads_gradients_cuda(
     });
     if (sizes.columns <= kMaxSweepColumns) {
       return heads_gradients(call_of(sizes, x, gradients.dx, all_heads), stream, allocator_like(like));
+    }
+    if (sizes.heads.size() == 1) {
+      if (gradients.dw[0].numel() > 0) {
+        at::mm_out(gradients.dw[0], like.t(), x);
+      }
+      if (gradients.db[0].numel() > 0) {
+        at::sum_out(gradients.db[0], like, 0);
+      }
+      if (gradients.dx.numel() > 0) {
+        feature_gradient_of_one_head<T>(gradients, like, weight[0], factor[0], lambda.get(0), sizes, all_heads, stream);
+      }
+      return;
     }
     HeadsProducts<T> products(sizes, all_heads, like.options());
     products.prepare_gradients(gradients, stream);
