@@ -2,10 +2,13 @@
 // many sizes, outputs between guards, twice for the same bits. `heads_test TYPE` runs one element type; `races` few
 // cases of each form, for ThreadSanitizer, to which a thread is expensive, and `races_of_TYPE` fewer; `plan` the launch
 // shapes alone; `launches` what a device would say to them; `small` how many there are at a small size;
-// `rows_share_warps` what a row costs; `bad_target` must end in the kernel's assertion.
+// `rows_share_warps` what a row costs; `device_code` which
+// GPUs a build serves; `bad_target` must end in the kernel's assertion.
 #include "heads_oracle.h"
 
 #include <numeric>
+
+#include "device_code.h"
 
 namespace {
 
@@ -706,6 +709,46 @@ void rows_share_warps() {
   }
 }
 
+// A build's list of code against GPUs, by compute capability.
+void device_code() {
+  const char* all = "sm_75,sm_80,sm_86,sm_90,sm_100,sm_120,compute_120";
+  struct {
+    const char* list;
+    int major, minor;
+    bool serves;
+  } cases[] = {
+      {all, 7, 0, false},
+      {all, 7, 5, true},
+      {all, 8, 0, true},
+      {all, 8, 6, true},
+      {all, 8, 7, true},
+      {all, 8, 9, true},
+      {all, 9, 0, true},
+      {all, 10, 0, true},
+      {all, 10, 3, true},
+      {all, 11, 0, false},
+      {all, 12, 0, true},
+      {all, 12, 1, true},
+      {all, 13, 0, true},
+      {"sm_86", 8, 0, false},
+      {"sm_80", 9, 0, false},
+      {"compute_80", 9, 0, true},
+      {"compute_80", 7, 5, false},
+      {"sm_90a", 9, 0, true},
+      {"compute_90a", 10, 0, false},
+      {"sm_90a", 9, 1, false},
+      {"compute_100f", 10, 3, true},
+      {"compute_100f", 12, 0, false},
+      {"", 8, 0, false},
+  };
+  for (const auto& [list, major, minor, serves] : cases) {
+    if (any_code_serves(list, major, minor) != serves) {
+      ++failures;
+      std::printf("wrong: \"%s\" %s %d.%d\n", list, serves ? "does not serve" : "serves", major, minor);
+    }
+  }
+}
+
 void bad_target() {
   Run<float> run({4, 8, heads_of({2, 3})});
   run.classes[1][2] = 3;
@@ -727,6 +770,7 @@ int main(int, char** argv) {
       : what == "launches"          ? launches()
       : what == "small"             ? small_steps()
       : what == "rows_share_warps"  ? rows_share_warps()
+      : what == "device_code"       ? device_code()
                                     : bad_target();
   return failures != 0;
 }

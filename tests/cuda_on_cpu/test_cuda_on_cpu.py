@@ -62,7 +62,9 @@ def test_a_list_of_gradients_is_scaled_in_one_launch(program):
     assert_passes(run(program("scale_test", "address,undefined", "c++20"), "lists"))
 
 
-@pytest.mark.parametrize("case", ["half", "bfloat16", "float", "double", "plan", "launches", "small", "rows_share_warps"])
+@pytest.mark.parametrize(
+    "case", ["half", "bfloat16", "float", "double", "plan", "launches", "small", "rows_share_warps", "device_code"]
+)
 def test_heads_equal_the_loops(program, case):
     assert_passes(run(program("heads_test", "address,undefined"), case))
 
