@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 namespace grl_ext {
 
@@ -24,6 +25,15 @@ constexpr int kRowGroup = 8;
 // threads. They take 32 registers in f32, beside which the rest just fits into the 128 that 512 threads may have; with
 // three tiles ptxas spills.
 constexpr int kTilesPerThread = 2;
+
+// The tile of the matrix units: their products take matrices of kMatrixSide x kMatrixSide, in columns
+// kMatrixSide x kMatrixColumns. A warp holds the weight's gradient of up to kMatrixBlocks such blocks of features and
+// columns, in 64 of its lanes' registers. Rows in shared memory are kMatrixPadding elements longer than they are wide,
+// an odd multiple of 16 bytes then: the eight rows of a matrix lie in different banks.
+constexpr int kMatrixSide = 16;
+constexpr int kMatrixColumns = 8;
+constexpr int kMatrixBlocks = 16;
+constexpr int kMatrixPadding = 8;
 
 // Features too wide for one block's memory are swept in slices, the blocks of a slice along the grid's second
 // dimension. A slice is a multiple of 32 features: whole sectors of 32 bytes for every type. The narrowest fits any
@@ -51,9 +61,14 @@ constexpr int kSmallBlocksPerSm = 8;  // of 256 threads (the three constants abo
 // dynamic part.
 constexpr int kStaticBytes = 4096;
 
+// What the heads' products run on: the lanes of a sweep, the matrix units of a sweep, or matrix products of their own.
+enum class HeadsUnits { kBest, kLanes, kMatrix, kProducts };
+
 struct HeadsDevice {
   int sm_count;
   int shared_bytes;  // that a block may ask for
+  int capability = 0;  // 80 for 8.0
+  HeadsUnits asked = HeadsUnits::kBest;  // where there is a choice
 };
 
 struct HeadsProblem {
@@ -77,6 +92,8 @@ struct Sweep {
   int blocks;
   int64_t rows_per_block;
   int row_lanes;  // lanes of a warp that a row of the logits gets
+  int pitch;  // elements from one row of x or of the weight in shared memory to the next
+  int matrix_groups;  // of kMatrixColumns columns, on the matrix units: 1, 2 or 4; 0: on lanes
   int rows_at_once;  // that a warp takes: 32 / row_lanes
 
   // Where things lie in shared memory, in bytes; the tiles of x come first.
@@ -87,6 +104,8 @@ struct Sweep {
   int g_at;
   int scaled_at;
   int scaled_pitch;
+  int row_units_at;
+  int zeros_at;
   int shared_bytes;
 };
 
@@ -128,6 +147,23 @@ inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   sweep.shared_bytes = static_cast<int>(end);
 }
 
+// Divides the rows among as many blocks as run at a time (`resident`), if there is a row group for each. But every block
+// writes its partial sums of the weight's gradient, which are read once more. This traffic may be a quarter of that of
+// the features, which are read and written once; one block a multiprocessor is always allowed. A block takes one slice
+// of the features. For logits only it takes all slices, because the sums run through them.
+inline void divide_rows(Sweep& sweep, const HeadsProblem& problem, int64_t resident, int sm_count) {
+  const int64_t across = problem.logits_only ? resident : std::max<int64_t>(1, resident / sweep.slices);
+  const int group = sweep.matrix_groups > 0 ? kMatrixSide : kRowGroup;
+  int64_t blocks = std::min(divide_up(problem.rows, group), across);
+  if (problem.weight_gradient) {
+    const int64_t cheap = problem.rows * problem.element_bytes /
+        (4 * int64_t{problem.columns} * problem.arithmetic_bytes);
+    blocks = std::min(blocks, std::max<int64_t>(sm_count, cheap));
+  }
+  sweep.rows_per_block = divide_up(problem.rows, std::max<int64_t>(1, blocks));
+  sweep.blocks = problem.rows == 0 ? 0 : static_cast<int>(divide_up(problem.rows, sweep.rows_per_block));
+}
+
 // Large tiles divide the cost of reading W, and that of the phase row by row, among more rows. Two stages keep the
 // memory busy during the arithmetic. Where two blocks of 256 threads fit on a multiprocessor, one works while the other
 // waits at a barrier. Else there is one block of 512 threads, or of 256 in f64, whose numbers take two registers. To be
@@ -154,7 +190,7 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
     sweep.threads = shape.threads;
     sweep.tile_rows = shape.tile_rows;
     sweep.stages = shape.stages;
-    sweep.slice_features = static_cast<int>(slice_features);
+    sweep.slice_features = sweep.pitch = static_cast<int>(slice_features);
     lay_out_shared_memory(sweep, problem);
     const int64_t tiles = slice_features / kPiece * column_groups;
     return sweep.shared_bytes <= shape.shared_bytes &&
@@ -172,20 +208,85 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   }
   sweep.slices = static_cast<int>(std::max<int64_t>(1, divide_up(problem.features, std::max(1, sweep.slice_features))));
 
-  // As many blocks as run at a time, if there is a row group for each. But every block writes its partial sums of the
-  // weight's gradient, which are read once more. This traffic may be a quarter of that of the features, which are read
-  // and written once; one block a multiprocessor is always allowed. A block takes one slice of the features. For logits
-  // only it takes all slices, because the sums run through them.
-  const int64_t resident = int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1);
-  const int64_t across = problem.logits_only ? resident : std::max<int64_t>(1, resident / sweep.slices);
-  int64_t blocks = std::min(divide_up(problem.rows, kRowGroup), across);
-  if (problem.weight_gradient) {
-    const int64_t cheap = problem.rows * problem.element_bytes /
-        (4 * int64_t{problem.columns} * problem.arithmetic_bytes);
-    blocks = std::min(blocks, std::max<int64_t>(device.sm_count, cheap));
+  divide_rows(sweep, problem, int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1), device.sm_count);
+  return sweep;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// On the matrix units
+// ---------------------------------------------------------------------------------------------------------------------
+
+// In f32: an odd multiple of 8, so that the lanes of half a warp, four rows of four pairs, write to different banks.
+constexpr int matrix_sums_pitch(int groups) {
+  return (groups | 1) * kMatrixColumns;
+}
+
+// Both parts of each column's number, and the padding.
+constexpr int matrix_gradients_pitch(int groups) {
+  return 2 * groups * kMatrixColumns + kMatrixPadding;
+}
+
+inline void lay_out_matrix_tile(Sweep& sweep, const HeadsProblem& problem) {
+  int64_t end = 0;
+  const auto place = [&end](int64_t bytes) {
+    const int64_t at = end;
+    end = std::min<int64_t>(round_up(end + bytes, 16), INT32_MAX);
+    return static_cast<int>(at);
+  };
+  const int groups = sweep.matrix_groups;
+  const int64_t row_bytes = int64_t{sweep.pitch} * problem.element_bytes;
+  const int64_t gradients = int64_t{kMatrixSide} * matrix_gradients_pitch(groups) * problem.element_bytes;
+  place(sweep.stages * sweep.tile_rows * row_bytes);
+  sweep.weight_at = place(problem.columns * row_bytes);
+  sweep.target_bytes = problem.target_bytes;
+  sweep.targets_at = place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
+  sweep.sums_at = place(int64_t{sweep.threads} / 32 * kMatrixSide * matrix_sums_pitch(groups) * 4);
+  sweep.g_at = place(gradients);
+  sweep.scaled_at = place(gradients);
+  sweep.row_units_at = place(kMatrixSide * 4);
+  sweep.zeros_at = place(16);
+  sweep.shared_bytes = static_cast<int>(end);
+}
+
+// The shapes are those of plan_sweep, with tiles of kMatrixSide rows. No blocks of threads: the device's shared memory
+// does not hold the narrowest slice.
+inline Sweep plan_matrix_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
+  constexpr int kReservedBytes = 1024;
+  const int whole = device.shared_bytes - kStaticBytes;
+  const int half = (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes - kStaticBytes;
+  struct Shape {
+    int threads, shared_bytes, stages;
+  };
+  const Shape shapes[] = {{256, half, 2}, {512, whole, 2}, {512, whole, 1}, {256, whole, 1}};
+
+  Sweep sweep{};
+  sweep.tile_rows = kMatrixSide;
+  sweep.matrix_groups = problem.columns <= 8 ? 1 : problem.columns <= 16 ? 2 : 4;
+  sweep.row_lanes = sweep.matrix_groups * kMatrixColumns;
+  int resident = 1;
+  const auto fits = [&](int64_t slice_features) {
+    return std::any_of(std::begin(shapes), std::end(shapes), [&](const Shape& shape) {
+      sweep.threads = shape.threads;
+      sweep.stages = shape.stages;
+      sweep.slice_features = static_cast<int>(slice_features);
+      sweep.pitch = sweep.slice_features + kMatrixPadding;
+      lay_out_matrix_tile(sweep, problem);
+      resident = shape.shared_bytes == half ? 2 : 1;
+      const int64_t each = divide_up(slice_features / kMatrixSide, shape.threads / 32);  // blocks of a warp
+      return sweep.shared_bytes <= shape.shared_bytes &&
+          (!problem.weight_gradient || each * sweep.matrix_groups <= kMatrixBlocks);
+    });
+  };
+  sweep.slices = 1;
+  for (int64_t slice_features = round_up(problem.features, kMatrixSide); !fits(slice_features);) {
+    if (slice_features <= kSliceMultiple) {
+      return Sweep{};
+    }
+    ++sweep.slices;
+    slice_features = round_up(divide_up(problem.features, sweep.slices), kSliceMultiple);
   }
-  sweep.rows_per_block = divide_up(problem.rows, std::max<int64_t>(1, blocks));
-  sweep.blocks = problem.rows == 0 ? 0 : static_cast<int>(divide_up(problem.rows, sweep.rows_per_block));
+  sweep.slices = static_cast<int>(std::max<int64_t>(1, divide_up(problem.features, std::max(1, sweep.slice_features))));
+  divide_rows(sweep, problem, int64_t{device.sm_count} * resident, device.sm_count);
   return sweep;
 }
 
@@ -195,6 +296,38 @@ inline HeadsProblem logits_problem(HeadsProblem problem) {
   problem.weight_gradient = false;
   problem.logits_only = true;
   return problem;
+}
+
+// From compute capability 8.0 on there are the instructions that the matrix units' sweep is written in.
+constexpr int kMatrixCapability = 80;
+
+// Lanes compute many columns of half types more slowly than three passes over large features take, each of which leaves
+// little to do but for the memory.
+constexpr int kColumnsForProducts = 8;
+constexpr int64_t kBytesForProducts = int64_t{32} << 20;
+
+// For a problem that one sweep solves. 
+inline HeadsUnits choose_units(const HeadsProblem& problem, const HeadsDevice& device) {
+  if (problem.columns > kMaxSweepColumns || device.asked == HeadsUnits::kProducts) {
+    return HeadsUnits::kProducts;
+  }
+  const bool halves = problem.element_bytes == 2;
+  if (halves && device.capability >= kMatrixCapability && device.asked != HeadsUnits::kLanes) {
+    const Sweep sweep = plan_matrix_sweep(problem, device);
+    if (sweep.threads > 0 && (sweep.slices == 1 || problem.target_bytes == 0)) {
+      return HeadsUnits::kMatrix;
+    }
+  }
+  const bool large = problem.rows * problem.features * problem.element_bytes > kBytesForProducts;
+  return device.asked == HeadsUnits::kBest && halves && large && problem.columns >= kColumnsForProducts
+      ? HeadsUnits::kProducts
+      : HeadsUnits::kLanes;
+}
+
+// A sweep for up to kMaxSweepColumns columns, also where products are the better choice.
+inline Sweep plan_any_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
+  return choose_units(problem, device) == HeadsUnits::kMatrix ? plan_matrix_sweep(problem, device)
+                                                              : plan_sweep(problem, device);
 }
 
 // The form of heads_loss.
@@ -225,10 +358,10 @@ inline HeadsPlan plan_heads(const HeadsProblem& problem, const HeadsDevice& devi
   HeadsPlan plan{};
   plan.norm_blocks = problem.rows_to_count <= kMaxRowsCountedInPlace ? 0 : norm_blocks_for(problem.rows_to_count);
   plan.form = HeadsForm::kProducts;
-  if (problem.columns > kMaxSweepColumns) {
+  if (choose_units(problem, device) == HeadsUnits::kProducts) {
     return plan;
   }
-  plan.gradients = plan_sweep(problem, device);
+  plan.gradients = plan_any_sweep(problem, device);
   if (plan.gradients.slices == 1) {
     plan.form = HeadsForm::kOnePass;
   } else if (problem.element_bytes > 2) {

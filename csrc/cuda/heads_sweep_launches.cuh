@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "heads_matrix.cuh"
 #include "heads_stream.cuh"
 #include "heads_sweep.cuh"
 #include "heads_total.cuh"
@@ -97,6 +98,14 @@ void run_sweep(Stream& stream, const SweepArguments<T>& arguments) {
   const dim3 grid(
       static_cast<unsigned>(sweep.blocks), arguments.pass == Pass::kLogits ? 1 : static_cast<unsigned>(sweep.slices));
   const auto shared_bytes = static_cast<std::size_t>(sweep.shared_bytes);
+  if constexpr (sizeof(T) == 2) {
+    if (sweep.matrix_groups > 0) {
+      const auto kernel = sweep.matrix_groups == 1 ? heads_matrix_kernel<T, 1, kWithLoss>
+          : sweep.matrix_groups == 2               ? heads_matrix_kernel<T, 2, kWithLoss>
+                                                   : heads_matrix_kernel<T, 4, kWithLoss>;
+      return stream.start(kernel, grid, sweep.threads, shared_bytes, arguments);
+    }
+  }
   if constexpr (sizeof(typename Arithmetic<T>::type) < 8) {
     if (sweep.threads == 512) {
       return stream.start(heads_sweep_kernel<T, 512, kWithLoss>, grid, 512, shared_bytes, arguments);
@@ -129,7 +138,7 @@ void run_total(
 
 template <typename T, typename Allocate>
 void heads_logits(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
-  const Sweep plan = plan_sweep(logits_problem(problem_of(call)), stream.device);
+  const Sweep plan = plan_any_sweep(logits_problem(problem_of(call)), stream.device);
   auto sweep = logits_pass(sweep_arguments(Pass::kLogits, call, plan), plan);
   place_in_workspace(allocate, [&](Workspace& w) {
     sweep.z = plan.slices > 1 ? w.take<typename Arithmetic<T>::type>(call.rows * call.columns) : nullptr;
@@ -139,7 +148,7 @@ void heads_logits(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
 
 template <typename T, typename Allocate>
 void heads_gradients(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
-  auto sweep = sweep_arguments(Pass::kGradients, call, plan_sweep(problem_of(call), stream.device));
+  auto sweep = sweep_arguments(Pass::kGradients, call, plan_any_sweep(problem_of(call), stream.device));
   place_in_workspace(allocate, [&](Workspace& w) { sweep.partial = take_partial(w, sweep); });
   run_sweep<false>(stream, sweep);
   run_total<false>(stream, sweep, {});

@@ -39,6 +39,7 @@
 #include "cuda_types.h"
 #include "half_types.h"
 #include "machine.h"
+#include "matrix_units.h"
 
 // ---- The runtime
 // ------------------------------------------------------------------------------------------------------------

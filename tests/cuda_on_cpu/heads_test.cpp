@@ -17,6 +17,9 @@ using namespace heads_oracle;
 
 int failures = 0;
 
+// Of the devices that the cases run on. 0: they have no matrix units.
+int capability = 0;
+
 template <typename T>
 struct Run : Inputs<T> {
   using A = typename Arithmetic<T>::type;
@@ -30,7 +33,7 @@ struct Run : Inputs<T> {
   using Inputs<T>::grad_logits;
   using Inputs<T>::roundings;
 
-  explicit Run(const Case& c) : Inputs<T>(c) {}
+  explicit Run(const Case& of) : Inputs<T>(of) { c.device.capability = capability; }
 
   void report(bool good, const char* what) {
     if (!good) {
@@ -127,7 +130,8 @@ struct Run : Inputs<T> {
         const double dz = g(r, k);
         const int h = head_of[k];
         const auto add = [&](Sums& sums, int64_t i, double terms, double factor) {
-          sums.add(i, dz * factor, (roundings(terms) * std::fabs(dz) + error(r, k)) * std::fabs(factor));
+          const double of_dz = roundings(terms) + (capability > 0 ? kSplitting<T> : 0);
+          sums.add(i, dz * factor, (of_dz * std::fabs(dz) + error(r, k)) * std::fabs(factor));
         };
         const double s = c.heads[h].factor();
         for (int d = 0; d < c.features; ++d) {
@@ -759,8 +763,9 @@ void bad_target() {
 
 int main(int, char** argv) {
   const std::string what = argv[1];
-  what == "half"                    ? check_type<__half>()
-      : what == "bfloat16"          ? check_type<__nv_bfloat16>()
+  capability = what.find("matrix") == std::string::npos ? 0 : 90;
+  what == "half" || what == "matrix_half"             ? check_type<__half>()
+      : what == "bfloat16" || what == "matrix_bfloat16"         ? check_type<__nv_bfloat16>()
       : what == "float"             ? check_type<float>()
       : what == "double"            ? check_type<double>()
       : what == "races"             ? races()

@@ -355,8 +355,7 @@ CUDA_EMULATION_UNSEEN inline void sync_block(Site site) {
 }
 
 // Gives every lane of the mask what each of them sent; all ones, which is NaN, for the lanes outside. All warp
-// operations stand on it, also those still to be emulated: the fragments of a matrix product take a few exchanges. One
-// of them orders memory.
+// operations stand on it; a matrix product takes a few exchanges. One of them orders memory.
 CUDA_EMULATION_UNSEEN inline Lanes exchange(unsigned mask, uint64_t value, Site site, bool orders = false) {
   Thread& self = *this_thread;
   Thread* warp = self.warp;

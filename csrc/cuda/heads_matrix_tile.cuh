@@ -1,0 +1,311 @@
+// The products of a tile of rows on the matrix units, for half types:
+//
+//   z = x W^T,   dx = (g * factor) W,   dW^T = x^T g
+//
+// x and W lie in shared memory once, row after row, kMatrixPadding elements apart more than they are wide: so all
+// products' operands are read from there without two rows of a matrix in the same banks, transposed where needed. A
+// warp has its own part of the features in all three. It leaves dx in the place of its part of x, and from there
+// whole rows go to memory.
+//
+// g is computed in f32. It takes part as the sum of two numbers of type T, so that the gradients are those of an f32 g
+// up to 2^-17 of its numbers (bf16) or 2^-22 (f16). f16 has too small a range for it: its numbers are divided by a
+// power of two first, in dx one for each row, in dW one for each column.
+//
+// The products run over whole matrices. What is missing must be zero and not merely unused, as 0 * NaN is NaN: columns
+// after the last and rows after the last are read from a row of zeros.
+#pragma once
+
+#include "arithmetic.cuh"
+#include "heads_plan.h"
+#include "matrix_units.cuh"
+#include "warp.cuh"
+
+namespace grl_ext {
+
+// x = high + low, up to the rounding of `low`. An infinity or NaN is in `high` alone.
+template <typename T>
+__device__ void split(T& high, T& low, float x) {
+  high = Arithmetic<T>::narrow(x);
+  const float rest = x - Arithmetic<T>::widen(high);
+  low = Arithmetic<T>::narrow(rest - rest == 0 ? rest : 0.0f);
+}
+
+// A power of two of the size of x, between 2^-100 and 2^100: x / unit is in [2^kBits, 2^(kBits + 1)) where x is not
+// outside that. 1 for an infinity or NaN.
+template <int kBits>
+__device__ float unit_of(float x) {
+  const auto exponent = static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127;
+  const int kept = exponent == 128 ? 0 : min(max(exponent - kBits, -100), 100);
+  return __uint_as_float(static_cast<uint32_t>(kept + 127) << 23);
+}
+
+__device__ inline float inverse_of_unit(float unit) {
+  return __uint_as_float((254u << 23) - __float_as_uint(unit));
+}
+
+// lane_id(), of which the compiler does not know that it is always the same: what follows from it is computed where it
+// is used, and not kept in registers over a whole sweep.
+__device__ inline int lane_id_again() {
+  int lane = lane_id();
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+
+// For 8 kGroups columns.
+template <typename T, int kGroups>
+class MatrixTile {
+ public:
+  static constexpr int kColumns = kMatrixColumns * kGroups;
+  static constexpr bool kHasUnits = std::is_same_v<T, __half>;
+
+  // Where things are in shared memory.
+  __device__ MatrixTile(const Sweep& sweep, char* shared)
+      : pitch_(sweep.pitch), weight_(reinterpret_cast<T*>(shared + sweep.weight_at)),
+        zeros_(reinterpret_cast<T*>(shared + sweep.zeros_at)), sums_(reinterpret_cast<float*>(shared + sweep.sums_at)),
+        g_(reinterpret_cast<T*>(shared + sweep.g_at)), scaled_(reinterpret_cast<T*>(shared + sweep.scaled_at)),
+        row_units_(reinterpret_cast<float*>(shared + sweep.row_units_at)) {}
+
+  // Before anything else is done with a slice: divides its features among the warps.
+  __device__ void begin_slice(int width) {
+    const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+    const int blocks = (width + kMatrixSide - 1) / kMatrixSide;
+    const int each = (blocks + warps - 1) / warps;
+    begin_ = min(warp_id() * each, blocks) * kMatrixSide;
+    end_ = min((warp_id() + 1) * each, blocks) * kMatrixSide;
+    splits_ = each == 0 ? 0 : (blocks + each - 1) / each;
+#pragma unroll
+    for (auto& block : dw_) {
+      for (auto& group : block) {
+        for (float& element : group) {
+          element = 0;
+        }
+      }
+    }
+  }
+
+  // The tile's logits, as a sum over each warp's features. `x` is the tile.
+  __device__ void multiply(const T* x, int columns) const {
+    if (begin_ >= end_) {
+      return;
+    }
+    constexpr int kLoads = kGroups == 1 ? 1 : kGroups / 2;
+    const int lane = lane_id_again();
+    const T* rows_at = x + lane % kMatrixSide * pitch_ + lane / kMatrixSide * 8 + begin_;
+    const T* weight_at[kLoads];
+    int step[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int column = i * kMatrixSide + (kGroups == 1 ? 0 : lane / kMatrixSide * 8) + lane % 8;
+      weight_at[i] = column < columns ? weight_ + column * pitch_ + lane / 8 % 2 * 8 + begin_ : zeros_;
+      step[i] = column < columns ? kMatrixSide : 0;
+    }
+    float z[kGroups][4] = {};
+#pragma unroll 4
+    for (int d = begin_; d < end_; d += kMatrixSide) {
+      uint32_t rows[4];
+      load_matrices<false>(rows, rows_at);
+      rows_at += kMatrixSide;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        uint32_t w[kGroups == 1 ? 2 : 4];
+        load_matrices<false>(w, weight_at[i]);
+        weight_at[i] += step[i];
+        multiply_matrices<T>(z[2 * i], rows, w[0], w[1]);
+        if constexpr (kGroups > 1) {
+          multiply_matrices<T>(z[2 * i + 1], rows, w[2], w[3]);
+        }
+      }
+    }
+    float* const to = sums_ + (warp_id() * kMatrixSide + lane / 4) * kSumsPitch + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      *reinterpret_cast<float2*>(to + j * 8) = make_float2(z[j][0], z[j][1]);
+      *reinterpret_cast<float2*>(to + j * 8 + 8 * kSumsPitch) = make_float2(z[j][2], z[j][3]);
+    }
+  }
+
+  __device__ float logit(int row, int column) const {
+    float sum = 0;
+    for (int split = 0; split < splits_; ++split) {
+      sum += sums_[(split * kMatrixSide + row) * kSumsPitch + column];
+    }
+    return sum;
+  }
+
+  // Keeps the gradient of a logit, for dW as it is over the column's unit, for dx with the head's factor. The whole
+  // warp calls it, row_lanes = kColumns lanes for each row.
+  __device__ void keep_gradient(int row, int column, float g, float scaled, float inverse_of_column_unit) const {
+    const int at = row * kGradientsPitch + column;
+    if constexpr (kHasUnits) {
+      g *= inverse_of_column_unit;
+      float largest = fabsf(scaled);
+#pragma unroll
+      for (int distance = 1; distance < kColumns; distance *= 2) {
+        largest = Maximum{}(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
+      }
+      const float unit = unit_of<14>(largest);
+      scaled *= inverse_of_unit(unit);
+      if (column == 0) {
+        row_units_[row] = unit;
+      }
+    }
+    split(g_[at], g_[at + kColumns], g);
+    split(scaled_[at], scaled_[at + kColumns], scaled);
+  }
+
+  // kExact: g is of type T anyway.
+  template <bool kExact>
+  __device__ void add_weight_gradient(const T* x, int rows) {
+    const int lane = lane_id_again();
+    uint32_t g[kGroups][4];  // of both parts, the higher first
+    const bool has_g = lane % kMatrixSide < rows;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      const T* const at = g_ + lane % kMatrixSide * kGradientsPitch + lane / kMatrixSide * kColumns + j * 8;
+      load_matrices<true>(g[j], has_g ? at : zeros_);
+    }
+    const int row = lane / kMatrixSide * 8 + lane % 8;
+    const T* at = row < rows ? x + row * pitch_ + lane / 8 % 2 * 8 + begin_ : zeros_;
+    const int step = row < rows ? kMatrixSide : 0;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      if (begin_ + i * kMatrixSide < end_) {
+        uint32_t features[4];
+        load_matrices<true>(features, at);
+        at += step;
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+          multiply_matrices<T>(dw_[i][j], features, g[j][0], g[j][1]);
+          if constexpr (!kExact) {
+            multiply_matrices<T>(dw_[i][j], features, g[j][2], g[j][3]);
+          }
+        }
+      }
+    }
+  }
+
+  // dx of the tile's rows, in the place of x, over the columns whose bit is set in `dx_columns`: not over those of a
+  // head with factor 0, whose weight may hold an infinity. After add_weight_gradient.
+  __device__ void multiply_back(T* x, unsigned dx_columns) const {
+    constexpr int kLoads = kGroups == 1 ? 1 : kGroups / 2;
+    const int lane = lane_id_again();
+    uint32_t scaled[kGroups][4];  // the higher parts of all columns, then the lower ones
+#pragma unroll
+    for (int s = 0; s < kGroups; ++s) {
+      load_matrices<false>(
+          scaled[s], scaled_ + lane % kMatrixSide * kGradientsPitch + s * kMatrixSide + lane / kMatrixSide * 8);
+    }
+    const T* weight_at[kLoads];
+    int step[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int column = kGroups == 1 ? lane % 8 : i * kMatrixSide + lane % kMatrixSide;
+      const int feature = begin_ + (kGroups == 1 ? lane / 8 % 2 * 8 : lane / kMatrixSide * 8);
+      const bool counts = dx_columns >> column & 1;
+      weight_at[i] = counts ? weight_ + column * pitch_ + feature : zeros_;
+      step[i] = counts ? kMatrixSide : 0;
+    }
+    float unit[2] = {1, 1};
+    if constexpr (kHasUnits) {
+      unit[0] = row_units_[lane / 4];
+      unit[1] = row_units_[lane / 4 + 8];
+    }
+    __syncwarp();  // all lanes have read their part of x
+    T* to = x + lane / 4 * pitch_ + lane % 4 * 2 + begin_;
+#pragma unroll 2
+    for (int d = begin_; d < end_; d += kMatrixSide) {
+      float dx[2][4] = {};  // of 8 features each
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        uint32_t w[kGroups == 1 ? 2 : 4];
+        load_matrices<true>(w, weight_at[i]);
+        weight_at[i] += step[i];
+        if constexpr (kGroups == 1) {  // both parts of 8 columns at once
+          multiply_matrices<T>(dx[0], scaled[0], w[0], w[0]);
+          multiply_matrices<T>(dx[1], scaled[0], w[1], w[1]);
+        } else {
+#pragma unroll
+          for (int part = 0; part < 2; ++part) {
+            multiply_matrices<T>(dx[0], scaled[part * kLoads + i], w[0], w[1]);
+            multiply_matrices<T>(dx[1], scaled[part * kLoads + i], w[2], w[3]);
+          }
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int down = 0; down < 2; ++down) {
+          const float first = dx[half][2 * down], second = dx[half][2 * down + 1];
+          *reinterpret_cast<uint32_t*>(to + 8 * half + 8 * down * pitch_) = kHasUnits
+              ? Arithmetic<T>::narrow_pair(first * unit[down], second * unit[down])
+              : Arithmetic<T>::narrow_pair(first, second);
+        }
+      }
+      to += kMatrixSide;
+    }
+    __syncwarp();
+  }
+
+  // Copies the warp's features of the tile's rows to memory, after multiply_back. `whole`: in pieces of 16 bytes.
+  __device__ void write_rows(T* dx, int64_t stride, const T* x, int rows, int width, bool whole) const {
+    const int features = min(end_, width) - begin_;
+    if (!whole) {
+      for (int r = 0; r < rows; ++r) {
+        for (int i = lane_id(); i < features; i += kWarpSize) {
+          dx[r * stride + begin_ + i] = x[r * pitch_ + begin_ + i];
+        }
+      }
+      return;
+    }
+    const int pieces = features / 8;
+    int lanes = kWarpSize;  // of a row: a power of two
+    while (lanes > 1 && lanes / 2 >= pieces) {
+      lanes /= 2;
+    }
+    const int first = lane_id() & (lanes - 1);
+    for (int r = lane_id() / lanes; r < rows; r += kWarpSize / lanes) {
+      for (int piece = first; piece < pieces; piece += lanes) {
+        *reinterpret_cast<uint4*>(dx + r * stride + begin_ + piece * 8) =
+            *reinterpret_cast<const uint4*>(x + r * pitch_ + begin_ + piece * 8);
+      }
+    }
+  }
+
+  // The block's part of the weights' gradient, for the columns whose bit is set. column_units: null without units.
+  __device__ void write_weight_gradient(
+      float* dw, int64_t stride, unsigned needed, int width, const float* column_units) const {
+    const int first = begin_ + lane_id() / 4;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int feature = first + i * kMatrixSide + e / 2 * 8;
+          const int column = j * 8 + lane_id() % 4 * 2 + e % 2;
+          if (begin_ + i * kMatrixSide < end_ && feature < width && (needed >> column & 1) != 0) {
+            dw[column * stride + feature] = kHasUnits ? dw_[i][j][e] * column_units[column] : dw_[i][j][e];
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kBlocks = kMatrixBlocks / kGroups;
+  static constexpr int kSumsPitch = matrix_sums_pitch(kGroups);
+  static constexpr int kGradientsPitch = matrix_gradients_pitch(kGroups);
+
+  int pitch_;
+  const T* weight_;
+  const T* zeros_;
+  float* sums_;
+  T* g_;
+  T* scaled_;
+  float* row_units_;
+  int begin_, end_;  // the warp's features
+  int splits_;  // warps that have features
+  float dw_[kBlocks][kGroups][4];
+};
+
+}  // namespace grl_ext
