@@ -56,20 +56,31 @@ template <typename T, int kGroups>
 class MatrixTile {
  public:
   static constexpr int kColumns = kMatrixColumns * kGroups;
+  static constexpr int kMaxThreads = 512;  // or two blocks of 256
+  static constexpr int kMinBlocks = 1;
+  static constexpr int kWidthMultiple = kMatrixSide;
   static constexpr bool kHasUnits = std::is_same_v<T, __half>;
+  static constexpr bool kCompiles = kHasMatrixUnits;
 
-  // Where things are in shared memory.
-  __device__ MatrixTile(const Sweep& sweep, char* shared)
-      : pitch_(sweep.pitch), weight_(reinterpret_cast<T*>(shared + sweep.weight_at)),
-        zeros_(reinterpret_cast<T*>(shared + sweep.zeros_at)), sums_(reinterpret_cast<float*>(shared + sweep.sums_at)),
-        g_(reinterpret_cast<T*>(shared + sweep.g_at)), scaled_(reinterpret_cast<T*>(shared + sweep.scaled_at)),
-        row_units_(reinterpret_cast<float*>(shared + sweep.row_units_at)) {}
+  __device__ MatrixTile(const Sweep& sweep, char* shared) : sweep_(sweep), shared_(shared) {
+    if (threadIdx.x < 16 / sizeof(T)) {
+      at<T>(sweep.zeros_at)[threadIdx.x] = Arithmetic<T>::narrow(0);
+    }
+  }
 
-  // Before anything else is done with a slice: divides its features among the warps.
+  __device__ static int warps() { return static_cast<int>(blockDim.x) / kWarpSize; }
+
+  // For the gradients of the lane's column, of which `usual` is a usual size; 0: they are of type T anyway.
+  __device__ void set_unit_of_column(float usual) const {
+    if (warp_id() == 0) {
+      at<float>(sweep_.column_units_at)[lane_id()] = usual == 0 ? 1.0f : unit_of<-4>(usual);
+    }
+  }
+
+  // Divides the features of a slice among the warps.
   __device__ void begin_slice(int width) {
-    const int warps = static_cast<int>(blockDim.x) / kWarpSize;
     const int blocks = (width + kMatrixSide - 1) / kMatrixSide;
-    const int each = (blocks + warps - 1) / warps;
+    const int each = (blocks + warps() - 1) / warps();
     begin_ = min(warp_id() * each, blocks) * kMatrixSide;
     end_ = min((warp_id() + 1) * each, blocks) * kMatrixSide;
     splits_ = each == 0 ? 0 : (blocks + each - 1) / each;
@@ -84,19 +95,19 @@ class MatrixTile {
   }
 
   // The tile's logits, as a sum over each warp's features. `x` is the tile.
-  __device__ void multiply(const T* x, int columns) const {
+  __device__ void multiply(const T* x, int, int columns, int) const {
     if (begin_ >= end_) {
       return;
     }
-    constexpr int kLoads = kGroups == 1 ? 1 : kGroups / 2;
     const int lane = lane_id_again();
-    const T* rows_at = x + lane % kMatrixSide * pitch_ + lane / kMatrixSide * 8 + begin_;
+    const T* rows_at = x + lane % kMatrixSide * sweep_.pitch + lane / kMatrixSide * 8 + begin_;
     const T* weight_at[kLoads];
     int step[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int column = i * kMatrixSide + (kGroups == 1 ? 0 : lane / kMatrixSide * 8) + lane % 8;
-      weight_at[i] = column < columns ? weight_ + column * pitch_ + lane / 8 % 2 * 8 + begin_ : zeros_;
+      weight_at[i] = column < columns ? at<T>(sweep_.weight_at) + column * sweep_.pitch + lane / 8 % 2 * 8 + begin_
+                                      : at<T>(sweep_.zeros_at);
       step[i] = column < columns ? kMatrixSide : 0;
     }
     float z[kGroups][4] = {};
@@ -116,7 +127,7 @@ class MatrixTile {
         }
       }
     }
-    float* const to = sums_ + (warp_id() * kMatrixSide + lane / 4) * kSumsPitch + lane % 4 * 2;
+    float* const to = at<float>(sweep_.sums_at) + (warp_id() * kMatrixSide + lane / 4) * kSumsPitch + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
       *reinterpret_cast<float2*>(to + j * 8) = make_float2(z[j][0], z[j][1]);
@@ -127,17 +138,17 @@ class MatrixTile {
   __device__ float logit(int row, int column) const {
     float sum = 0;
     for (int split = 0; split < splits_; ++split) {
-      sum += sums_[(split * kMatrixSide + row) * kSumsPitch + column];
+      sum += at<float>(sweep_.sums_at)[(split * kMatrixSide + row) * kSumsPitch + column];
     }
     return sum;
   }
 
-  // Keeps the gradient of a logit, for dW as it is over the column's unit, for dx with the head's factor. The whole
-  // warp calls it, row_lanes = kColumns lanes for each row.
-  __device__ void keep_gradient(int row, int column, float g, float scaled, float inverse_of_column_unit) const {
-    const int at = row * kGradientsPitch + column;
+  // Keeps the gradient of a logit: for dW over the column's unit, for dx times the head's factor. The whole warp calls
+  // it, with kColumns lanes for each row.
+  __device__ void keep_gradient(int row, int column, float dz, float factor) const {
+    float scaled = factor == 0 ? 0.0f : dz * factor;  // a column that is left out of dx may have NaN
     if constexpr (kHasUnits) {
-      g *= inverse_of_column_unit;
+      dz *= inverse_of_unit(at<float>(sweep_.column_units_at)[column]);
       float largest = fabsf(scaled);
 #pragma unroll
       for (int distance = 1; distance < kColumns; distance *= 2) {
@@ -146,11 +157,61 @@ class MatrixTile {
       const float unit = unit_of<14>(largest);
       scaled *= inverse_of_unit(unit);
       if (column == 0) {
-        row_units_[row] = unit;
+        at<float>(sweep_.row_units_at)[row] = unit;
       }
     }
-    split(g_[at], g_[at + kColumns], g);
-    split(scaled_[at], scaled_[at + kColumns], scaled);
+    const int of_column = row * kGradientsPitch + column;
+    split(at<T>(sweep_.g_at)[of_column], at<T>(sweep_.g_at)[of_column + kColumns], dz);
+    split(at<T>(sweep_.scaled_at)[of_column], at<T>(sweep_.scaled_at)[of_column + kColumns], scaled);
+  }
+
+  // dx of the tile's rows, over the columns whose bit is set in `dx_columns`: not over those of a head with factor 0,
+  // whose weight may hold an infinity. And the rows' part of dW. Without a loss the gradients of the logits are of type
+  // T anyway.
+  template <bool kWithLoss>
+  __device__ void gradients(
+      T* dx, int stride, unsigned dx_columns, unsigned weight_columns, T* x, int rows, int, int width) {
+    if (weight_columns != 0) {
+      add_weight_gradient<!kWithLoss>(x, rows);
+    }
+    if (dx) {
+      __syncwarp();  // all lanes have read their part of x
+      multiply_back(x, dx_columns);
+      __syncwarp();
+      write_rows(dx, stride, x, rows, width, stride % 8 == 0 && reinterpret_cast<uintptr_t>(dx) % 16 == 0);
+      zero_end(x, width);
+    }
+  }
+
+  // The block's part of the weights' gradient.
+  __device__ void write_weight_gradient(float* dw, int stride, unsigned weight_columns, int, int width) const {
+    const int first = begin_ + lane_id() / 4;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int feature = first + i * kMatrixSide + e / 2 * 8;
+          const int column = j * 8 + lane_id() % 4 * 2 + e % 2;
+          if (begin_ + i * kMatrixSide < end_ && feature < width && (weight_columns >> column & 1) != 0) {
+            const float unit = kHasUnits ? at<float>(sweep_.column_units_at)[column] : 1.0f;
+            dw[int64_t{column} * stride + feature] = dw_[i][j][e] * unit;
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kBlocks = kMatrixBlocks / kGroups;
+  static constexpr int kSumsPitch = matrix_sums_pitch(kGroups);
+  static constexpr int kGradientsPitch = matrix_gradients_pitch(kGroups);
+  static constexpr int kLoads = kGroups == 1 ? 1 : kGroups / 2;  // of the weight, for one block of features
+
+  template <typename U>
+  __device__ U* at(int offset) const {
+    return reinterpret_cast<U*>(shared_ + offset);
   }
 
   // kExact: g is of type T anyway.
@@ -161,18 +222,18 @@ class MatrixTile {
     const bool has_g = lane % kMatrixSide < rows;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      const T* const at = g_ + lane % kMatrixSide * kGradientsPitch + lane / kMatrixSide * kColumns + j * 8;
-      load_matrices<true>(g[j], has_g ? at : zeros_);
+      const int own = lane % kMatrixSide * kGradientsPitch + lane / kMatrixSide * kColumns + j * 8;
+      load_matrices<true>(g[j], has_g ? at<T>(sweep_.g_at) + own : at<T>(sweep_.zeros_at));
     }
     const int row = lane / kMatrixSide * 8 + lane % 8;
-    const T* at = row < rows ? x + row * pitch_ + lane / 8 % 2 * 8 + begin_ : zeros_;
+    const T* from = row < rows ? x + row * sweep_.pitch + lane / 8 % 2 * 8 + begin_ : at<T>(sweep_.zeros_at);
     const int step = row < rows ? kMatrixSide : 0;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       if (begin_ + i * kMatrixSide < end_) {
         uint32_t features[4];
-        load_matrices<true>(features, at);
-        at += step;
+        load_matrices<true>(features, from);
+        from += step;
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
           multiply_matrices<T>(dw_[i][j], features, g[j][0], g[j][1]);
@@ -184,16 +245,15 @@ class MatrixTile {
     }
   }
 
-  // dx of the tile's rows, in the place of x, over the columns whose bit is set in `dx_columns`: not over those of a
-  // head with factor 0, whose weight may hold an infinity. After add_weight_gradient.
+  // dx of the tile's rows, in the place of the warp's part of x.
   __device__ void multiply_back(T* x, unsigned dx_columns) const {
-    constexpr int kLoads = kGroups == 1 ? 1 : kGroups / 2;
     const int lane = lane_id_again();
     uint32_t scaled[kGroups][4];  // the higher parts of all columns, then the lower ones
 #pragma unroll
     for (int s = 0; s < kGroups; ++s) {
       load_matrices<false>(
-          scaled[s], scaled_ + lane % kMatrixSide * kGradientsPitch + s * kMatrixSide + lane / kMatrixSide * 8);
+          scaled[s],
+          at<T>(sweep_.scaled_at) + lane % kMatrixSide * kGradientsPitch + s * kMatrixSide + lane / kMatrixSide * 8);
     }
     const T* weight_at[kLoads];
     int step[kLoads];
@@ -202,16 +262,15 @@ class MatrixTile {
       const int column = kGroups == 1 ? lane % 8 : i * kMatrixSide + lane % kMatrixSide;
       const int feature = begin_ + (kGroups == 1 ? lane / 8 % 2 * 8 : lane / kMatrixSide * 8);
       const bool counts = dx_columns >> column & 1;
-      weight_at[i] = counts ? weight_ + column * pitch_ + feature : zeros_;
+      weight_at[i] = counts ? at<T>(sweep_.weight_at) + column * sweep_.pitch + feature : at<T>(sweep_.zeros_at);
       step[i] = counts ? kMatrixSide : 0;
     }
     float unit[2] = {1, 1};
     if constexpr (kHasUnits) {
-      unit[0] = row_units_[lane / 4];
-      unit[1] = row_units_[lane / 4 + 8];
+      unit[0] = at<float>(sweep_.row_units_at)[lane / 4];
+      unit[1] = at<float>(sweep_.row_units_at)[lane / 4 + 8];
     }
-    __syncwarp();  // all lanes have read their part of x
-    T* to = x + lane / 4 * pitch_ + lane % 4 * 2 + begin_;
+    T* to = x + lane / 4 * sweep_.pitch + lane % 4 * 2 + begin_;
 #pragma unroll 2
     for (int d = begin_; d < end_; d += kMatrixSide) {
       float dx[2][4] = {};  // of 8 features each
@@ -236,14 +295,13 @@ class MatrixTile {
 #pragma unroll
         for (int down = 0; down < 2; ++down) {
           const float first = dx[half][2 * down], second = dx[half][2 * down + 1];
-          *reinterpret_cast<uint32_t*>(to + 8 * half + 8 * down * pitch_) = kHasUnits
+          *reinterpret_cast<uint32_t*>(to + 8 * half + 8 * down * sweep_.pitch) = kHasUnits
               ? Arithmetic<T>::narrow_pair(first * unit[down], second * unit[down])
               : Arithmetic<T>::narrow_pair(first, second);
         }
       }
       to += kMatrixSide;
     }
-    __syncwarp();
   }
 
   // Copies the warp's features of the tile's rows to memory, after multiply_back. `whole`: in pieces of 16 bytes.
@@ -252,7 +310,7 @@ class MatrixTile {
     if (!whole) {
       for (int r = 0; r < rows; ++r) {
         for (int i = lane_id(); i < features; i += kWarpSize) {
-          dx[r * stride + begin_ + i] = x[r * pitch_ + begin_ + i];
+          dx[r * stride + begin_ + i] = x[r * sweep_.pitch + begin_ + i];
         }
       }
       return;
@@ -265,44 +323,23 @@ class MatrixTile {
     const int first = lane_id() & (lanes - 1);
     for (int r = lane_id() / lanes; r < rows; r += kWarpSize / lanes) {
       for (int piece = first; piece < pieces; piece += lanes) {
-        *reinterpret_cast<uint4*>(dx + r * stride + begin_ + piece * 8) =
-            *reinterpret_cast<const uint4*>(x + r * pitch_ + begin_ + piece * 8);
+        *reinterpret_cast<uint4*>(dx + r * stride + begin_ + piece * 8) = *reinterpret_cast<const uint4*>(
+            x + r * sweep_.pitch + begin_ + piece * 8);
       }
     }
   }
 
-  // The block's part of the weights' gradient, for the columns whose bit is set. column_units: null without units.
-  __device__ void write_weight_gradient(
-      float* dw, int64_t stride, unsigned needed, int width, const float* column_units) const {
-    const int first = begin_ + lane_id() / 4;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int feature = first + i * kMatrixSide + e / 2 * 8;
-          const int column = j * 8 + lane_id() % 4 * 2 + e % 2;
-          if (begin_ + i * kMatrixSide < end_ && feature < width && (needed >> column & 1) != 0) {
-            dw[column * stride + feature] = kHasUnits ? dw_[i][j][e] * column_units[column] : dw_[i][j][e];
-          }
-        }
+  // dx has overwritten the zeros after the rows' ends, and where g is infinite they are NaN now.
+  __device__ void zero_end(T* x, int width) const {
+    for (int i = width; i < end_; ++i) {
+      if (lane_id() < kMatrixSide) {
+        x[lane_id() * sweep_.pitch + i] = Arithmetic<T>::narrow(0);
       }
     }
   }
 
- private:
-  static constexpr int kBlocks = kMatrixBlocks / kGroups;
-  static constexpr int kSumsPitch = matrix_sums_pitch(kGroups);
-  static constexpr int kGradientsPitch = matrix_gradients_pitch(kGroups);
-
-  int pitch_;
-  const T* weight_;
-  const T* zeros_;
-  float* sums_;
-  T* g_;
-  T* scaled_;
-  float* row_units_;
+  const Sweep& sweep_;
+  char* shared_;
   int begin_, end_;  // the warp's features
   int splits_;  // warps that have features
   float dw_[kBlocks][kGroups][4];

@@ -105,6 +105,7 @@ struct Sweep {
   int scaled_at;
   int scaled_pitch;
   int row_units_at;
+  int column_units_at;
   int zeros_at;
   int shared_bytes;
 };
@@ -208,7 +209,8 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   }
   sweep.slices = static_cast<int>(std::max<int64_t>(1, divide_up(problem.features, std::max(1, sweep.slice_features))));
 
-  divide_rows(sweep, problem, int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1), device.sm_count);
+  divide_rows(
+      sweep, problem, int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1), device.sm_count);
   return sweep;
 }
 
@@ -244,6 +246,7 @@ inline void lay_out_matrix_tile(Sweep& sweep, const HeadsProblem& problem) {
   sweep.g_at = place(gradients);
   sweep.scaled_at = place(gradients);
   sweep.row_units_at = place(kMatrixSide * 4);
+  sweep.column_units_at = place(kMaxSweepColumns * 4);
   sweep.zeros_at = place(16);
   sweep.shared_bytes = static_cast<int>(end);
 }
@@ -263,6 +266,7 @@ inline Sweep plan_matrix_sweep(const HeadsProblem& problem, const HeadsDevice& d
   sweep.tile_rows = kMatrixSide;
   sweep.matrix_groups = problem.columns <= 8 ? 1 : problem.columns <= 16 ? 2 : 4;
   sweep.row_lanes = sweep.matrix_groups * kMatrixColumns;
+  sweep.rows_at_once = kMaxSweepColumns / sweep.row_lanes;
   int resident = 1;
   const auto fits = [&](int64_t slice_features) {
     return std::any_of(std::begin(shapes), std::end(shapes), [&](const Shape& shape) {
@@ -298,33 +302,35 @@ inline HeadsProblem logits_problem(HeadsProblem problem) {
   return problem;
 }
 
-// From compute capability 8.0 on there are the instructions that the matrix units' sweep is written in.
+// Compute capability 8.0 has the instructions that the matrix units' sweep is written in.
 constexpr int kMatrixCapability = 80;
 
-// Lanes compute many columns of half types more slowly than three passes over large features take, each of which leaves
-// little to do but for the memory.
+// From so many columns of half types on, over features of so many bytes, lanes take longer than three passes.
 constexpr int kColumnsForProducts = 8;
 constexpr int64_t kBytesForProducts = int64_t{32} << 20;
 
-// For a problem that one sweep solves. 
+// What computes the heads' products. No GPU has been asked yet; docs/design.md has the counts that this follows. f32 and
+// f64 stay on lanes. The matrix units take half types, but no loss of features that one slice does not hold: that would
+// read them twice.
 inline HeadsUnits choose_units(const HeadsProblem& problem, const HeadsDevice& device) {
   if (problem.columns > kMaxSweepColumns || device.asked == HeadsUnits::kProducts) {
     return HeadsUnits::kProducts;
   }
-  const bool halves = problem.element_bytes == 2;
-  if (halves && device.capability >= kMatrixCapability && device.asked != HeadsUnits::kLanes) {
+  if (problem.element_bytes > 2) {
+    return HeadsUnits::kLanes;
+  }
+  if (device.capability >= kMatrixCapability && device.asked != HeadsUnits::kLanes) {
     const Sweep sweep = plan_matrix_sweep(problem, device);
     if (sweep.threads > 0 && (sweep.slices == 1 || problem.target_bytes == 0)) {
       return HeadsUnits::kMatrix;
     }
   }
   const bool large = problem.rows * problem.features * problem.element_bytes > kBytesForProducts;
-  return device.asked == HeadsUnits::kBest && halves && large && problem.columns >= kColumnsForProducts
-      ? HeadsUnits::kProducts
-      : HeadsUnits::kLanes;
+  return large && problem.columns >= kColumnsForProducts && device.asked == HeadsUnits::kBest ? HeadsUnits::kProducts
+                                                                                              : HeadsUnits::kLanes;
 }
 
-// A sweep for up to kMaxSweepColumns columns, also where products are the better choice.
+// A sweep for up to kMaxSweepColumns columns, also where products would be chosen.
 inline Sweep plan_any_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
   return choose_units(problem, device) == HeadsUnits::kMatrix ? plan_matrix_sweep(problem, device)
                                                               : plan_sweep(problem, device);

@@ -2,8 +2,8 @@
 // the loss.
 #pragma once
 
-#include "heads_gradients.cuh"
-#include "heads_logits.cuh"
+#include "heads_lane_tile.cuh"
+#include "heads_matrix_tile.cuh"
 #include "launch.cuh"
 #include "row_loss.cuh"
 
@@ -89,27 +89,26 @@ __device__ Column<T> column_of_lane(const Heads<T>& heads, int columns, int row_
 
 // z = x W^T + b; g and the loss as in row_loss.cuh; dx = (g * factor) W; partial dW = g^T x and db = sum g over the
 // block's rows. Per row of D features and K columns, e bytes an element: D e bytes read, D e written; 2 D K operations
-// for the logits and 4 D K for the gradients. From shared memory about (1 + K / 4 + K / 8) + (3 K / 16) + (5 K / 16)
-// elements are loaded for each feature: it is the limit before the multiply-adds are. Launch: persistent blocks, each
+// for the logits and 4 D K for the gradients, by a Tile: LaneTile or MatrixTile. Launch: persistent blocks, each
 // with its range of rows; slices of the features along y, or one after the other within a block (kLogits: their sums
 // meet in z). Tiles arrive by asynchronous copies; where two fit, the next one during the arithmetic of this one.
 // kWithLoss is for the passes with a loss and for the pass that makes their logits. The others, without it, need fewer
 // registers.
-template <typename T, int kThreads, bool kWithLoss>
-__global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type) == 8 ? 1 : 512 / kThreads)
+template <typename T, typename Tile, bool kWithLoss>
+__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kMinBlocks)
     heads_sweep_kernel(const __grid_constant__ SweepArguments<T> in) {
   using A = typename Arithmetic<T>::type;
-  constexpr int kWarps = kThreads / kWarpSize;
+  if constexpr (!Tile::kCompiles) {
+    return;
+  }
   const Sweep& sweep = in.sweep;
-  const int pitch = sweep.slice_features;
+  const int warps = Tile::warps();
+  const int pitch = sweep.pitch;
   char* const shared = dynamic_shared_memory();
   T* const tiles = reinterpret_cast<T*>(shared);
   T* const weight = reinterpret_cast<T*>(shared + sweep.weight_at);
   char* const target_tiles = shared + sweep.targets_at;
-  A* const sums = reinterpret_cast<A*>(shared + sweep.sums_at);
   auto* const scratch = reinterpret_cast<double*>(shared + sweep.sums_at);
-  A* const g = reinterpret_cast<A*>(shared + sweep.g_at);
-  A* const scaled = reinterpret_cast<A*>(shared + sweep.scaled_at);
   __shared__ Column<T> columns[kMaxSweepColumns];
   __shared__ RowLoss<T> losses[kWithLoss ? kHeadsPerLaunch : 1];
   __shared__ double norms[kWithLoss ? kHeadsPerLaunch : 1];
@@ -122,7 +121,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
   const int64_t begin = blockIdx.x * sweep.rows_per_block;
   const int64_t end = min(begin + sweep.rows_per_block, in.rows);
 
-  const auto width_of = [&](int slice) { return min(pitch, in.features - slice * pitch); };
+  const auto width_of = [&](int slice) {
+    return min(sweep.slice_features, in.features - slice * sweep.slice_features);
+  };
   // Starts the copies of the tile at `row`: its rows, its targets and sample weights, and `weight_rows` of the weights.
   // A warp takes one of these after the other.
   const auto start_copies = [&](int slice, int stage, int64_t row, int weight_rows) {
@@ -132,13 +133,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
     T* const tile = tiles + stage * sweep.tile_rows * pitch;
     char* const targets = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
     const int row_bytes = width_of(slice) * int{sizeof(T)};
-    for (int i = warp_id(); i < before_weights + weight_rows; i += kWarps) {
+    for (int i = warp_id(); i < before_weights + weight_rows; i += warps) {
       const void* from;
       void* to;
       int bytes = row_bytes;
       if (i < x_rows) {
         to = tile + i * pitch;
-        from = in.x + (row + i) * in.features + slice * pitch;
+        from = in.x + (row + i) * in.features + slice * sweep.slice_features;
       } else if (i < before_weights) {
         const Head<T>& head = in.heads.head[(i - x_rows) / 2];
         const bool is_target = (i - x_rows) % 2 == 0;
@@ -152,12 +153,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         const int c = i - before_weights;
         const Head<T>& head = in.heads.head[in.heads.of_column(c)];
         to = weight + c * pitch;
-        from = head.weight + (c - head.begin) * int64_t{in.features} + slice * pitch;
+        from = head.weight + (c - head.begin) * int64_t{in.features} + slice * sweep.slice_features;
       }
       copy_to_shared(static_cast<char*>(to), static_cast<const char*>(from), bytes);
     }
     __pipeline_commit();  // these copies are one group
   };
+
+  Tile tile(sweep, shared);
 
   // The block's columns, norms and losses, which are read after the next barrier.
   const auto set_up = [&] {
@@ -172,19 +175,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         }
       }
     }
+    if constexpr (Tile::kHasUnits) {
+      __syncthreads();
+      // A gradient is its head's share times a number that is seldom much above 1.
+      tile.set_unit_of_column(has_loss ? losses[columns[lane_id()].head].share : A(0));
+    }
   };
 
-  WeightGradient<T> dw;
-  dw.needed = in.weight_columns;
   A db = 0;
   double loss = 0;
   bool targets_exist = true;
   const int ahead = sweep.stages - 1;  // tiles that are copied before the one that is computed with
   const int first_slice = static_cast<int>(blockIdx.y);
   for (int slice = first_slice; slice < sweep.slices; slice += static_cast<int>(gridDim.y)) {
-    const int first = slice * pitch;
+    const int first = slice * sweep.slice_features;
     const int width = width_of(slice);
-    const int pieces = (width + kPiece - 1) / kPiece;
     int stage = 0;
     int64_t row = begin - ahead * sweep.tile_rows;  // of the tile that is computed with
     for (bool is_first = true; row < end; row += sweep.tile_rows, is_first = false) {
@@ -193,12 +198,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
       start_copies(slice, stage, row + ahead * sweep.tile_rows, is_first && reads_weight ? in.columns : 0);
       stage ^= ahead;
       if (is_first) {
-        zero_row_ends(weight, pitch, in.columns, width);
-        zero_row_ends(tiles, pitch, sweep.stages * sweep.tile_rows, width);
+        zero_row_ends<Tile::kWidthMultiple>(weight, pitch, in.columns, width);
+        zero_row_ends<Tile::kWidthMultiple>(tiles, pitch, sweep.stages * sweep.tile_rows, width);
         if (slice == first_slice) {
           set_up();
         }
-        dw.clear();
+        tile.begin_slice(width);
       }
       if (row < begin) {
         continue;
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
 
       // 2. Wait for the tile to compute with: that before the latest where there are two stages.
       const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
-      const T* const x = tiles + stage * sweep.tile_rows * pitch;
+      T* const x = tiles + stage * sweep.tile_rows * pitch;
       const char* const targets = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
       if (ahead == 1) {
         __pipeline_wait_prior(1);  // all but the latest group of this thread; the barrier: of the others too
@@ -216,9 +221,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
       __syncthreads();
 
       // 3. The logits of the tile, as sums over parts of the features.
-      const LogitsTiles logits_tiles(rows, in.columns);
       if (multiplies) {
-        logits_tiles.multiply(sums, x, weight, pitch, pieces, in.columns);
+        tile.multiply(x, rows, in.columns, width);
         __syncthreads();
       }
 
@@ -228,14 +232,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
       const Column<T> column = columns[lane_id()];
       const int lane = lane_id() & (sweep.row_lanes - 1);
       const int row_of_lane = lane_id() * sweep.rows_at_once / kWarpSize;
-      for (int first_row = warp_id() * sweep.rows_at_once; first_row < rows; first_row += kWarps * sweep.rows_at_once) {
+      for (int first_row = warp_id() * sweep.rows_at_once; first_row < rows; first_row += warps * sweep.rows_at_once) {
         const int r = first_row + row_of_lane;
         const bool exists = column.exists && r < rows;
         const int64_t at = (row + r) * in.columns + lane;
         const int64_t in_head = (row + r) * (column.end_lane - column.first_lane);
         A z = 0;
         if (multiplies && exists) {
-          z = logits_tiles.sum_of_splits(sums, r, lane) + (slice == 0 ? column.bias : in.z[at]);
+          z = tile.logit(r, lane) + (slice == 0 ? column.bias : in.z[at]);
           if (in.z) {
             in.z[at] = z;
           }
@@ -265,27 +269,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
           dz = Arithmetic<T>::widen(column.grad_logits[in_head]);
         }
         db += dz;
-        g[r * sweep.row_lanes + lane] = dz;
-        scaled[lane * sweep.scaled_pitch + r] = dz * column.factor;
+        if (in.pass != Pass::kLogits) {
+          tile.keep_gradient(r, lane, dz, column.factor);
+        }
       }
       const unsigned of_first_row = ~0u >> (kWarpSize - sweep.row_lanes);
       const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.factor != 0) & of_first_row;
       __syncthreads();
 
       // 5. The gradients, while the tile is in shared memory.
-      if (in.dx) {
-        write_feature_gradient(
-            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, dx_columns, rows,
-            width, pieces_are_whole(in.dx, in.features));
-      }
-      if (in.weight_columns != 0) {
-        dw.add(g, sweep.row_lanes, x, pitch, in.columns, rows, width);
+      if (in.pass != Pass::kLogits) {
+        T* const dx = in.dx ? in.dx + row * in.features + first : nullptr;
+        tile.template gradients<kWithLoss>(dx, in.features, dx_columns, in.weight_columns, x, rows, in.columns, width);
       }
       __syncthreads();
     }
     if (in.weight_columns != 0) {
-      A* const out = in.partial + blockIdx.x * in.partial_stride + first;
-      dw.write(out, in.features, in.columns, width, pieces_are_whole(in.partial, in.features));
+      tile.write_weight_gradient(
+          in.partial + blockIdx.x * in.partial_stride + first, in.features, in.weight_columns, in.columns, width);
     }
   }
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "heads_matrix.cuh"
 #include "heads_stream.cuh"
 #include "heads_sweep.cuh"
 #include "heads_total.cuh"
@@ -98,20 +97,21 @@ void run_sweep(Stream& stream, const SweepArguments<T>& arguments) {
   const dim3 grid(
       static_cast<unsigned>(sweep.blocks), arguments.pass == Pass::kLogits ? 1 : static_cast<unsigned>(sweep.slices));
   const auto shared_bytes = static_cast<std::size_t>(sweep.shared_bytes);
+  const auto start = [&](auto kernel) { stream.start(kernel, grid, sweep.threads, shared_bytes, arguments); };
   if constexpr (sizeof(T) == 2) {
     if (sweep.matrix_groups > 0) {
-      const auto kernel = sweep.matrix_groups == 1 ? heads_matrix_kernel<T, 1, kWithLoss>
-          : sweep.matrix_groups == 2               ? heads_matrix_kernel<T, 2, kWithLoss>
-                                                   : heads_matrix_kernel<T, 4, kWithLoss>;
-      return stream.start(kernel, grid, sweep.threads, shared_bytes, arguments);
+      return start(
+          sweep.matrix_groups == 1       ? heads_sweep_kernel<T, MatrixTile<T, 1>, kWithLoss>
+              : sweep.matrix_groups == 2 ? heads_sweep_kernel<T, MatrixTile<T, 2>, kWithLoss>
+                                         : heads_sweep_kernel<T, MatrixTile<T, 4>, kWithLoss>);
     }
   }
   if constexpr (sizeof(typename Arithmetic<T>::type) < 8) {
     if (sweep.threads == 512) {
-      return stream.start(heads_sweep_kernel<T, 512, kWithLoss>, grid, 512, shared_bytes, arguments);
+      return start(heads_sweep_kernel<T, LaneTile<T, 512>, kWithLoss>);
     }
   }
-  stream.start(heads_sweep_kernel<T, 256, kWithLoss>, grid, 256, shared_bytes, arguments);
+  start(heads_sweep_kernel<T, LaneTile<T, 256>, kWithLoss>);
 }
 
 template <bool kWithLoss, typename T>

@@ -96,11 +96,11 @@ __device__ inline void copy_to_shared(char* to, const char* from, int bytes) {
   }
 }
 
-// Zeros the last piece of each row from the row's end on: the dot products run over whole pieces.
-template <typename T>
+// Zeros each row from its end on to a multiple of kMultiple: the products run over whole ones.
+template <int kMultiple, typename T>
 __device__ void zero_row_ends(T* base, int pitch, int rows, int width) {
   for (int r = static_cast<int>(threadIdx.x); r < rows; r += static_cast<int>(blockDim.x)) {
-    for (int i = width; i % kPiece != 0; ++i) {
+    for (int i = width; i % kMultiple != 0; ++i) {
       base[r * pitch + i] = Arithmetic<T>::narrow(0);
     }
   }

@@ -7,6 +7,7 @@
 #include "heads_oracle.h"
 
 #include <numeric>
+#include <string_view>
 
 #include "device_code.h"
 
@@ -520,6 +521,10 @@ void races_of() {
   const auto lists = option_heads();
   Run<T>({20, 100, lists[5], kOneSm}).check_sweeps();
   Run<T>({20, 100, lists[5], kTight}).check_sweeps();
+  if (capability > 0) {
+    Run<T>({20, 100, lists[6], kOneSm}).check_loss();  // 32 columns
+    Run<T>({37, 40, heads_of({3}), kHopper}).check_loss();
+  }
   Run<T>({20,
           1,
           {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
@@ -583,6 +588,54 @@ void plan() {
   expect_form(HeadsForm::kTwoPasses, 4096, 8192, 12, 4);
   expect_form(HeadsForm::kProducts, 4096, 8192, 12, 2);
   expect_form(HeadsForm::kProducts, 16384, 2048, 33, 4);
+
+  // What computes the products, by sizes, device and what was asked for.
+  const auto expect_units = [&](HeadsUnits units, int64_t rows, int features, int columns, int element, int device,
+                                HeadsUnits asked = HeadsUnits::kBest) {
+    const auto problem = problem_of_sizes(rows, features, columns, element, true);
+    expect(choose_units(problem, {132, 227 << 10, device, asked}) == units, "choice of units", problem);
+  };
+  expect_units(HeadsUnits::kMatrix, 65536, 1024, 4, 2, 90);
+  expect_units(HeadsUnits::kMatrix, 65536, 1024, 12, 2, 80);
+  expect_units(HeadsUnits::kMatrix, 65536, 1024, 32, 2, 90);
+  expect_units(HeadsUnits::kMatrix, 128, 256, 12, 2, 120);
+  expect_units(HeadsUnits::kProducts, 65536, 4096, 32, 2, 90);  // two slices
+  expect_units(HeadsUnits::kLanes, 65536, 1024, 4, 2, 75);
+  expect_units(HeadsUnits::kProducts, 65536, 1024, 12, 2, 75);
+  expect_units(HeadsUnits::kLanes, 4096, 1024, 12, 2, 75);  // the features stay in the cache
+  expect_units(HeadsUnits::kLanes, 65536, 1024, 12, 4, 90);
+  expect_units(HeadsUnits::kLanes, 65536, 1024, 12, 2, 90, HeadsUnits::kLanes);
+  expect_units(HeadsUnits::kProducts, 128, 256, 4, 4, 90, HeadsUnits::kProducts);
+  expect_units(HeadsUnits::kLanes, 65536, 1024, 4, 2, 75, HeadsUnits::kMatrix);
+
+  // Launches on the matrix units: those of the sweep for every size, and without slices where D is not above 1024.
+  for (const HeadsDevice& device : {hopper, ampere, ada}) {
+    for (const int64_t rows : {0, 1, 100, 100000, 1 << 24}) {
+      for (const int features : {0, 1, 64, 129, 1024, 2048, 16384, kMaxFeatures}) {
+        for (const int columns : {1, 8, 9, 12, 17, 32}) {
+          for (const bool weight_gradient : {false, true}) {
+            const auto problem = problem_of_sizes(rows, features, columns, 2, weight_gradient);
+            const Sweep s = plan_matrix_sweep(problem, device);
+            expect(s.threads > 0 && s.shared_bytes + kStaticBytes <= device.shared_bytes, "shared memory", problem);
+            expect(
+                s.blocks * s.rows_per_block >= rows && (s.blocks - 1) * s.rows_per_block < std::max<int64_t>(1, rows),
+                "rows", problem);
+            expect(
+                int64_t{s.slices} * s.slice_features >= features &&
+                    (s.slices - 1) * int64_t{s.slice_features} < std::max(1, features),
+                "features", problem);
+            expect(s.slices <= kMaxGridY, "as many slices as a grid has", problem);
+            expect(s.pitch * 2 / 16 % 2 == 1, "rows of a matrix in different banks", problem);
+            const int64_t each = divide_up(s.slice_features / kMatrixSide, s.threads / 32);
+            expect(
+                !weight_gradient || each * s.matrix_groups <= kMatrixBlocks, "blocks of the weight's gradient",
+                problem);
+            expect(features > 1024 || device.shared_bytes < 227 << 10 || s.slices == 1, "one slice", problem);
+          }
+        }
+      }
+    }
+  }
 }
 
 // Every launch of the operators over a grid of sizes is one that the device takes. Nothing is run. Each operator meets
@@ -640,7 +693,8 @@ void judge(const HeadsDevice& device) {
 
 void launches() {
   const HeadsDevice devices[] = {{132, 227 << 10}, {108, 163 << 10}, {128, 99 << 10}};  // H100, A100, L4 and RTX 4090
-  for (const HeadsDevice& device : devices) {
+  for (HeadsDevice device : devices) {
+    device.capability = capability;
     judge<__half>(device);
     judge<float>(device);
     judge<double>(device);
@@ -762,15 +816,21 @@ void bad_target() {
 }  // namespace
 
 int main(int, char** argv) {
-  const std::string what = argv[1];
-  capability = what.find("matrix") == std::string::npos ? 0 : 90;
-  what == "half" || what == "matrix_half"             ? check_type<__half>()
-      : what == "bfloat16" || what == "matrix_bfloat16"         ? check_type<__nv_bfloat16>()
+  std::string what = argv[1];
+  constexpr std::string_view kOnMatrixUnits = "_on_matrix_units";
+  if (what.size() > kOnMatrixUnits.size() &&
+      what.compare(what.size() - kOnMatrixUnits.size(), kOnMatrixUnits.size(), kOnMatrixUnits) == 0) {
+    what.resize(what.size() - kOnMatrixUnits.size());
+    capability = kMatrixCapability;
+  }
+  what == "half"                    ? check_type<__half>()
+      : what == "bfloat16"          ? check_type<__nv_bfloat16>()
       : what == "float"             ? check_type<float>()
       : what == "double"            ? check_type<double>()
       : what == "races"             ? races()
       : what == "races_of_double"   ? races_of<double>()
       : what == "races_of_bfloat16" ? races_of<__nv_bfloat16>()
+      : what == "races_of_half"     ? races_of<__half>()
       : what == "plan"              ? plan()
       : what == "launches"          ? launches()
       : what == "small"             ? small_steps()
