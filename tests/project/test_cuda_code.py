@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,6 +186,53 @@ def test_the_sweep_starts_its_copies_in_one_place(compiled_code, source, arch):
     for name, kernel in sweeps.items():
         copies = sum(line.startswith("cp.async.c") for line in kernel.body)
         assert 3 <= copies <= 10, f"{name}: {copies} asynchronous copies"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", ["heads_loss.cu", "linear_heads.cu"])
+def test_the_matrix_units_get_their_operands_in_few_instructions(compiled_code, source, arch):
+    """For 16 rows and 16 features: each operand is loaded once, and little else is done for a product. The matrix
+    instructions are those of the columns padded to 8, 16 or 32, twice where a gradient takes part in two pieces."""
+    kernels, _ = compiled_code(source, arch)
+    found = {name: kernel for name, kernel in kernels.items() if "MatrixTile" in name}
+    assert len(found) == len(GROUPS) * HALF_TYPES
+    for name, kernel in found.items():
+        groups = int(re.search(r"MatrixTileI\w+?Li(\d)E", name)[1])
+        loads = max(1, groups // 2)  # of the weight: two groups of 8 columns at a time
+        logits, back = products_of(kernel.body)
+        assert logits and back, name
+        for loop in logits:
+            blocks = loop["ldmatrix"] // (1 + loads)
+            assert loop["mma"] == blocks * groups and loop["ldmatrix"] == blocks * (1 + loads), (name, loop)
+            assert loop.total() <= blocks * INSTRUCTIONS_OF_LOGITS[groups], (name, loop)
+        for loop in back:
+            blocks = loop["ldmatrix"] // loads
+            assert loop["mma"] == blocks * 2 * groups and loop["st"] == blocks * 4, (name, loop)
+            assert loop.total() <= blocks * INSTRUCTIONS_OF_DX[groups], (name, loop)
+        # dW is not in a loop: its numbers stay in registers.
+        in_loops = sum(loop["mma"] for loop in (*logits, *back))
+        pieces = 2 if source == "heads_loss.cu" else 1
+        assert sum("mma.sync" in line for line in kernel.body) - in_loops == MATRIX_BLOCKS * pieces, name
+
+
+def products_of(body: list[str]) -> tuple[list[Counter], list[Counter]]:
+    """The instructions of the loops that make logits and of those that make dx, which are stored."""
+    loops = [Counter(opcode_of(line) for line in loop) for loop in loops_of(body)]
+    loops = [Counter({name: n for name, n in loop.items() if name}) for loop in loops if loop["mma"]]
+    return [loop for loop in loops if not loop["st"]], [loop for loop in loops if loop["st"]]
+
+
+def opcode_of(line: str) -> str:
+    """The first word of an instruction; nothing for a label or a declaration."""
+    match = re.match(r"(?:@!?%\w+ +)?([a-z]\w*)\b(?!:)", line)
+    return match[1] if match else ""
+
+
+GROUPS = (1, 2, 4)  # of 8 columns
+HALF_TYPES = 2
+MATRIX_BLOCKS = 16  # of 16 features and 8 columns, whose sums a warp has in registers
+INSTRUCTIONS_OF_LOGITS = {1: 9, 2: 11, 4: 15}  # in PTX
+INSTRUCTIONS_OF_DX = {1: 34, 2: 36, 4: 44}
 
 
 FORMS = 5  # of the factor: a value, a float or a double on the device, a tensor with 32- or 64-bit indices
