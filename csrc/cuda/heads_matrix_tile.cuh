@@ -2,10 +2,9 @@
 //
 //   z = x W^T,   dx = (g * factor) W,   dW^T = x^T g
 //
-// x and W lie in shared memory once, row after row, kMatrixPadding elements apart more than they are wide: so all
-// products' operands are read from there without two rows of a matrix in the same banks, transposed where needed. A
-// warp has its own part of the features in all three. It leaves dx in the place of its part of x, and from there
-// whole rows go to memory.
+// x and W lie in shared memory once. All products read their operands from there, transposed where needed; the rows'
+// pitch keeps two rows of a matrix out of the same banks. A warp has its own part of the features in all three products.
+// It leaves dx in the place of its part of x, and from there it goes to memory in pieces of 16 bytes.
 //
 // g is computed in f32. It takes part as the sum of two numbers of type T, so that the gradients are those of an f32 g
 // up to 2^-17 of its numbers (bf16) or 2^-22 (f16). f16 has too small a range for it: its numbers are divided by a
@@ -316,13 +315,13 @@ class MatrixTile {
       return;
     }
     const int pieces = features / 8;
-    int lanes = kWarpSize;  // of a row: a power of two
-    while (lanes > 1 && lanes / 2 >= pieces) {
-      lanes /= 2;
+    int doublings = 5;  // of the lanes of a row, which are enough for its pieces or a warp
+    while (doublings > 0 && 1 << (doublings - 1) >= pieces) {
+      --doublings;
     }
-    const int first = lane_id() & (lanes - 1);
-    for (int r = lane_id() / lanes; r < rows; r += kWarpSize / lanes) {
-      for (int piece = first; piece < pieces; piece += lanes) {
+    const int lanes = 1 << doublings;
+    for (int r = lane_id() >> doublings; r < rows; r += kWarpSize >> doublings) {
+      for (int piece = lane_id() & (lanes - 1); piece < pieces; piece += lanes) {
         *reinterpret_cast<uint4*>(dx + r * stride + begin_ + piece * 8) = *reinterpret_cast<const uint4*>(
             x + r * sweep_.pitch + begin_ + piece * 8);
       }

@@ -1,6 +1,5 @@
-// _heads_logits and _heads_gradients on CUDA: by the sweep, or by matrix products where choose_units
-// says so. Everything
-// is enqueued on the current stream, and the host never waits, so that it can be captured in a CUDA graph.
+// _heads_logits and _heads_gradients on CUDA: by the sweep, or by matrix products where choose_units says so.
+// Everything is enqueued on the current stream, and the host never waits, so that it can be captured in a CUDA graph.
 #include <torch/library.h>
 
 #include "heads_products.h"
