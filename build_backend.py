@@ -120,6 +120,18 @@ def nvcc_version(home: Path) -> str:
     return re.search(r"release (\d+\.\d+)", said)[1]
 
 
+# Code for a GPU runs on later ones of its generation: 8.6 on Ada, which is 8.9, and 12.0 on all of the RTX 50.
+CUDA_ARCHS = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
+
+
+def default_archs(home: Path) -> str:
+    """Those of CUDA_ARCHS that the toolkit compiles for. The newest is PTX too, which newer GPUs compile when it is
+    loaded."""
+    said = subprocess.check_output([home / "bin" / "nvcc", "--list-gpu-arch"], text=True)
+    known = [arch for arch in CUDA_ARCHS if f"compute_{arch.replace('.', '')}" in said.split()]
+    return ";".join(known) + "+PTX"
+
+
 def find_toolkit(torch: Torch) -> tuple[Path | None, str]:
     """A toolkit of torch's major version of CUDA, or None and what stands in the way, with its remedy."""
     if torch.cuda is None:

@@ -4,15 +4,13 @@ TORCH_CUDA_ARCH_LIST           GPU architectures, as for any PyTorch extension; 
 """
 
 import os
+import re
 import sys
 from glob import glob
 
 from setuptools import setup
 
 import build_backend
-
-# 8.0 code runs on every 8.x GPU, 9.0 is Hopper's own, and newer GPUs compile the PTX when it is loaded.
-DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 
 
 def extension(plan: build_backend.Plan) -> dict:
@@ -24,6 +22,7 @@ def extension(plan: build_backend.Plan) -> dict:
     if plan.toolkit:
         os.environ["CUDA_HOME"] = str(plan.toolkit)  # cpp_extension looks at it when it is imported
     import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     # grl_ext/_backend.py loads the one for the torch that is running.
@@ -37,16 +36,19 @@ def extension(plan: build_backend.Plan) -> dict:
     if sys.platform == "linux":
         flags.append("-fopenmp")  # at::parallel_for is inline: without this flag it runs on one thread
     if plan.toolkit:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build_backend.default_archs(plan.toolkit))
         nvcc = build_backend.nvcc_version(plan.toolkit)
         build_backend.say(
             f"CPU and CUDA kernels ({archs}) for torch {plan.torch.version}, with nvcc {nvcc} in {plan.toolkit}"
         )
+        # nvcc's names for that code, by which an operation asks whether there is any for the GPU it is on.
+        flags_of_archs = " ".join(cpp_extension._get_cuda_arch_flags())
+        code = '-DGRL_EXT_CUDA_CODE="{}"'.format(",".join(re.findall(r"code=((?:sm|compute)_\w+)", flags_of_archs)))
         module = CUDAExtension(
             name,
             sources + sorted(glob("csrc/cuda/*.cu")),
             extra_compile_args={
-                "cxx": [*flags, "-DGRL_EXT_WITH_CUDA", f'-DGRL_EXT_CUDA_ARCHS="{archs}"'],
+                "cxx": [*flags, "-DGRL_EXT_WITH_CUDA", f'-DGRL_EXT_CUDA_ARCHS="{archs}"', code],
                 "nvcc": ["-O3", *(f"-Xcompiler={flag}" for flag in here)],
             },
         )

@@ -255,6 +255,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("hidden_layers", torch::wrap_pybind_function(hidden_layers_eager));
   m.def("heads_loss", torch::wrap_pybind_function(heads_loss_eager));
   m.def("build_info", build_info);
+  m.def("serves_gpu", serves_gpu);
 }
 
 }  // namespace grl_ext

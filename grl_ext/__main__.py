@@ -13,6 +13,21 @@ def _compiler(version: str) -> str:
     return f"GCC {version}" if version[:1].isdigit() else version
 
 
+def _gpus() -> list[str]:
+    """A GPU of each compute capability here: "cuda" where all are the same."""
+    first = {torch.cuda.get_device_capability(i): f"cuda:{i}" for i in reversed(range(torch.cuda.device_count()))}
+    return ["cuda"] if len(first) == 1 else sorted(first.values())
+
+
+def _why_not(device: str, name: str, info: dict | None) -> str:
+    if info is None:
+        return "nothing compiled"
+    if device not in _backend.kernel_devices:
+        return "nothing compiled for it"
+    major, minor = torch.cuda.get_device_capability(name)
+    return f"nothing compiled for its compute capability, {major}.{minor}"
+
+
 def main() -> None:
     info = _backend.C.build_info() if _backend.C else None
     untested = ""
@@ -30,20 +45,17 @@ def main() -> None:
         print(f"CPU kernels:   {info['cpu_isa']} ({isa}), {threads} thread{'s' if threads > 1 else ''}")
         print(f"CUDA kernels:  {info['cuda_archs'] or 'no'}")
 
-    devices = (
-        ["cpu"]
-        + (["cuda"] if torch.cuda.is_available() else [])
-        + (["mps"] if torch.backends.mps.is_available() else [])
-    )
-    for device in devices:
-        compiled = device in _backend.kernel_devices
-        why = "" if compiled else f" ({'nothing compiled for it' if info else 'nothing compiled'})"
+    devices = ["cpu", *_gpus()] + (["mps"] if torch.backends.mps.is_available() else [])
+    for name in devices:
+        device = torch.device(name).type
+        compiled = _backend.has_kernels(torch.device(name))
+        why = "" if compiled else f" ({_why_not(device, name, info)})"
         scale = "fused scale backward" + (", in place where unshared" if device == "cpu" else "")
         layer = f"view forward; {scale}" if compiled else "PyTorch operators" + why
         heads = "PyTorch operators" + why
         if compiled:
             heads = f"fused kernels up to {info[f'max_columns_{device}']} columns, matrix products beyond"
-        print(f"{device}:")
+        print(f"{name}:")
         print(f"  gradient_reversal                      {layer}")
         print(f"  grl_linear, linear_heads, heads_loss   {heads}")
     print("under torch.compile and torch.export: registered operators; under torch.func: PyTorch operators")

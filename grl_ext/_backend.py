@@ -56,3 +56,15 @@ C, why_not = _load()
 
 # The devices for which kernels are compiled.
 kernel_devices = () if C is None else ("cpu", "cuda") if C.build_info()["cuda_archs"] else ("cpu",)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels are compiled for this device: for a GPU, for its compute capability."""
+    if device.type not in kernel_devices:
+        return False
+    return device.type != "cuda" or C.serves_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+# As torch.compiler.assume_constant_result does, without its import of all of Dynamo: what a graph is traced for stays
+# what it runs on.
+has_kernels._dynamo_marked_constant = True

@@ -76,7 +76,7 @@ def of_heads(features: Tensor, others: Iterable[Tensor | None]) -> Path:
 
 def _has_operator(features: Tensor, others: Iterable[Tensor | None]) -> bool:
     """Whether a graph takes the heads' operators for these tensors."""
-    if not isinstance(features, Tensor) or features.device.type not in _backend.kernel_devices:
+    if not isinstance(features, Tensor) or not _backend.has_kernels(features.device):
         return False
     if not torch.compiler.is_compiling():
         return False  # torch.jit.trace knows no lists of optional tensors. The reversal stays an operator there.

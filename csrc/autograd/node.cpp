@@ -3,6 +3,15 @@
 #include <ATen/FuncTorchTLS.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#ifdef GRL_EXT_WITH_CUDA
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <atomic>
+
+#include "../cuda/device_code.h"
+#endif
+
 namespace grl_ext {
 namespace {
 
@@ -70,12 +79,34 @@ bool is_batched(const at::Tensor& tensor) {
   return tensor.key_set().has_any(c10::DispatchKeySet{c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
 }
 
-bool on_kernels_device(const at::Tensor& tensor) {
+bool serves_gpu(int index) {
 #ifdef GRL_EXT_WITH_CUDA
-  return tensor.is_cpu() || tensor.is_cuda();
+  // 0: not asked yet, 1: no, 2: yes. A GPU that is not there belongs to a graph that runs elsewhere.
+  static std::array<std::atomic<char>, 64> known{};
+  const bool is_kept = index >= 0 && index < static_cast<int>(known.size());
+  if (is_kept && known[index] != 0) {
+    return known[index] == 2;
+  }
+  int major = 0, minor = 0;
+  const bool exists = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess;
+  if (!exists) {
+    static_cast<void>(cudaGetLastError());  // or the next launch would report it
+    return true;
+  }
+  const bool serves = any_code_serves(GRL_EXT_CUDA_CODE, major, minor);
+  if (is_kept) {
+    known[index] = serves ? 2 : 1;
+  }
+  return serves;
 #else
-  return tensor.is_cpu();
+  static_cast<void>(index);
+  return false;
 #endif
+}
+
+bool on_kernels_device(const at::Tensor& tensor) {
+  return tensor.is_cpu() || (tensor.is_cuda() && serves_gpu(tensor.get_device()));
 }
 
 bool has_kernel(const at::Tensor& tensor) {

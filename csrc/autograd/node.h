@@ -155,6 +155,9 @@ bool is_plain(const at::Tensor& tensor);
 // Whether the tensor stands for a batch of tensors: under vmap, or where gradients are taken with is_grads_batched.
 bool is_batched(const at::Tensor& tensor);
 
+// Whether kernels were compiled for this GPU. Where not, operations are declined, and plain PyTorch takes them.
+bool serves_gpu(int index);
+
 bool on_kernels_device(const at::Tensor& tensor);
 
 // Whether the kernels take this tensor: a plain strided one, on a device and of a dtype that they were compiled for.

@@ -28,6 +28,12 @@ struct Arithmetic<__half> {
     memcpy(&pair, &bits, sizeof pair);
     return __half22float2(pair);
   }
+  __device__ static uint32_t narrow_pair(float x, float y) {
+    const __half2 pair = __floats2half2_rn(x, y);
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+  }
 };
 
 template <>
@@ -39,6 +45,12 @@ struct Arithmetic<__nv_bfloat16> {
   // instructions.
   __device__ static float2 widen_pair(uint32_t bits) {
     return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  }
+  __device__ static uint32_t narrow_pair(float x, float y) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
   }
 };
 

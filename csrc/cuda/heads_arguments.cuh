@@ -79,6 +79,15 @@ struct Heads {
   int count;
   int first;  // the index of head[0] among the heads of all launches
   Head<T> head[kHeadsPerLaunch];
+
+  // Which head has column c.
+  __device__ int of_column(int c) const {
+    int h = 0;
+    while (c >= head[h].end) {
+      ++h;
+    }
+    return h;
+  }
 };
 
 }  // namespace grl_ext

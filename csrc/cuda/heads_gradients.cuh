@@ -79,14 +79,14 @@ struct WeightGradient {
 
   // sum[c] += sum_r g[r][c] x[r]. For each r a thread loads a piece of x, another one in each lane, and a piece of g,
   // the same in nearly all lanes, for 16 multiply-adds.
-  __device__ void add(const A* g, const T* x, int pitch, int columns, int rows, int width) {
+  __device__ void add(const A* g, int g_pitch, const T* x, int pitch, int columns, int rows, int width) {
     for_each_tile(width, columns, [&](A(&tile)[kColumnGroup][kPiece], int column, int at) {
 #pragma unroll 4
       for (int r = 0; r < rows; ++r) {
         A xs[kPiece];
         A gs[kColumnGroup];
         load_piece(xs, x + r * pitch + at);
-        load_piece(gs, g + r * kMaxSweepColumns + column);
+        load_piece(gs, g + r * g_pitch + column);
 #pragma unroll
         for (int c = 0; c < kColumnGroup; ++c) {
 #pragma unroll

@@ -12,6 +12,8 @@ struct LogitsTiles {
   int tiles;
   int splits;
 
+  LogitsTiles() = default;
+
   __device__ LogitsTiles(int rows, int columns) {
     const int warps = static_cast<int>(blockDim.x) / kWarpSize;
     column_groups = (columns + kColumnGroup - 1) / kColumnGroup;

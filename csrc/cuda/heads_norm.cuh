@@ -22,30 +22,66 @@ struct Norms {
 __device__ inline void check_target(bool exists) {
   if (!exists) {
     __assert_fail("a target is neither a class of its head nor ignore_index", __FILE__, __LINE__, __func__);
+    __builtin_unreachable();
   }
 }
 
-// What a row adds to its head's norm.
+// How many rows a thread has in flight: it loads all their labels and weights, then adds them up.
+constexpr int kRowsInFlight = 8;
+
+// What rows first, first + step, ... before `end` add to the head's norm. Where each entry of a row has a weight, an
+// entry counts as a row. `exist` becomes false where a row has a class that does not exist. It is for the caller to
+// look at, after the loop: a call in the loop would end each group of loads.
 template <typename T>
-__device__ double weight_of_row(const Head<T>& head, int64_t row) {
-  if (head.of_entries) {
-    double sum = 0;
-    for (int64_t i = row * head.size(); i < (row + 1) * head.size(); ++i) {
-      sum += static_cast<double>(__ldg(head.sample_weight + i));
+__device__ double sum_of_rows(const Head<T>& head, int64_t first, int64_t end, int64_t step, bool& exist) {
+  using A = typename Arithmetic<T>::type;
+  const auto* const labels = head.kind == TargetKind::kClasses ? static_cast<const int64_t*>(head.target) : nullptr;
+  double sum = 0;
+  for (int64_t row = first; row < end; row += kRowsInFlight * step) {
+    const auto inside = [&](int k) { return row + k * step < end; };
+    const auto at = [&](int k) { return inside(k) ? row + k * step : row; };
+    A weight[kRowsInFlight];
+    A class_weight[kRowsInFlight];
+    int64_t label[kRowsInFlight];
+    bool counts[kRowsInFlight];
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      weight[k] = class_weight[k] = 1;
+      counts[k] = inside(k);
     }
-    return sum;
+    if (head.sample_weight) {
+#pragma unroll
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        weight[k] = __ldg(head.sample_weight + at(k));
+      }
+    }
+    if (labels) {
+#pragma unroll
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        label[k] = __ldg(labels + at(k));
+      }
+#pragma unroll
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        // & and |, because && and || are branches, each of which would wait for its label
+        counts[k] = counts[k] & (weight[k] != 0) & (label[k] != head.ignore_index);
+        const bool exists = static_cast<uint64_t>(label[k]) < static_cast<uint64_t>(head.classes());
+        exist &= exists | !counts[k];
+        label[k] = exists ? label[k] : 0;
+      }
+      if (head.class_weight) {
+#pragma unroll
+        for (int k = 0; k < kRowsInFlight; ++k) {
+          class_weight[k] = __ldg(head.class_weight + label[k]);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsInFlight; ++k) {
+      sum += counts[k] ? static_cast<double>(weight[k]) * static_cast<double>(class_weight[k]) : 0.0;
+    }
   }
-  const double weight = head.sample_weight ? static_cast<double>(__ldg(head.sample_weight + row)) : 1.0;
-  if (head.kind != TargetKind::kClasses) {
-    return weight * (head.kind == TargetKind::kProbabilities ? 1 : head.size());
-  }
-  const int64_t target = __ldg(static_cast<const int64_t*>(head.target) + row);
-  if (target == head.ignore_index || weight == 0) {
-    return 0;
-  }
-  const bool exists = target >= 0 && target < head.classes();
-  check_target(exists);
-  return head.class_weight && exists ? weight * static_cast<double>(__ldg(head.class_weight + target)) : weight;
+  const bool of_outputs = head.kind == TargetKind::kValues || head.kind == TargetKind::kIndicators;
+  return of_outputs && !head.of_entries ? sum * head.size() : sum;
 }
 
 // norms[h] = the sum over rows [begin, end), by the whole block. `scratch` holds a number for each thread. The block's
@@ -56,13 +92,14 @@ __device__ void add_rows(double* norms, double* scratch, const Heads<T>& heads, 
   const int threads = static_cast<int>(blockDim.x) / heads.count;
   const int head = static_cast<int>(threadIdx.x) / threads;
   double sum = 0;
+  bool exist = true;
   if (head < heads.count) {
     const Head<T>& mine = heads.head[head];
-#pragma unroll 4
-    for (int64_t row = begin + static_cast<int>(threadIdx.x) % threads; row < end; row += threads) {
-      sum += weight_of_row(mine, row);
-    }
+    const int64_t of_row = mine.weights_of_row();
+    sum = sum_of_rows(
+        mine, begin * of_row + static_cast<int>(threadIdx.x) % threads, end * of_row, int64_t{threads}, exist);
   }
+  check_target(exist);
   scratch[threadIdx.x] = sum;
   __syncthreads();
   for (int h = warp_id(); h < heads.count; h += static_cast<int>(blockDim.x) / kWarpSize) {

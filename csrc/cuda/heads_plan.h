@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 namespace grl_ext {
 
@@ -25,6 +26,15 @@ constexpr int kRowGroup = 8;
 // three tiles ptxas spills.
 constexpr int kTilesPerThread = 2;
 
+// The tile of the matrix units: their products take matrices of kMatrixSide x kMatrixSide, in columns
+// kMatrixSide x kMatrixColumns. A warp holds the weight's gradient of up to kMatrixBlocks such blocks of features and
+// columns, in 64 of its lanes' registers. Rows in shared memory are kMatrixPadding elements longer than they are wide,
+// an odd multiple of 16 bytes then: the eight rows of a matrix lie in different banks.
+constexpr int kMatrixSide = 16;
+constexpr int kMatrixColumns = 8;
+constexpr int kMatrixBlocks = 16;
+constexpr int kMatrixPadding = 8;
+
 // Features too wide for one block's memory are swept in slices, the blocks of a slice along the grid's second
 // dimension. A slice is a multiple of 32 features: whole sectors of 32 bytes for every type. The narrowest fits any
 // GPU, and more of them than the grid may have there cannot be launched.
@@ -36,9 +46,10 @@ constexpr int kMaxFeatures = kMaxGridY * kSliceMultiple;
 // which the fast products ask for.
 constexpr int kProductColumns = 8;
 
-// Up to this many targets, rows times heads, every block adds the rows' weights up itself. That costs less than the
-// launch of a kernel that does it once.
-constexpr int64_t kMaxRowsCountedInPlace = 16384;
+// Up to this many targets, rows times heads, every block adds the rows' weights up itself. A thread has eight in flight
+// (heads_norm.cuh), so that 8192 are four waits for the L2 cache, some 2 us; and the 264 blocks of an H100 read 17 MB
+// from it, some 3 us. The launch of a kernel that does it once takes as long. Counted, not measured.
+constexpr int64_t kMaxRowsCountedInPlace = 8192;
 
 constexpr int kNormThreads = 256;
 constexpr int kMaxNormBlocks = 128;
@@ -50,9 +61,14 @@ constexpr int kSmallBlocksPerSm = 8;  // of 256 threads (the three constants abo
 // dynamic part.
 constexpr int kStaticBytes = 4096;
 
+// What the heads' products run on: the lanes of a sweep, the matrix units of a sweep, or matrix products of their own.
+enum class HeadsUnits { kBest, kLanes, kMatrix, kProducts };
+
 struct HeadsDevice {
   int sm_count;
   int shared_bytes;  // that a block may ask for
+  int capability = 0;  // 80 for 8.0
+  HeadsUnits asked = HeadsUnits::kBest;  // where there is a choice
 };
 
 struct HeadsProblem {
@@ -75,6 +91,10 @@ struct Sweep {
   int slices;
   int blocks;
   int64_t rows_per_block;
+  int row_lanes;  // lanes of a warp that a row of the logits gets
+  int pitch;  // elements from one row of x or of the weight in shared memory to the next
+  int matrix_groups;  // of kMatrixColumns columns, on the matrix units: 1, 2 or 4; 0: on lanes
+  int rows_at_once;  // that a warp takes: 32 / row_lanes
 
   // Where things lie in shared memory, in bytes; the tiles of x come first.
   int weight_at;
@@ -84,6 +104,9 @@ struct Sweep {
   int g_at;
   int scaled_at;
   int scaled_pitch;
+  int row_units_at;
+  int column_units_at;
+  int zeros_at;
   int shared_bytes;
 };
 
@@ -93,6 +116,16 @@ constexpr int64_t divide_up(int64_t a, int64_t b) {
 
 constexpr int64_t round_up(int64_t a, int64_t multiple) {
   return divide_up(a, multiple) * multiple;
+}
+
+// A column has a lane, and a warp takes as many rows as that leaves room for: a row costs the same instructions whether
+// all lanes have a column or two. A power of two, and a whole kColumnGroup, which the gradients read.
+inline int lanes_of_row(int columns) {
+  int lanes = kColumnGroup;
+  while (lanes < columns && lanes < kMaxSweepColumns) {
+    lanes *= 2;
+  }
+  return lanes;
 }
 
 inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
@@ -109,10 +142,27 @@ inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   sweep.target_bytes = problem.target_bytes;
   sweep.targets_at = place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
   sweep.sums_at = place(8 * 32 * std::max<int64_t>(logits_tiles, sweep.threads / 32));
-  sweep.g_at = place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * kMaxSweepColumns);
+  sweep.g_at = place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * sweep.row_lanes);
   sweep.scaled_pitch = sweep.tile_rows + kPiece;  // kPiece: fewer bank conflicts of the lanes that write a row
-  sweep.scaled_at = place(int64_t{problem.arithmetic_bytes} * sweep.scaled_pitch * kMaxSweepColumns);
+  sweep.scaled_at = place(int64_t{problem.arithmetic_bytes} * sweep.scaled_pitch * sweep.row_lanes);
   sweep.shared_bytes = static_cast<int>(end);
+}
+
+// Divides the rows among as many blocks as run at a time (`resident`), if there is a row group for each. But every block
+// writes its partial sums of the weight's gradient, which are read once more. This traffic may be a quarter of that of
+// the features, which are read and written once; one block a multiprocessor is always allowed. A block takes one slice
+// of the features. For logits only it takes all slices, because the sums run through them.
+inline void divide_rows(Sweep& sweep, const HeadsProblem& problem, int64_t resident, int sm_count) {
+  const int64_t across = problem.logits_only ? resident : std::max<int64_t>(1, resident / sweep.slices);
+  const int group = sweep.matrix_groups > 0 ? kMatrixSide : kRowGroup;
+  int64_t blocks = std::min(divide_up(problem.rows, group), across);
+  if (problem.weight_gradient) {
+    const int64_t cheap = problem.rows * problem.element_bytes /
+        (4 * int64_t{problem.columns} * problem.arithmetic_bytes);
+    blocks = std::min(blocks, std::max<int64_t>(sm_count, cheap));
+  }
+  sweep.rows_per_block = divide_up(problem.rows, std::max<int64_t>(1, blocks));
+  sweep.blocks = problem.rows == 0 ? 0 : static_cast<int>(divide_up(problem.rows, sweep.rows_per_block));
 }
 
 // Large tiles divide the cost of reading W, and that of the phase row by row, among more rows. Two stages keep the
@@ -134,12 +184,14 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   };
 
   Sweep sweep{};
+  sweep.row_lanes = lanes_of_row(problem.columns);
+  sweep.rows_at_once = kMaxSweepColumns / sweep.row_lanes;
   const int64_t column_groups = divide_up(problem.columns, kColumnGroup);
   const auto fits = [&](const Shape& shape, int64_t slice_features) {
     sweep.threads = shape.threads;
     sweep.tile_rows = shape.tile_rows;
     sweep.stages = shape.stages;
-    sweep.slice_features = static_cast<int>(slice_features);
+    sweep.slice_features = sweep.pitch = static_cast<int>(slice_features);
     lay_out_shared_memory(sweep, problem);
     const int64_t tiles = slice_features / kPiece * column_groups;
     return sweep.shared_bytes <= shape.shared_bytes &&
@@ -157,20 +209,88 @@ inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) 
   }
   sweep.slices = static_cast<int>(std::max<int64_t>(1, divide_up(problem.features, std::max(1, sweep.slice_features))));
 
-  // As many blocks as run at a time, if there is a row group for each. But every block writes its partial sums of the
-  // weight's gradient, which are read once more. This traffic may be a quarter of that of the features, which are read
-  // and written once; one block a multiprocessor is always allowed. A block takes one slice of the features. For logits
-  // only it takes all slices, because the sums run through them.
-  const int64_t resident = int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1);
-  const int64_t across = problem.logits_only ? resident : std::max<int64_t>(1, resident / sweep.slices);
-  int64_t blocks = std::min(divide_up(problem.rows, kRowGroup), across);
-  if (problem.weight_gradient) {
-    const int64_t cheap = problem.rows * problem.element_bytes /
-        (4 * int64_t{problem.columns} * problem.arithmetic_bytes);
-    blocks = std::min(blocks, std::max<int64_t>(device.sm_count, cheap));
+  divide_rows(
+      sweep, problem, int64_t{device.sm_count} * (large == 512 && sweep.threads == 256 ? 2 : 1), device.sm_count);
+  return sweep;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// On the matrix units
+// ---------------------------------------------------------------------------------------------------------------------
+
+// In f32: an odd multiple of 8, so that the lanes of half a warp, four rows of four pairs, write to different banks.
+constexpr int matrix_sums_pitch(int groups) {
+  return (groups | 1) * kMatrixColumns;
+}
+
+// Both parts of each column's number, and the padding.
+constexpr int matrix_gradients_pitch(int groups) {
+  return 2 * groups * kMatrixColumns + kMatrixPadding;
+}
+
+inline void lay_out_matrix_tile(Sweep& sweep, const HeadsProblem& problem) {
+  int64_t end = 0;
+  const auto place = [&end](int64_t bytes) {
+    const int64_t at = end;
+    end = std::min<int64_t>(round_up(end + bytes, 16), INT32_MAX);
+    return static_cast<int>(at);
+  };
+  const int groups = sweep.matrix_groups;
+  const int64_t row_bytes = int64_t{sweep.pitch} * problem.element_bytes;
+  const int64_t gradients = int64_t{kMatrixSide} * matrix_gradients_pitch(groups) * problem.element_bytes;
+  place(sweep.stages * sweep.tile_rows * row_bytes);
+  sweep.weight_at = place(problem.columns * row_bytes);
+  sweep.target_bytes = problem.target_bytes;
+  sweep.targets_at = place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
+  sweep.sums_at = place(int64_t{sweep.threads} / 32 * kMatrixSide * matrix_sums_pitch(groups) * 4);
+  sweep.g_at = place(gradients);
+  sweep.scaled_at = place(gradients);
+  sweep.row_units_at = place(kMatrixSide * 4);
+  sweep.column_units_at = place(kMaxSweepColumns * 4);
+  sweep.zeros_at = place(16);
+  sweep.shared_bytes = static_cast<int>(end);
+}
+
+// The shapes are those of plan_sweep, with tiles of kMatrixSide rows. No blocks of threads: the device's shared memory
+// does not hold the narrowest slice.
+inline Sweep plan_matrix_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
+  constexpr int kReservedBytes = 1024;
+  const int whole = device.shared_bytes - kStaticBytes;
+  const int half = (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes - kStaticBytes;
+  struct Shape {
+    int threads, shared_bytes, stages;
+  };
+  const Shape shapes[] = {{256, half, 2}, {512, whole, 2}, {512, whole, 1}, {256, whole, 1}};
+
+  Sweep sweep{};
+  sweep.tile_rows = kMatrixSide;
+  sweep.matrix_groups = problem.columns <= 8 ? 1 : problem.columns <= 16 ? 2 : 4;
+  sweep.row_lanes = sweep.matrix_groups * kMatrixColumns;
+  sweep.rows_at_once = kMaxSweepColumns / sweep.row_lanes;
+  int resident = 1;
+  const auto fits = [&](int64_t slice_features) {
+    return std::any_of(std::begin(shapes), std::end(shapes), [&](const Shape& shape) {
+      sweep.threads = shape.threads;
+      sweep.stages = shape.stages;
+      sweep.slice_features = static_cast<int>(slice_features);
+      sweep.pitch = sweep.slice_features + kMatrixPadding;
+      lay_out_matrix_tile(sweep, problem);
+      resident = shape.shared_bytes == half ? 2 : 1;
+      const int64_t each = divide_up(slice_features / kMatrixSide, shape.threads / 32);  // blocks of a warp
+      return sweep.shared_bytes <= shape.shared_bytes &&
+          (!problem.weight_gradient || each * sweep.matrix_groups <= kMatrixBlocks);
+    });
+  };
+  sweep.slices = 1;
+  for (int64_t slice_features = round_up(problem.features, kMatrixSide); !fits(slice_features);) {
+    if (slice_features <= kSliceMultiple) {
+      return Sweep{};
+    }
+    ++sweep.slices;
+    slice_features = round_up(divide_up(problem.features, sweep.slices), kSliceMultiple);
   }
-  sweep.rows_per_block = divide_up(problem.rows, std::max<int64_t>(1, blocks));
-  sweep.blocks = problem.rows == 0 ? 0 : static_cast<int>(divide_up(problem.rows, sweep.rows_per_block));
+  sweep.slices = static_cast<int>(std::max<int64_t>(1, divide_up(problem.features, std::max(1, sweep.slice_features))));
+  divide_rows(sweep, problem, int64_t{device.sm_count} * resident, device.sm_count);
   return sweep;
 }
 
@@ -180,6 +300,40 @@ inline HeadsProblem logits_problem(HeadsProblem problem) {
   problem.weight_gradient = false;
   problem.logits_only = true;
   return problem;
+}
+
+// Compute capability 8.0 has the instructions that the matrix units' sweep is written in.
+constexpr int kMatrixCapability = 80;
+
+// From so many columns of half types on, over features of so many bytes, lanes take longer than three passes.
+constexpr int kColumnsForProducts = 8;
+constexpr int64_t kBytesForProducts = int64_t{32} << 20;
+
+// What computes the heads' products. No GPU has been asked yet; docs/design.md has the counts that this follows. f32 and
+// f64 stay on lanes. The matrix units take half types, but no loss of features that one slice does not hold: that would
+// read them twice.
+inline HeadsUnits choose_units(const HeadsProblem& problem, const HeadsDevice& device) {
+  if (problem.columns > kMaxSweepColumns || device.asked == HeadsUnits::kProducts) {
+    return HeadsUnits::kProducts;
+  }
+  if (problem.element_bytes > 2) {
+    return HeadsUnits::kLanes;
+  }
+  if (device.capability >= kMatrixCapability && device.asked != HeadsUnits::kLanes) {
+    const Sweep sweep = plan_matrix_sweep(problem, device);
+    if (sweep.threads > 0 && (sweep.slices == 1 || problem.target_bytes == 0)) {
+      return HeadsUnits::kMatrix;
+    }
+  }
+  const bool large = problem.rows * problem.features * problem.element_bytes > kBytesForProducts;
+  return large && problem.columns >= kColumnsForProducts && device.asked == HeadsUnits::kBest ? HeadsUnits::kProducts
+                                                                                              : HeadsUnits::kLanes;
+}
+
+// A sweep for up to kMaxSweepColumns columns, also where products would be chosen.
+inline Sweep plan_any_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
+  return choose_units(problem, device) == HeadsUnits::kMatrix ? plan_matrix_sweep(problem, device)
+                                                              : plan_sweep(problem, device);
 }
 
 // The form of heads_loss.
@@ -210,10 +364,10 @@ inline HeadsPlan plan_heads(const HeadsProblem& problem, const HeadsDevice& devi
   HeadsPlan plan{};
   plan.norm_blocks = problem.rows_to_count <= kMaxRowsCountedInPlace ? 0 : norm_blocks_for(problem.rows_to_count);
   plan.form = HeadsForm::kProducts;
-  if (problem.columns > kMaxSweepColumns) {
+  if (choose_units(problem, device) == HeadsUnits::kProducts) {
     return plan;
   }
-  plan.gradients = plan_sweep(problem, device);
+  plan.gradients = plan_any_sweep(problem, device);
   if (plan.gradients.slices == 1) {
     plan.form = HeadsForm::kOnePass;
   } else if (problem.element_bytes > 2) {

@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
   const A factor = static_cast<A>(head.factor_in_dx());
   const LanesOfRow at(size);
   double loss = 0;
+  bool targets_exist = true;
   // All lanes of a warp leave the loop together, because its shuffles need them all. A lane beyond the last row reads
   // the last row and adds nothing.
   const int64_t warp_first = at.first - lane_id() / at.lanes;
@@ -163,6 +164,7 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
     const char* const target = static_cast<const char*>(head.target) + row * head.target_bytes();
     const bool of_row = head.sample_weight && !head.of_entries;
     const RowTarget<T> row_target(of_head, target, of_row ? head.sample_weight[row] : A(1));
+    targets_exist &= row_target.exists;
     const auto wanted = [&](int c) { return row_target.valid ? row_target.wanted(of_head, c) : A(0); };
 
     A top = 0, sum = 1, log_sum = 0, mass = 1;
@@ -209,6 +211,7 @@ __global__ void __launch_bounds__(kProductThreads) heads_loss_kernel(
       loss += static_cast<double>(row_target.weight) * static_cast<double>(part);
     }
   }
+  check_target(targets_exist);
   loss = sum_over_warps(loss, scratch);
   const double total = warp_id() == 0 ? over_warp(loss, Sum{}) : 0.0;
   if (threadIdx.x == 0) {

@@ -1,6 +1,7 @@
 // The matrix products of all heads together, and the buffers that they read and write.
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
@@ -49,7 +50,7 @@ class HeadsProducts {
   // Computes the gradients from g, scaled and weight, and copies each head's part into its tensor.
   void write_gradients(GradientTensors& gradients, const Tensor& x) const {
     if (scaled_.defined()) {
-      gradients.dx = at::mm(scaled_, weight_);
+      at::mm_out(gradients.dx, scaled_, weight_);
     }
     write_rows(gradients.dw, [&] { return at::mm(g_.t(), x); });
     write_rows(gradients.db, [&] { return at::sum(g_, 0); });
@@ -81,5 +82,38 @@ class HeadsProducts {
   const int pitch_ = static_cast<int>(round_up(sizes_.columns, kProductColumns));
   Tensor weight_, bias_, z_, g_, scaled_;  // as in Products; undefined where not needed
 };
+
+// One wide head alone has no columns to lie beside: its products read and write the tensors themselves.
+inline void logits_of_one_head(Tensor& logits, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  bias.defined() ? at::addmm_out(logits, bias, x, weight.t()) : at::mm_out(logits, x, weight.t());
+}
+
+// dx = factor * lambda * (g W). A number that the host knows rides in the product. One on the device scales whatever is
+// less to move: dx itself, or g, with W in a copy that is zero where the number is (a head that is off adds nothing,
+// though g and W be infinite).
+template <typename T>
+void feature_gradient_of_one_head(
+    GradientTensors& gradients, const Tensor& g, const Tensor& weight, double factor,
+    const std::optional<Tensor>& lambda, const Sizes& sizes, const std::vector<Heads<T>>& all_heads, Stream& stream) {
+  auto& dx = gradients.dx;
+  if (!lambda || !lambda->is_cuda()) {
+    const double known = lambda ? factor * lambda->item<double>() : factor;
+    known == 0 ? dx.zero_() : at::addmm_out(dx, dx, g, weight, /*beta=*/0, /*alpha=*/known);
+    return;
+  }
+  if (dx.numel() <= g.numel() + weight.numel()) {
+    static const auto scale_in_place = c10::Dispatcher::singleton()
+                                           .findSchemaOrThrow("grl_ext::_scale_", "")
+                                           .typed<void(Tensor&, double, const std::optional<Tensor>&)>();
+    at::mm_out(dx, g, weight);
+    return scale_in_place.call(dx, factor, lambda);
+  }
+  auto of_features = gradients;
+  of_features.dw = of_features.db = {};
+  HeadsProducts<T> products(sizes, all_heads, g.options());
+  products.prepare_gradients(of_features, stream);
+  gather_gradients(products.buffers(), all_heads, stream);
+  products.write_gradients(of_features, Tensor());
+}
 
 }  // namespace grl_ext

@@ -2,8 +2,8 @@
 // the loss.
 #pragma once
 
-#include "heads_gradients.cuh"
-#include "heads_logits.cuh"
+#include "heads_lane_tile.cuh"
+#include "heads_matrix_tile.cuh"
 #include "launch.cuh"
 #include "row_loss.cuh"
 
@@ -45,7 +45,8 @@ struct SweepArguments : HeadsCall<T> {
 static_assert(sizeof(SweepArguments<double>) <= 4096 && sizeof(SweepArguments<float>) <= 4096);
 
 // A lane's column, the same in every row. It and its head's loss are in shared memory: they are read once a tile, and
-// the arithmetic in between needs the registers.
+// the arithmetic in between needs the registers. A warp takes several rows at a time where they have few columns, and
+// then as many of its lanes have the same column.
 template <typename T>
 struct Column {
   using A = typename Arithmetic<T>::type;
@@ -63,53 +64,51 @@ struct Column {
 };
 
 template <typename T>
-__device__ Column<T> column_of_lane(const Heads<T>& heads, int columns) {
+__device__ Column<T> column_of_lane(const Heads<T>& heads, int columns, int row_lanes) {
   using A = typename Arithmetic<T>::type;
-  const int lane = lane_id();
+  const int lane = lane_id() & (row_lanes - 1);
+  const int row_at = lane_id() - lane;  // the first lane of the row
   Column<T> column{};
   column.exists = lane < columns;
-  column.first_lane = lane;
-  column.end_lane = lane + 1;
-  for (int h = 0; column.exists && h < heads.count; ++h) {
-    const Head<T>& head = heads.head[h];
-    if (head.begin <= lane && lane < head.end) {
-      column.head = h;
-      column.first_lane = head.begin;
-      column.end_lane = head.end;
-      column.factor = static_cast<A>(head.factor_in_dx());
-      column.bias = head.bias ? Arithmetic<T>::widen(head.bias[lane - head.begin]) : A(0);
-      column.logits = head.logits + (lane - head.begin);  // or grad_logits
-      column.target_at = head.target_at;
-      column.weight_at = head.sample_weight ? head.weight_at : -1;
-      column.weight_pitch = head.weights_of_row();
-    }
+  column.first_lane = lane_id();
+  column.end_lane = lane_id() + 1;
+  if (column.exists) {
+    column.head = heads.of_column(lane);
+    const Head<T>& head = heads.head[column.head];
+    column.first_lane = row_at + head.begin;
+    column.end_lane = row_at + head.end;
+    column.factor = static_cast<A>(head.factor_in_dx());
+    column.bias = head.bias ? Arithmetic<T>::widen(head.bias[lane - head.begin]) : A(0);
+    column.logits = head.logits + (lane - head.begin);  // or grad_logits
+    column.target_at = head.target_at;
+    column.weight_at = head.sample_weight ? head.weight_at : -1;
+    column.weight_pitch = head.weights_of_row();
   }
   return column;
 }
 
 // z = x W^T + b; g and the loss as in row_loss.cuh; dx = (g * factor) W; partial dW = g^T x and db = sum g over the
 // block's rows. Per row of D features and K columns, e bytes an element: D e bytes read, D e written; 2 D K operations
-// for the logits and 4 D K for the gradients. From shared memory about (1 + K / 4 + K / 8) + (3 K / 16) + (5 K / 16)
-// elements are loaded for each feature: it is the limit before the multiply-adds are. Launch: persistent blocks, each
+// for the logits and 4 D K for the gradients, by a Tile: LaneTile or MatrixTile. Launch: persistent blocks, each
 // with its range of rows; slices of the features along y, or one after the other within a block (kLogits: their sums
 // meet in z). Tiles arrive by asynchronous copies; where two fit, the next one during the arithmetic of this one.
 // kWithLoss is for the passes with a loss and for the pass that makes their logits. The others, without it, need fewer
 // registers.
-template <typename T, int kThreads, bool kWithLoss>
-__global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type) == 8 ? 1 : 512 / kThreads)
+template <typename T, typename Tile, bool kWithLoss>
+__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kMinBlocks)
     heads_sweep_kernel(const __grid_constant__ SweepArguments<T> in) {
   using A = typename Arithmetic<T>::type;
-  constexpr int kWarps = kThreads / kWarpSize;
+  if constexpr (!Tile::kCompiles) {
+    return;
+  }
   const Sweep& sweep = in.sweep;
-  const int pitch = sweep.slice_features;
+  const int warps = Tile::warps();
+  const int pitch = sweep.pitch;
   char* const shared = dynamic_shared_memory();
   T* const tiles = reinterpret_cast<T*>(shared);
   T* const weight = reinterpret_cast<T*>(shared + sweep.weight_at);
   char* const target_tiles = shared + sweep.targets_at;
-  A* const sums = reinterpret_cast<A*>(shared + sweep.sums_at);
   auto* const scratch = reinterpret_cast<double*>(shared + sweep.sums_at);
-  A* const g = reinterpret_cast<A*>(shared + sweep.g_at);
-  A* const scaled = reinterpret_cast<A*>(shared + sweep.scaled_at);
   __shared__ Column<T> columns[kMaxSweepColumns];
   __shared__ RowLoss<T> losses[kWithLoss ? kHeadsPerLaunch : 1];
   __shared__ double norms[kWithLoss ? kHeadsPerLaunch : 1];
@@ -122,87 +121,99 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
   const int64_t begin = blockIdx.x * sweep.rows_per_block;
   const int64_t end = min(begin + sweep.rows_per_block, in.rows);
 
-  const auto width_of = [&](int slice) { return min(pitch, in.features - slice * pitch); };
-  const auto start_tile = [&](int slice, int stage, int64_t row) {
-    const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
-    if (row < end && reads_x) {
-      T* const to = tiles + stage * sweep.tile_rows * pitch;
-      const T* const from = in.x + row * in.features + slice * pitch;
-      for (int r = warp_id(); r < rows; r += kWarps) {
-        copy_row(to + r * pitch, from + r * int64_t{in.features}, width_of(slice));
+  const auto width_of = [&](int slice) {
+    return min(sweep.slice_features, in.features - slice * sweep.slice_features);
+  };
+  // Starts the copies of the tile at `row`: its rows, its targets and sample weights, and `weight_rows` of the weights.
+  // A warp takes one of these after the other.
+  const auto start_copies = [&](int slice, int stage, int64_t row, int weight_rows) {
+    const int rows = static_cast<int>(max(int64_t{0}, min(int64_t{sweep.tile_rows}, end - row)));
+    const int x_rows = reads_x ? rows : 0;
+    const int before_weights = x_rows + (has_loss && rows > 0 ? 2 * in.heads.count : 0);
+    T* const tile = tiles + stage * sweep.tile_rows * pitch;
+    char* const targets = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
+    const int row_bytes = width_of(slice) * int{sizeof(T)};
+    for (int i = warp_id(); i < before_weights + weight_rows; i += warps) {
+      const void* from;
+      void* to;
+      int bytes = row_bytes;
+      if (i < x_rows) {
+        to = tile + i * pitch;
+        from = in.x + (row + i) * in.features + slice * sweep.slice_features;
+      } else if (i < before_weights) {
+        const Head<T>& head = in.heads.head[(i - x_rows) / 2];
+        const bool is_target = (i - x_rows) % 2 == 0;
+        const int of_row = is_target ? head.target_bytes()
+            : head.sample_weight     ? head.weights_of_row() * int{sizeof(A)}
+                                     : 0;
+        bytes = rows * of_row;
+        to = targets + sweep.tile_rows * (is_target ? head.target_at : head.weight_at);
+        from = static_cast<const char*>(is_target ? head.target : head.sample_weight) + row * of_row;
+      } else {
+        const int c = i - before_weights;
+        const Head<T>& head = in.heads.head[in.heads.of_column(c)];
+        to = weight + c * pitch;
+        from = head.weight + (c - head.begin) * int64_t{in.features} + slice * sweep.slice_features;
       }
+      copy_to_shared(static_cast<char*>(to), static_cast<const char*>(from), bytes);
     }
-    if (row < end && has_loss) {
-      char* const to = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
-      for (int i = warp_id(); i < 2 * in.heads.count; i += kWarps) {  // a target or a sample weight
-        const Head<T>& head = in.heads.head[i / 2];
-        const int bytes = head.target_bytes();
-        if (i % 2 == 0) {
-          copy_row(
-              to + sweep.tile_rows * head.target_at, static_cast<const char*>(head.target) + row * bytes, rows * bytes);
-        } else if (head.sample_weight) {
-          const int count = head.weights_of_row();
-          copy_row(
-              reinterpret_cast<A*>(to + sweep.tile_rows * head.weight_at), head.sample_weight + row * count,
-              rows * count);
+    __pipeline_commit();  // these copies are one group
+  };
+
+  Tile tile(sweep, shared);
+
+  // The block's columns, norms and losses, which are read after the next barrier.
+  const auto set_up = [&] {
+    if (warp_id() == 0) {
+      columns[lane_id()] = column_of_lane(in.heads, in.columns, sweep.row_lanes);
+    }
+    if constexpr (kWithLoss) {
+      if (has_loss) {
+        find_norms(norms, scratch, in.norms, in.heads, in.rows);
+        if (static_cast<int>(threadIdx.x) < in.heads.count) {
+          losses[threadIdx.x] = row_loss(in.heads.head[threadIdx.x], norms[threadIdx.x]);
         }
       }
     }
-    __pipeline_commit();  // this tile's copies are one group
-  };
-  const auto start_slice = [&](int slice, int head_of_lane) {
-    for (int c = warp_id(); reads_weight && c < in.columns; c += kWarps) {
-      const Head<T>& head = in.heads.head[__shfl_sync(kWholeWarp, head_of_lane, c)];
-      copy_row(
-          weight + c * pitch, head.weight + (c - head.begin) * int64_t{in.features} + slice * pitch, width_of(slice));
+    if constexpr (Tile::kHasUnits) {
+      __syncthreads();
+      // A gradient is its head's share times a number that is seldom much above 1.
+      tile.set_unit_of_column(has_loss ? losses[columns[lane_id()].head].share : A(0));
     }
-    zero_row_ends(weight, pitch, in.columns, width_of(slice));
-    zero_row_ends(tiles, pitch, sweep.stages * sweep.tile_rows, width_of(slice));
-    start_tile(slice, 0, begin);
   };
 
-  // 1. The copies of the weights and of the first tile start. Meanwhile the block sets up its columns, norms and
-  // losses.
-  const int first_slice = static_cast<int>(blockIdx.y);
-  {
-    const auto mine = column_of_lane(in.heads, in.columns);
-    start_slice(first_slice, mine.head);
-    if (warp_id() == 0) {
-      columns[lane_id()] = mine;
-    }
-  }
-  if constexpr (kWithLoss) {
-    if (has_loss) {
-      find_norms(norms, scratch, in.norms, in.heads, in.rows);
-      if (static_cast<int>(threadIdx.x) < in.heads.count) {
-        losses[threadIdx.x] = row_loss(in.heads.head[threadIdx.x], norms[threadIdx.x]);
-      }
-    }
-  }
-  __syncthreads();
-
-  WeightGradient<T> dw;
-  dw.needed = in.weight_columns;
   A db = 0;
   double loss = 0;
+  bool targets_exist = true;
+  const int ahead = sweep.stages - 1;  // tiles that are copied before the one that is computed with
+  const int first_slice = static_cast<int>(blockIdx.y);
   for (int slice = first_slice; slice < sweep.slices; slice += static_cast<int>(gridDim.y)) {
-    const int first = slice * pitch;
+    const int first = slice * sweep.slice_features;
     const int width = width_of(slice);
-    const int pieces = (width + kPiece - 1) / kPiece;
-    if (slice != first_slice) {
-      start_slice(slice, columns[lane_id()].head);
-    }
-    dw.clear();
-
     int stage = 0;
-    for (int64_t row = begin; row < end; row += sweep.tile_rows) {
-      // 2. Start to copy the next tile, and wait for this one.
+    int64_t row = begin - ahead * sweep.tile_rows;  // of the tile that is computed with
+    for (bool is_first = true; row < end; row += sweep.tile_rows, is_first = false) {
+      // 1. Start to copy a tile; with the first one, the weights. Meanwhile the block sets up its columns, norms and
+      // losses.
+      start_copies(slice, stage, row + ahead * sweep.tile_rows, is_first && reads_weight ? in.columns : 0);
+      stage ^= ahead;
+      if (is_first) {
+        zero_row_ends<Tile::kWidthMultiple>(weight, pitch, in.columns, width);
+        zero_row_ends<Tile::kWidthMultiple>(tiles, pitch, sweep.stages * sweep.tile_rows, width);
+        if (slice == first_slice) {
+          set_up();
+        }
+        tile.begin_slice(width);
+      }
+      if (row < begin) {
+        continue;
+      }
+
+      // 2. Wait for the tile to compute with: that before the latest where there are two stages.
       const int rows = static_cast<int>(min(int64_t{sweep.tile_rows}, end - row));
-      const T* const x = tiles + stage * sweep.tile_rows * pitch;
+      T* const x = tiles + stage * sweep.tile_rows * pitch;
       const char* const targets = target_tiles + stage * sweep.tile_rows * sweep.target_bytes;
-      if (sweep.stages == 2) {
-        stage ^= 1;
-        start_tile(slice, stage, row + sweep.tile_rows);
+      if (ahead == 1) {
         __pipeline_wait_prior(1);  // all but the latest group of this thread; the barrier: of the others too
       } else {
         __pipeline_wait_prior(0);
@@ -210,20 +221,25 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
       __syncthreads();
 
       // 3. The logits of the tile, as sums over parts of the features.
-      const LogitsTiles logits_tiles(rows, in.columns);
       if (multiplies) {
-        logits_tiles.multiply(sums, x, weight, pitch, pieces, in.columns);
+        tile.multiply(x, rows, in.columns, width);
         __syncthreads();
       }
 
-      // 4. Row by row, a warp for each row and a lane for each column: logits, loss, g.
+      // 4. Row by row, a lane for each column and a warp for as many rows as it has lanes for: logits, loss, g. The
+      // lanes of a row past the last stay with their warp, whose shuffles need them. Their g is 0: a tile has room for
+      // it.
       const Column<T> column = columns[lane_id()];
-      for (int r = warp_id(); r < rows; r += kWarps) {
-        const int64_t at = (row + r) * in.columns + lane_id();
+      const int lane = lane_id() & (sweep.row_lanes - 1);
+      const int row_of_lane = lane_id() * sweep.rows_at_once / kWarpSize;
+      for (int first_row = warp_id() * sweep.rows_at_once; first_row < rows; first_row += warps * sweep.rows_at_once) {
+        const int r = first_row + row_of_lane;
+        const bool exists = column.exists && r < rows;
+        const int64_t at = (row + r) * in.columns + lane;
         const int64_t in_head = (row + r) * (column.end_lane - column.first_lane);
         A z = 0;
-        if (multiplies && column.exists) {
-          z = logits_tiles.sum_of_splits(sums, r, lane_id()) + (slice == 0 ? column.bias : in.z[at]);
+        if (multiplies && exists) {
+          z = tile.logit(r, lane) + (slice == 0 ? column.bias : in.z[at]);
           if (in.z) {
             in.z[at] = z;
           }
@@ -234,10 +250,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
         A dz = 0;
         if constexpr (kWithLoss) {
           if (has_loss) {
-            z = in.pass == Pass::kLossOfLogits && column.exists ? in.z[at] : z;
+            z = in.pass == Pass::kLossOfLogits && exists ? in.z[at] : z;
             const RowLoss<T>& head = losses[column.head];
             RowTarget<T> target;
-            if (column.exists) {
+            if (exists) {
               const int bytes = head.kind == TargetKind::kClasses
                   ? 8
                   : (column.end_lane - column.first_lane) * int{sizeof(A)};
@@ -246,50 +262,50 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Arithmetic<T>::type)
               const int entry = column.weight_pitch > 1 ? lane_id() - column.first_lane : 0;
               target = RowTarget<T>(head, own, column.weight_at < 0 ? A(1) : weights[r * column.weight_pitch + entry]);
             }
-            dz = loss_of_lane(loss, z, head, target, column.exists, column.first_lane, column.end_lane, in.sums);
+            targets_exist &= target.exists;
+            dz = loss_of_lane(loss, z, head, target, exists, column.first_lane, column.end_lane, in.sums);
           }
-        } else if (in.pass == Pass::kGradients && column.exists) {
+        } else if (in.pass == Pass::kGradients && exists) {
           dz = Arithmetic<T>::widen(column.grad_logits[in_head]);
         }
         db += dz;
-        g[r * kMaxSweepColumns + lane_id()] = dz;
-        scaled[lane_id() * sweep.scaled_pitch + r] = dz * column.factor;
+        if (in.pass != Pass::kLogits) {
+          tile.keep_gradient(r, lane, dz, column.factor);
+        }
       }
-      const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.factor != 0);
+      const unsigned of_first_row = ~0u >> (kWarpSize - sweep.row_lanes);
+      const unsigned dx_columns = __ballot_sync(kWholeWarp, column.exists && column.factor != 0) & of_first_row;
       __syncthreads();
 
       // 5. The gradients, while the tile is in shared memory.
-      if (in.dx) {
-        write_feature_gradient(
-            in.dx + row * in.features + first, in.features, scaled, sweep.scaled_pitch, weight, pitch, dx_columns, rows,
-            width, pieces_are_whole(in.dx, in.features));
-      }
-      if (in.weight_columns != 0) {
-        dw.add(g, x, pitch, in.columns, rows, width);
+      if (in.pass != Pass::kLogits) {
+        T* const dx = in.dx ? in.dx + row * in.features + first : nullptr;
+        tile.template gradients<kWithLoss>(dx, in.features, dx_columns, in.weight_columns, x, rows, in.columns, width);
       }
       __syncthreads();
-      if (sweep.stages == 1) {
-        start_tile(slice, 0, row + sweep.tile_rows);
-      }
     }
     if (in.weight_columns != 0) {
-      A* const out = in.partial + blockIdx.x * in.partial_stride + first;
-      dw.write(out, in.features, in.columns, width, pieces_are_whole(in.partial, in.features));
+      tile.write_weight_gradient(
+          in.partial + blockIdx.x * in.partial_stride + first, in.features, in.weight_columns, in.columns, width);
     }
   }
 
   // 6. The block's sums over its rows. The blocks of all slices have the same g, so that those of slice 0 write them.
   const Column<T> column = columns[lane_id()];
+  const auto of_all_rows = [&](double value) {
+    return over_lanes_in_steps(sum_over_warps(value, scratch), sweep.row_lanes);
+  };
   if (in.partial) {
-    const auto total = static_cast<A>(sum_over_warps(static_cast<double>(db), scratch));
-    if (blockIdx.y == 0 && warp_id() == 0 && column.exists) {
+    const auto total = static_cast<A>(of_all_rows(static_cast<double>(db)));
+    if (blockIdx.y == 0 && warp_id() == 0 && lane_id() < in.columns) {
       const int64_t dw_size = in.weight_columns != 0 ? int64_t{in.columns} * in.features : 0;
       in.partial[blockIdx.x * in.partial_stride + dw_size + lane_id()] = total;
     }
   }
   if (has_loss) {
-    const double total = over_head(sum_over_warps(loss, scratch), column.first_lane, column.end_lane, Sum{});
-    if (blockIdx.y == 0 && warp_id() == 0 && column.exists && lane_id() == column.first_lane) {
+    check_target(targets_exist);
+    const double total = over_head(of_all_rows(loss), column.first_lane, column.end_lane, in.sums.widest, Sum{});
+    if (blockIdx.y == 0 && warp_id() == 0 && lane_id() < in.columns && lane_id() == column.first_lane) {
       in.losses[blockIdx.x * in.heads.count + column.head] = norms[column.head] == 0 ? 0.0 : total / norms[column.head];
     }
   }

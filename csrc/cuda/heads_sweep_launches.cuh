@@ -60,6 +60,7 @@ SweepArguments<T> sweep_arguments(Pass pass, const HeadsCall<T>& call, const Swe
     if (head.grad_weight) {
       arguments.weight_columns |= (~0u >> (32 - head.size())) << head.begin;
     }
+    arguments.sums.widest = std::max(arguments.sums.widest, head.size());
     arguments.sums.softmax |= head.kind == TargetKind::kClasses || head.kind == TargetKind::kProbabilities;
     arguments.sums.mass |= head.kind == TargetKind::kProbabilities ||
         (head.kind == TargetKind::kClasses && head.class_weight);
@@ -96,12 +97,21 @@ void run_sweep(Stream& stream, const SweepArguments<T>& arguments) {
   const dim3 grid(
       static_cast<unsigned>(sweep.blocks), arguments.pass == Pass::kLogits ? 1 : static_cast<unsigned>(sweep.slices));
   const auto shared_bytes = static_cast<std::size_t>(sweep.shared_bytes);
-  if constexpr (sizeof(typename Arithmetic<T>::type) < 8) {
-    if (sweep.threads == 512) {
-      return stream.start(heads_sweep_kernel<T, 512, kWithLoss>, grid, 512, shared_bytes, arguments);
+  const auto start = [&](auto kernel) { stream.start(kernel, grid, sweep.threads, shared_bytes, arguments); };
+  if constexpr (sizeof(T) == 2) {
+    if (sweep.matrix_groups > 0) {
+      return start(
+          sweep.matrix_groups == 1       ? heads_sweep_kernel<T, MatrixTile<T, 1>, kWithLoss>
+              : sweep.matrix_groups == 2 ? heads_sweep_kernel<T, MatrixTile<T, 2>, kWithLoss>
+                                         : heads_sweep_kernel<T, MatrixTile<T, 4>, kWithLoss>);
     }
   }
-  stream.start(heads_sweep_kernel<T, 256, kWithLoss>, grid, 256, shared_bytes, arguments);
+  if constexpr (sizeof(typename Arithmetic<T>::type) < 8) {
+    if (sweep.threads == 512) {
+      return start(heads_sweep_kernel<T, LaneTile<T, 512>, kWithLoss>);
+    }
+  }
+  start(heads_sweep_kernel<T, LaneTile<T, 256>, kWithLoss>);
 }
 
 template <bool kWithLoss, typename T>
@@ -128,7 +138,7 @@ void run_total(
 
 template <typename T, typename Allocate>
 void heads_logits(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
-  const Sweep plan = plan_sweep(logits_problem(problem_of(call)), stream.device);
+  const Sweep plan = plan_any_sweep(logits_problem(problem_of(call)), stream.device);
   auto sweep = logits_pass(sweep_arguments(Pass::kLogits, call, plan), plan);
   place_in_workspace(allocate, [&](Workspace& w) {
     sweep.z = plan.slices > 1 ? w.take<typename Arithmetic<T>::type>(call.rows * call.columns) : nullptr;
@@ -138,7 +148,7 @@ void heads_logits(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
 
 template <typename T, typename Allocate>
 void heads_gradients(const HeadsCall<T>& call, Stream& stream, Allocate allocate) {
-  auto sweep = sweep_arguments(Pass::kGradients, call, plan_sweep(problem_of(call), stream.device));
+  auto sweep = sweep_arguments(Pass::kGradients, call, plan_any_sweep(problem_of(call), stream.device));
   place_in_workspace(allocate, [&](Workspace& w) { sweep.partial = take_partial(w, sweep); });
   run_sweep<false>(stream, sweep);
   run_total<false>(stream, sweep, {});

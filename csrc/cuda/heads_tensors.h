@@ -9,7 +9,9 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "../gradient_slots.h"
@@ -21,13 +23,36 @@ namespace grl_ext {
 
 using at::Tensor;
 
+// What GRL_EXT_CUDA_HEADS asks for.
+inline HeadsUnits units_asked_for() {
+  static const HeadsUnits asked = [] {
+    const char* const variable = std::getenv("GRL_EXT_CUDA_HEADS");
+    const std::string_view value = variable ? variable : "";
+    TORCH_CHECK_VALUE(
+        value.empty() || value == "lanes" || value == "matrix" || value == "products", "GRL_EXT_CUDA_HEADS is '", value,
+        "'; it can be lanes, matrix or products");
+    return value.empty()    ? HeadsUnits::kBest
+        : value == "lanes"  ? HeadsUnits::kLanes
+        : value == "matrix" ? HeadsUnits::kMatrix
+                            : HeadsUnits::kProducts;
+  }();
+  return asked;
+}
+
 // The current stream of the tensor's device, which must be the current device.
 inline Stream current_stream(const Tensor& x) {
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, x.get_device()));
+    return value;
+  };
   Stream stream{};
   stream.handle = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&stream.device.sm_count, cudaDevAttrMultiProcessorCount, x.get_device()));
-  C10_CUDA_CHECK(
-      cudaDeviceGetAttribute(&stream.device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device()));
+  stream.device.sm_count = attribute(cudaDevAttrMultiProcessorCount);
+  stream.device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  stream.device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+      attribute(cudaDevAttrComputeCapabilityMinor);
+  stream.device.asked = units_asked_for();
   return stream;
 }
 

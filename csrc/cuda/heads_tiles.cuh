@@ -65,41 +65,42 @@ __device__ bool pieces_are_whole(const T* base, int features) {
 // Into shared memory
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Starts to copy `bytes` to shared memory, by the whole warp, kBytes a lane at a time. Only the usual alignment is
+// unrolled, because code takes room in the instruction cache.
 template <int kBytes>
-__device__ void copy_bytes_by(char* to, const char* from, int bytes) {
+__device__ void copy_in_steps(char* to, const char* from, int bytes) {
+#pragma unroll(kBytes == 16 ? 4 : 1)
   for (int i = lane_id() * kBytes; i < bytes; i += kWarpSize * kBytes) {
-    __pipeline_memcpy_async(to + i, from + i, kBytes);
-  }
-}
-
-// Starts to copy `count` numbers to shared memory, by the whole warp, in the widest asynchronous copies that both ends
-// are aligned for. Only those of 16 bytes bypass the L1 cache, as data that is read once should. Half types at odd
-// multiples of 2 bytes have no such copy: the lanes load and store those.
-template <typename T>
-__device__ void copy_row(T* to, const T* from, int count) {
-  const int bytes = count * static_cast<int>(sizeof(T));
-  const auto alignment = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) |
-      static_cast<unsigned>(bytes);
-  auto* const bytes_to = reinterpret_cast<char*>(to);
-  const auto* const bytes_from = reinterpret_cast<const char*>(from);
-  if (alignment % 16 == 0) {
-    copy_bytes_by<16>(bytes_to, bytes_from, bytes);
-  } else if (alignment % 8 == 0) {
-    copy_bytes_by<8>(bytes_to, bytes_from, bytes);
-  } else if (alignment % 4 == 0) {
-    copy_bytes_by<4>(bytes_to, bytes_from, bytes);
-  } else {
-    for (int i = lane_id(); i < count; i += kWarpSize) {
-      to[i] = from[i];
+    if constexpr (kBytes < 4) {
+      *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
+    } else {
+      __pipeline_memcpy_async(to + i, from + i, kBytes);
     }
   }
 }
 
-// Zeros the last piece of each row from the row's end on: the dot products run over whole pieces.
-template <typename T>
+// The same in the widest asynchronous copies that both ends are aligned for. Only those of 16 bytes bypass the L1
+// cache, as data that is read once should. Half types at odd multiples of 2 bytes have no such copy: the lanes load and
+// store those. It is some hundred instructions wherever it stands, so that a kernel calls it in one place.
+__device__ inline void copy_to_shared(char* to, const char* from, int bytes) {
+  const auto alignment = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) |
+      static_cast<unsigned>(bytes);
+  if (alignment % 16 == 0) {
+    copy_in_steps<16>(to, from, bytes);
+  } else if (alignment % 8 == 0) {
+    copy_in_steps<8>(to, from, bytes);
+  } else if (alignment % 4 == 0) {
+    copy_in_steps<4>(to, from, bytes);
+  } else {
+    copy_in_steps<2>(to, from, bytes);
+  }
+}
+
+// Zeros each row from its end on to a multiple of kMultiple: the products run over whole ones.
+template <int kMultiple, typename T>
 __device__ void zero_row_ends(T* base, int pitch, int rows, int width) {
   for (int r = static_cast<int>(threadIdx.x); r < rows; r += static_cast<int>(blockDim.x)) {
-    for (int i = width; i % kPiece != 0; ++i) {
+    for (int i = width; i % kMultiple != 0; ++i) {
       base[r * pitch + i] = Arithmetic<T>::narrow(0);
     }
   }

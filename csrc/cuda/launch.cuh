@@ -16,6 +16,8 @@ namespace grl_ext {
 // 48 KB, of which the kernel's static shared arrays are a part. All host threads share the setting of a device and
 // kernel. So it is set once, to the largest size. If each launch set its own size, one thread could lower it between
 // another thread's setting and launch.
+// What a multiprocessor has is divided between shared memory and cache. It is all asked for, because the driver's own
+// choice looks at one block, and the plans count on two.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> allowed;
@@ -35,7 +37,9 @@ inline cudaError_t allow_all_shared_memory(const void* kernel) {
       succeeds(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) &&
       succeeds(cudaFuncGetAttributes(&attributes, kernel)) &&
       succeeds(cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - static_cast<int>(attributes.sharedSizeBytes)))) {
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - static_cast<int>(attributes.sharedSizeBytes))) &&
+      succeeds(cudaFuncSetAttribute(
+          kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))) {
     allowed.insert({device, kernel});
   }
   return status;

@@ -1,5 +1,5 @@
-// _heads_logits and _heads_gradients on CUDA: by the sweep, or by matrix products for heads too wide for it. Everything
-// is enqueued on the current stream, and the host never waits, so that it can be captured in a CUDA graph.
+// _heads_logits and _heads_gradients on CUDA: by the sweep, or by matrix products where choose_units says so.
+// Everything is enqueued on the current stream, and the host never waits, so that it can be captured in a CUDA graph.
 #include <torch/library.h>
 
 #include "heads_products.h"
@@ -13,7 +13,7 @@ std::vector<Tensor> heads_logits_cuda(const Tensor& x_, at::TensorList weight_, 
   const auto x = x_.contiguous();
   const auto weight = contiguous(weight_);
   const auto bias = contiguous(bias_);
-  const auto logits = empty_logits(sizes, x.options());
+  auto logits = empty_logits(sizes, x.options());
   auto stream = current_stream(x);
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -22,8 +22,12 @@ std::vector<Tensor> heads_logits_cuda(const Tensor& x_, at::TensorList weight_, 
       head.bias = const_data<T>(bias[h]);
       head.logits = data<T>(logits[h]);
     });
-    if (sizes.columns <= kMaxSweepColumns) {
-      return heads_logits(call_of(sizes, x, Tensor(), all_heads), stream, allocator_like(x));
+    const auto call = call_of(sizes, x, Tensor(), all_heads);
+    if (choose_units(logits_problem(problem_of(call)), stream.device) != HeadsUnits::kProducts) {
+      return heads_logits(call, stream, allocator_like(x));
+    }
+    if (sizes.heads.size() == 1) {
+      return logits_of_one_head(logits[0], x, weight[0], bias[0]);
     }
     HeadsProducts<T> products(sizes, all_heads, x.options());
     products.compute_logits(x, stream);
@@ -55,8 +59,21 @@ HeadsGradients heads_gradients_cuda(
       head.factor = factor[h];
       set_number(head.lambda, head.lambda_form, lambda.get(h));
     });
-    if (sizes.columns <= kMaxSweepColumns) {
-      return heads_gradients(call_of(sizes, x, gradients.dx, all_heads), stream, allocator_like(like));
+    const auto call = call_of(sizes, x, gradients.dx, all_heads);
+    if (choose_units(problem_of(call), stream.device) != HeadsUnits::kProducts) {
+      return heads_gradients(call, stream, allocator_like(like));
+    }
+    if (sizes.heads.size() == 1) {
+      if (gradients.dw[0].numel() > 0) {
+        at::mm_out(gradients.dw[0], like.t(), x);
+      }
+      if (gradients.db[0].numel() > 0) {
+        at::sum_out(gradients.db[0], like, 0);
+      }
+      if (gradients.dx.numel() > 0) {
+        feature_gradient_of_one_head<T>(gradients, like, weight[0], factor[0], lambda.get(0), sizes, all_heads, stream);
+      }
+      return;
     }
     HeadsProducts<T> products(sizes, all_heads, like.options());
     products.prepare_gradients(gradients, stream);

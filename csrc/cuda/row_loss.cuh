@@ -56,6 +56,7 @@ __device__ RowLoss<T> row_loss(const Head<T>& head, double norm) {
 template <typename T>
 struct RowTarget {
   using A = typename Arithmetic<T>::type;
+  bool exists = true;  // for check_target after all rows; until then one that does not exist is wanted nowhere
   bool valid = false;
   A weight = 0;
   int target_class = 0;
@@ -69,7 +70,7 @@ struct RowTarget {
     if (head.kind == TargetKind::kClasses) {
       const int64_t label = *static_cast<const int64_t*>(target);
       valid = valid && label != head.ignore_index;
-      check_target(!valid || (label >= 0 && label < head.classes));
+      exists = !valid || (label >= 0 && label < head.classes);
       target_class = static_cast<int>(label);
     }
   }
@@ -110,21 +111,22 @@ __device__ A class_loss(A u, A minus_log_probability) {
 // Columns on lanes
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Every lane gets op over lanes [first, end), which are those of its head.
+// Every lane gets op over lanes [first, end), which are those of its head. No head has more than `widest` lanes.
 template <typename A, typename Op>
-__device__ A over_head(A x, int first, int end, Op op) {
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+__device__ A over_head(A x, int first, int end, int widest, Op op) {
+#pragma unroll 1
+  for (int distance = 1; distance < widest; distance *= 2) {
     const A other = __shfl_down_sync(kWholeWarp, x, distance);
     x = lane_id() + distance < end ? op(x, other) : x;  // now over [lane, lane + 2 distance)
   }
   return __shfl_sync(kWholeWarp, x, first);
 }
 
-// Which sums over a head's lanes are needed by any head of the launch.
+// Which sums over a head's lanes are needed by any head of the launch, and the most lanes that one has.
 struct SumsNeeded {
   bool softmax;
   bool mass;
+  int widest;
 };
 
 // The gradient of the row's part in the total loss, for the lane's logit z. Each lane adds its column's part of the
@@ -141,10 +143,10 @@ __device__ A loss_of_lane(
   A u = 0, top = 0, e = 0, sum = 1, mass = 1;
   if (needed.softmax) {
     u = wants ? row.wanted(head, head.binary ? 1 : column) : A(0);
-    top = over_head(head.binary ? Maximum{}(z, A(0)) : z, first_lane, end_lane, Maximum{});
+    top = over_head(head.binary ? Maximum{}(z, A(0)) : z, first_lane, end_lane, needed.widest, Maximum{});
     e = exp(z - top);
-    sum = over_head(head.binary ? e + exp(-top) : e, first_lane, end_lane, Sum{});
-    mass = needed.mass ? over_head(u + other_u(), first_lane, end_lane, Sum{}) : A(1);
+    sum = over_head(head.binary ? e + exp(-top) : e, first_lane, end_lane, needed.widest, Sum{});
+    mass = needed.mass ? over_head(u + other_u(), first_lane, end_lane, needed.widest, Sum{}) : A(1);
   }
   if (!valid) {
     return 0;

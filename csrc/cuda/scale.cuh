@@ -80,8 +80,30 @@ template <typename T>
 constexpr int kVectorSize = kVectorBytes / sizeof(T);
 
 // How many vectors a thread loads before it stores the first. `out` may be `grad`, so that the compiler cannot move a
-// load before a store: with one vector at a time, each load would wait for the store before it.
+// load before a store: with one vector at a time, each load would wait for the store before it. The same for elements
+// that are no part of a vector.
 constexpr int kVectorsInFlight = 4;
+
+// store(i, load(i)) for i = first, first + step, ... before `end`, with kVectorsInFlight loads before the first store.
+// Each is guarded, so that a short run and the rest of a long one have as many in flight.
+template <typename Value, typename Load, typename Store>
+__device__ void move_in_flight(int64_t first, int64_t end, int64_t step, const Load& load, const Store& store) {
+  for (int64_t i = first; i < end; i += kVectorsInFlight * step) {
+    Value values[kVectorsInFlight];
+#pragma unroll
+    for (int k = 0; k < kVectorsInFlight; ++k) {
+      if (i + k * step < end) {
+        values[k] = load(i + k * step);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kVectorsInFlight; ++k) {
+      if (i + k * step < end) {
+        store(i + k * step, values[k]);
+      }
+    }
+  }
+}
 
 constexpr int kScaleThreads = 256;
 // As many blocks as run at a time, so that none waits for another's end. The kernels take up to 64 registers a thread,
@@ -126,26 +148,16 @@ __device__ void scale_elements(T* out, const T* grad, int64_t n, Factor factor, 
 
   const auto* const from = reinterpret_cast<const uint4*>(grad + head);
   auto* const to = reinterpret_cast<uint4*>(out + head);
-  const auto scaled = [&](uint4 bits, int64_t v) { return scaled_vector<T>(bits, factor.run_from(head + v * kSize)); };
-  int64_t v = thread;
-  for (; v + (kVectorsInFlight - 1) * threads < vectors; v += kVectorsInFlight * threads) {
-    uint4 bits[kVectorsInFlight];
-#pragma unroll
-    for (int k = 0; k < kVectorsInFlight; ++k) {
-      bits[k] = __ldcg(from + v + k * threads);
-    }
-#pragma unroll
-    for (int k = 0; k < kVectorsInFlight; ++k) {
-      __stcg(to + v + k * threads, scaled(bits[k], v + k * threads));
-    }
-  }
-  for (; v < vectors; v += threads) {
-    __stcg(to + v, scaled(__ldcg(from + v), v));
-  }
-  for (int64_t j = thread; j < head + n - tail; j += threads) {
-    const int64_t i = j < head ? j : j - head + tail;
-    out[i] = scaled_element(grad[i], factor.run_from(i).next());
-  }
+  move_in_flight<uint4>(
+      thread, vectors, threads, [&](int64_t v) { return __ldcg(from + v); },
+      [&](int64_t v, uint4 bits) { __stcg(to + v, scaled_vector<T>(bits, factor.run_from(head + v * kSize))); });
+  const auto outside = [&](int64_t j) { return j < head ? j : j - head + tail; };  // of the vectors
+  move_in_flight<T>(
+      thread, head + n - tail, threads, [&](int64_t j) { return grad[outside(j)]; },
+      [&](int64_t j, T element) {
+        const int64_t i = outside(j);
+        out[i] = scaled_element(element, factor.run_from(i).next());
+      });
 }
 
 // Traffic: one read and one write per element (a broadcast factor is small and comes from the cache).

@@ -27,6 +27,15 @@ __device__ T over_warp(T x, Op op) {
   return x;
 }
 
+// Every lane gets the sum over the lanes whose number differs from its own by a multiple of `step`, a power of two.
+template <typename T>
+__device__ T over_lanes_in_steps(T x, int step) {
+  for (int distance = step; distance < kWarpSize; distance *= 2) {
+    x += __shfl_xor_sync(kWholeWarp, x, distance);
+  }
+  return x;
+}
+
 struct Sum {
   template <typename T>
   __device__ T operator()(T a, T b) const {

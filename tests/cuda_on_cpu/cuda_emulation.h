@@ -39,6 +39,7 @@
 #include "cuda_types.h"
 #include "half_types.h"
 #include "machine.h"
+#include "matrix_units.h"
 
 // ---- The runtime
 // ------------------------------------------------------------------------------------------------------------
@@ -58,7 +59,11 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return cudaSuccess;
 }
 
-inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int bytes) {
+inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int bytes) {
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
+    cuda_emulation::carveout_asked_for[{cuda_emulation::device.id, function}] = bytes;
+    return cudaSuccess;
+  }
   if (!cuda_emulation::may_ask_for(function, bytes)) {
     return cudaErrorInvalidValue;
   }

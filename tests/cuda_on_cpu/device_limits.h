@@ -105,6 +105,9 @@ inline std::size_t static_shared_bytes(const void* function) {
 // What kernels asked for, by device and kernel.
 inline std::map<std::pair<int, const void*>, std::size_t> dynamic_bytes_asked_for;
 
+// The part of the multiprocessor's memory that is to be shared memory, in per cent.
+inline std::map<std::pair<int, const void*>, int> carveout_asked_for;
+
 inline bool may_ask_for(const void* function, int64_t dynamic_bytes) {
   return dynamic_bytes >= 0 &&
       static_cast<std::size_t>(dynamic_bytes) + static_shared_bytes(function) <= device.shared_bytes;

@@ -61,6 +61,12 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 inline int __ffs(int x) {
   return __builtin_ffs(x);
 }

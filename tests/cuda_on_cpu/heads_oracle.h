@@ -157,6 +157,10 @@ constexpr double kRounding<__half> = 0x1p-11;
 template <>
 constexpr double kRounding<__nv_bfloat16> = 0x1p-8;
 
+// What the gradient of a logit may lose where the matrix units multiply with it, as two numbers of the tensors' type.
+template <typename T>
+constexpr double kSplitting = kRounding<T> * kRounding<T>;
+
 // Whether a result is what is wanted, which may be an infinity or NaN.
 inline bool near(double got, double want, double tolerance) {
   return std::isfinite(want) ? std::fabs(got - want) <= tolerance

@@ -1,9 +1,15 @@
 // The heads' kernels against plain loops in double precision (heads_oracle.h): every form, option and element type,
 // many sizes, outputs between guards, twice for the same bits. `heads_test TYPE` runs one element type; `races` few
 // cases of each form, for ThreadSanitizer, to which a thread is expensive, and `races_of_TYPE` fewer; `plan` the launch
-// shapes alone; `launches` what a device would say to them; `small` how many there are at a small size; `bad_target`
-// must end in the kernel's assertion.
+// shapes alone; `launches` what a device would say to them; `small` how many there are at a small size;
+// `rows_share_warps` what a row costs; `device_code` which
+// GPUs a build serves; `bad_target` must end in the kernel's assertion.
 #include "heads_oracle.h"
+
+#include <numeric>
+#include <string_view>
+
+#include "device_code.h"
 
 namespace {
 
@@ -11,6 +17,9 @@ using namespace grl_ext;
 using namespace heads_oracle;
 
 int failures = 0;
+
+// Of the devices that the cases run on. 0: they have no matrix units.
+int capability = 0;
 
 template <typename T>
 struct Run : Inputs<T> {
@@ -25,7 +34,7 @@ struct Run : Inputs<T> {
   using Inputs<T>::grad_logits;
   using Inputs<T>::roundings;
 
-  explicit Run(const Case& c) : Inputs<T>(c) {}
+  explicit Run(const Case& of) : Inputs<T>(of) { c.device.capability = capability; }
 
   void report(bool good, const char* what) {
     if (!good) {
@@ -122,7 +131,8 @@ struct Run : Inputs<T> {
         const double dz = g(r, k);
         const int h = head_of[k];
         const auto add = [&](Sums& sums, int64_t i, double terms, double factor) {
-          sums.add(i, dz * factor, (roundings(terms) * std::fabs(dz) + error(r, k)) * std::fabs(factor));
+          const double of_dz = roundings(terms) + (capability > 0 ? kSplitting<T> : 0);
+          sums.add(i, dz * factor, (of_dz * std::fabs(dz) + error(r, k)) * std::fabs(factor));
         };
         const double s = c.heads[h].factor();
         for (int d = 0; d < c.features; ++d) {
@@ -511,6 +521,10 @@ void races_of() {
   const auto lists = option_heads();
   Run<T>({20, 100, lists[5], kOneSm}).check_sweeps();
   Run<T>({20, 100, lists[5], kTight}).check_sweeps();
+  if (capability > 0) {
+    Run<T>({20, 100, lists[6], kOneSm}).check_loss();  // 32 columns
+    Run<T>({37, 40, heads_of({3}), kHopper}).check_loss();
+  }
   Run<T>({20,
           1,
           {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
@@ -574,6 +588,54 @@ void plan() {
   expect_form(HeadsForm::kTwoPasses, 4096, 8192, 12, 4);
   expect_form(HeadsForm::kProducts, 4096, 8192, 12, 2);
   expect_form(HeadsForm::kProducts, 16384, 2048, 33, 4);
+
+  // What computes the products, by sizes, device and what was asked for.
+  const auto expect_units = [&](HeadsUnits units, int64_t rows, int features, int columns, int element, int device,
+                                HeadsUnits asked = HeadsUnits::kBest) {
+    const auto problem = problem_of_sizes(rows, features, columns, element, true);
+    expect(choose_units(problem, {132, 227 << 10, device, asked}) == units, "choice of units", problem);
+  };
+  expect_units(HeadsUnits::kMatrix, 65536, 1024, 4, 2, 90);
+  expect_units(HeadsUnits::kMatrix, 65536, 1024, 12, 2, 80);
+  expect_units(HeadsUnits::kMatrix, 65536, 1024, 32, 2, 90);
+  expect_units(HeadsUnits::kMatrix, 128, 256, 12, 2, 120);
+  expect_units(HeadsUnits::kProducts, 65536, 4096, 32, 2, 90);  // two slices
+  expect_units(HeadsUnits::kLanes, 65536, 1024, 4, 2, 75);
+  expect_units(HeadsUnits::kProducts, 65536, 1024, 12, 2, 75);
+  expect_units(HeadsUnits::kLanes, 4096, 1024, 12, 2, 75);  // the features stay in the cache
+  expect_units(HeadsUnits::kLanes, 65536, 1024, 12, 4, 90);
+  expect_units(HeadsUnits::kLanes, 65536, 1024, 12, 2, 90, HeadsUnits::kLanes);
+  expect_units(HeadsUnits::kProducts, 128, 256, 4, 4, 90, HeadsUnits::kProducts);
+  expect_units(HeadsUnits::kLanes, 65536, 1024, 4, 2, 75, HeadsUnits::kMatrix);
+
+  // Launches on the matrix units: those of the sweep for every size, and without slices where D is not above 1024.
+  for (const HeadsDevice& device : {hopper, ampere, ada}) {
+    for (const int64_t rows : {0, 1, 100, 100000, 1 << 24}) {
+      for (const int features : {0, 1, 64, 129, 1024, 2048, 16384, kMaxFeatures}) {
+        for (const int columns : {1, 8, 9, 12, 17, 32}) {
+          for (const bool weight_gradient : {false, true}) {
+            const auto problem = problem_of_sizes(rows, features, columns, 2, weight_gradient);
+            const Sweep s = plan_matrix_sweep(problem, device);
+            expect(s.threads > 0 && s.shared_bytes + kStaticBytes <= device.shared_bytes, "shared memory", problem);
+            expect(
+                s.blocks * s.rows_per_block >= rows && (s.blocks - 1) * s.rows_per_block < std::max<int64_t>(1, rows),
+                "rows", problem);
+            expect(
+                int64_t{s.slices} * s.slice_features >= features &&
+                    (s.slices - 1) * int64_t{s.slice_features} < std::max(1, features),
+                "features", problem);
+            expect(s.slices <= kMaxGridY, "as many slices as a grid has", problem);
+            expect(s.pitch * 2 / 16 % 2 == 1, "rows of a matrix in different banks", problem);
+            const int64_t each = divide_up(s.slice_features / kMatrixSide, s.threads / 32);
+            expect(
+                !weight_gradient || each * s.matrix_groups <= kMatrixBlocks, "blocks of the weight's gradient",
+                problem);
+            expect(features > 1024 || device.shared_bytes < 227 << 10 || s.slices == 1, "one slice", problem);
+          }
+        }
+      }
+    }
+  }
 }
 
 // Every launch of the operators over a grid of sizes is one that the device takes. Nothing is run. Each operator meets
@@ -631,13 +693,21 @@ void judge(const HeadsDevice& device) {
 
 void launches() {
   const HeadsDevice devices[] = {{132, 227 << 10}, {108, 163 << 10}, {128, 99 << 10}};  // H100, A100, L4 and RTX 4090
-  for (const HeadsDevice& device : devices) {
+  for (HeadsDevice device : devices) {
+    device.capability = capability;
     judge<__half>(device);
     judge<float>(device);
     judge<double>(device);
   }
   if (cuda_emulation::launches == 0) {
     ++failures;
+  }
+  // Two blocks fit on a multiprocessor only where all of its memory may be shared memory.
+  for (const auto& [kernel, bytes] : cuda_emulation::dynamic_bytes_asked_for) {
+    if (cuda_emulation::carveout_asked_for[kernel] != cudaSharedmemCarveoutMaxShared) {
+      ++failures;
+      std::printf("wrong: %zu bytes of shared memory without a carve-out\n", bytes);
+    }
   }
 }
 
@@ -669,6 +739,74 @@ void small_steps() {
   count_launches<double>();
 }
 
+// A row costs the same instructions whether a warp takes one or eight at a time. So narrow heads take as many rows as
+// there are lanes for. Counted by the shuffles in 64 rows of a cross entropy: two sums over the lanes of each head, and
+// those of the logits, which do not depend on how rows share warps.
+void rows_share_warps() {
+  struct {
+    std::vector<int> sizes;
+    int rows_at_once;
+    std::size_t shuffles;  // of a sum over the widest head: a step for each doubling, and one to hand it out
+  } cases[] = {{{2, 2}, 8, 2}, {{2, 6}, 4, 4}, {{10, 2}, 2, 5}, {{16}, 2, 5}, {{17}, 1, 6}, {{31, 1}, 1, 6}};
+  for (const auto& [sizes, rows_at_once, shuffles] : cases) {
+    const auto count = [&, &sizes = sizes](int64_t rows) {
+      Run<float> run({rows, 4, heads_of(sizes), kOneSm});
+      typename Run<float>::Results got(run);
+      const std::size_t before = cuda_emulation::shuffled_lanes.load();
+      run.start("the start of heads_loss", [&](Stream& stream) { run.run_loss(got, stream); });
+      return cuda_emulation::shuffled_lanes.load() - before;
+    };
+    const std::size_t columns = std::accumulate(sizes.begin(), sizes.end(), std::size_t{0});
+    const std::size_t of_logits = (columns + kColumnGroup - 1) / kColumnGroup * (64 / kRowGroup) * 31 *
+        (columns <= kColumnGroup ? 2 : 1);  // two warps share a tile where there are fewer tiles than warps
+    const std::size_t want = kWarpSize * (64 / rows_at_once * 2 * shuffles + of_logits);
+    if (const std::size_t more = count(320) - count(256); more != want) {
+      ++failures;
+      std::printf("wrong: %zu lanes' shuffles for 64 rows of %zu columns, not %zu\n", more, columns, want);
+    }
+  }
+}
+
+// A build's list of code against GPUs, by compute capability.
+void device_code() {
+  const char* all = "sm_75,sm_80,sm_86,sm_90,sm_100,sm_120,compute_120";
+  struct {
+    const char* list;
+    int major, minor;
+    bool serves;
+  } cases[] = {
+      {all, 7, 0, false},
+      {all, 7, 5, true},
+      {all, 8, 0, true},
+      {all, 8, 6, true},
+      {all, 8, 7, true},
+      {all, 8, 9, true},
+      {all, 9, 0, true},
+      {all, 10, 0, true},
+      {all, 10, 3, true},
+      {all, 11, 0, false},
+      {all, 12, 0, true},
+      {all, 12, 1, true},
+      {all, 13, 0, true},
+      {"sm_86", 8, 0, false},
+      {"sm_80", 9, 0, false},
+      {"compute_80", 9, 0, true},
+      {"compute_80", 7, 5, false},
+      {"sm_90a", 9, 0, true},
+      {"compute_90a", 10, 0, false},
+      {"sm_90a", 9, 1, false},
+      {"compute_100f", 10, 3, true},
+      {"compute_100f", 12, 0, false},
+      {"", 8, 0, false},
+  };
+  for (const auto& [list, major, minor, serves] : cases) {
+    if (any_code_serves(list, major, minor) != serves) {
+      ++failures;
+      std::printf("wrong: \"%s\" %s %d.%d\n", list, serves ? "does not serve" : "serves", major, minor);
+    }
+  }
+}
+
 void bad_target() {
   Run<float> run({4, 8, heads_of({2, 3})});
   run.classes[1][2] = 3;
@@ -678,7 +816,13 @@ void bad_target() {
 }  // namespace
 
 int main(int, char** argv) {
-  const std::string what = argv[1];
+  std::string what = argv[1];
+  constexpr std::string_view kOnMatrixUnits = "_on_matrix_units";
+  if (what.size() > kOnMatrixUnits.size() &&
+      what.compare(what.size() - kOnMatrixUnits.size(), kOnMatrixUnits.size(), kOnMatrixUnits) == 0) {
+    what.resize(what.size() - kOnMatrixUnits.size());
+    capability = kMatrixCapability;
+  }
   what == "half"                    ? check_type<__half>()
       : what == "bfloat16"          ? check_type<__nv_bfloat16>()
       : what == "float"             ? check_type<float>()
@@ -686,9 +830,12 @@ int main(int, char** argv) {
       : what == "races"             ? races()
       : what == "races_of_double"   ? races_of<double>()
       : what == "races_of_bfloat16" ? races_of<__nv_bfloat16>()
+      : what == "races_of_half"     ? races_of<__half>()
       : what == "plan"              ? plan()
       : what == "launches"          ? launches()
       : what == "small"             ? small_steps()
+      : what == "rows_share_warps"  ? rows_share_warps()
+      : what == "device_code"       ? device_code()
                                     : bad_target();
   return failures != 0;
 }

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -354,8 +355,7 @@ CUDA_EMULATION_UNSEEN inline void sync_block(Site site) {
 }
 
 // Gives every lane of the mask what each of them sent; all ones, which is NaN, for the lanes outside. All warp
-// operations stand on it, also those still to be emulated: the fragments of a matrix product take a few exchanges. One
-// of them orders memory.
+// operations stand on it; a matrix product takes a few exchanges. One of them orders memory.
 CUDA_EMULATION_UNSEEN inline Lanes exchange(unsigned mask, uint64_t value, Site site, bool orders = false) {
   Thread& self = *this_thread;
   Thread* warp = self.warp;
@@ -395,10 +395,14 @@ CUDA_EMULATION_UNSEEN inline Lanes exchange(unsigned mask, uint64_t value, Site 
   return received;
 }
 
+// How many lanes have been given a number by another: a count of a kernel's work, for tests.
+inline std::atomic<std::size_t> shuffled_lanes{0};
+
 // The value that `source` holds; the own one where that lane is not among those that may be asked.
 template <typename T>
 T shuffle(unsigned mask, T value, unsigned source, bool may_ask, Site site) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
+  shuffled_lanes.fetch_add(1, std::memory_order_relaxed);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   bits = exchange(mask, bits, site).of[may_ask ? source : this_thread->lane];

@@ -62,12 +62,17 @@ def test_a_list_of_gradients_is_scaled_in_one_launch(program):
     assert_passes(run(program("scale_test", "address,undefined", "c++20"), "lists"))
 
 
-@pytest.mark.parametrize("case", ["half", "bfloat16", "float", "double", "plan", "launches", "small"])
+CASES = ["half", "bfloat16", "float", "double", "plan", "launches", "small", "rows_share_warps", "device_code"]
+CASES_OF_RACES = ["races", "races_of_double", "races_of_bfloat16"]
+ON_MATRIX_UNITS = "_on_matrix_units"
+
+
+@pytest.mark.parametrize("case", [*CASES, *(case + ON_MATRIX_UNITS for case in ("half", "bfloat16", "launches"))])
 def test_heads_equal_the_loops(program, case):
     assert_passes(run(program("heads_test", "address,undefined"), case))
 
 
-@pytest.mark.parametrize("case", ["races", "races_of_double", "races_of_bfloat16"])
+@pytest.mark.parametrize("case", [*CASES_OF_RACES, *(f"races_of_{t}{ON_MATRIX_UNITS}" for t in ("half", "bfloat16"))])
 def test_heads_have_no_races(program, case):
     assert_passes(run(program("heads_test", "thread"), case))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from samples import assert_same
 
-from grl_ext import GRL, AdversarialHeads, GRLLinear
+from grl_ext import GRL, AdversarialHeads, GRLLinear, grl_linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -64,6 +64,37 @@ def test_the_same_bits_every_time(compiled):
     for _ in range(20):
         for again, expected in zip(torch.autograd.grad(heads(x, targets).loss, inputs), first, strict=True):
             assert_same(again, expected)
+
+
+@pytest.mark.parametrize("lambda_form", ["number", "on the device"])
+@pytest.mark.parametrize("size", [64, 2048], ids=["less than the features", "more than the features"])
+@pytest.mark.parametrize("value", [0.5, 0.0])
+def test_a_wide_layer_scales_what_is_less_to_move(compiled, lambda_form, size, value):
+    """All ways in which lambda gets into the features' gradient; at 0 there is none, though the weight be infinite."""
+    x = torch.randn(4096, 256, device="cuda", dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(size, 256, device="cuda", dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(size, device="cuda", dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(4096, size, device="cuda", dtype=torch.float64)
+    if value == 0:
+        weight.data[0, 0] = torch.inf
+    lambda_ = value if lambda_form == "number" else torch.tensor(value, device="cuda")
+    y = grl_linear(x, weight, bias, lambda_)
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    dx, dw, db = torch.autograd.grad(y, [x, weight, bias], grad)
+    torch.testing.assert_close(dx, torch.zeros_like(x) if value == 0 else grad @ weight * -value)
+    torch.testing.assert_close(dw, grad.T @ x)
+    torch.testing.assert_close(db, grad.sum(0))
+
+
+def test_wide_heads_allocate_the_features_gradient_once(compiled):
+    heads = AdversarialHeads(2048, predictors={"class": 40}, adversaries={"domain": 2}).cuda()
+    x = torch.randn(16384, 2048, device="cuda", requires_grad=True)
+    targets = {"class": torch.randint(40, (16384,), device="cuda"), "domain": torch.randint(2, (16384,), device="cuda")}
+    torch.autograd.grad(heads(x, targets).loss, x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(heads(x, targets).loss, x)
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * x.nbytes
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 5)])

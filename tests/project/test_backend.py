@@ -15,7 +15,7 @@ import torch
 from pure_python import copy_package
 
 import grl_ext
-from grl_ext import __main__, _backend
+from grl_ext import __main__, _backend, _paths
 
 pytestmark = pytest.mark.core
 
@@ -133,6 +133,41 @@ def test_the_report_names_the_compiler_and_who_chose_the_instructions(compiled, 
     monkeypatch.setenv("GRL_EXT_CPU_ISA", "avx2")
     __main__.main()
     assert capsys.readouterr().out.splitlines()[2] == "CPU kernels:   avx2 (GRL_EXT_CPU_ISA=avx2), 1 thread"
+
+
+@pytest.fixture
+def two_gpus(compiled, monkeypatch):
+    """A build for CUDA on a machine with a GPU that its code serves and an old one that it does not."""
+    info = {**compiled.build_info(), "cuda_archs": "7.5;8.0"}
+    monkeypatch.setattr(compiled, "build_info", lambda: info)
+    monkeypatch.setattr(compiled, "serves_gpu", lambda index: index == 0)
+    monkeypatch.setattr(_backend, "kernel_devices", ("cpu", "cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    capabilities = {0: (8, 0), 1: (7, 0), "cuda:1": (7, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
+
+
+def test_a_gpu_without_code_has_no_kernels_and_the_report_says_so(two_gpus, capsys):
+    assert [_backend.has_kernels(torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1", "meta")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    __main__.main()
+    report = capsys.readouterr().out
+    served, old = report.split("cuda:0:\n")[1].split("cuda:1:\n")
+    assert "compute capability" not in served and "fused kernels" in served
+    reason = "PyTorch operators (nothing compiled for its compute capability, 7.0)"
+    assert [line.endswith(reason) for line in old.splitlines()[:2]] == [True, True]
+
+
+def test_a_graph_takes_no_operator_on_a_gpu_without_code(compiled, monkeypatch):
+    monkeypatch.setattr(_backend, "has_kernels", lambda device: False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not _paths._has_operator(torch.ones(2, 2), ())
+    monkeypatch.setattr(_backend, "has_kernels", lambda device: True)
+    assert _paths._has_operator(torch.ones(2, 2), ())
 
 
 # --- instruction sets

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,6 +122,17 @@ def loops_of(body: list[str]) -> list[list[str]]:
     return [body[begin:end] for begin, end in inner]
 
 
+def straight_lines_of(body: list[str]) -> list[list[str]]:
+    """The runs of lines that no label, branch or call interrupts."""
+    runs = [[]]
+    for line in body:
+        if re.match(r"\$\w+:|(@!?%\w+ +)?(bra|call|ret)\b", line):
+            runs.append([])
+        else:
+            runs[-1].append(line)
+    return runs
+
+
 def accesses_of(lines: list[str]) -> list[str]:
     """Reads and writes of global memory, but for those through the read-only cache (.nc): the factor's."""
     found = [re.match(r"(?:@!?%\w+ +)?((?:ld|st|atom|red)\.global[.\w:]*)", line) for line in lines]
@@ -147,6 +159,82 @@ def test_the_parser_sees_loops_and_split_stores():
     assert [is_vector(access) for access in accesses_of(loop)] == [True, False]
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_norm_has_eight_rows_in_flight(compiled_code, arch):
+    """Labels (8 bytes) and, where rows have weights, those: eight loads with nothing between them that waits."""
+    kernels, _ = compiled_code("heads_loss.cu", arch)
+    adding = {name: kernel for name, kernel in kernels.items() if "heads_norm_kernel" in name}
+    assert len(adding) == TYPES
+    for name, kernel in adding.items():
+        loads = [
+            sum(bool(re.match(r"ld\.global\.nc\.[a-z]64\b", line)) for line in lines)
+            for lines in straight_lines_of(kernel.body)
+        ]
+        assert max(loads) >= 8, f"{name}: {loads}"
+        for loop in loops_of(kernel.body):
+            if any(line.startswith("ld.global.nc") for line in loop):
+                assert not any("call" in line for line in loop), f"{name}: the assertion stands in the loop"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", ["heads_loss.cu", "linear_heads.cu"])
+def test_the_sweep_starts_its_copies_in_one_place(compiled_code, source, arch):
+    """Copies of 16 bytes, unrolled by four, of 8 and of 4: each place where they stand costs a hundred instructions."""
+    kernels, _ = compiled_code(source, arch)
+    sweeps = {name: kernel for name, kernel in kernels.items() if "heads_sweep_kernel" in name}
+    assert sweeps
+    for name, kernel in sweeps.items():
+        copies = sum(line.startswith("cp.async.c") for line in kernel.body)
+        assert 3 <= copies <= 10, f"{name}: {copies} asynchronous copies"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", ["heads_loss.cu", "linear_heads.cu"])
+def test_the_matrix_units_get_their_operands_in_few_instructions(compiled_code, source, arch):
+    """For 16 rows and 16 features: each operand is loaded once, and little else is done for a product. The matrix
+    instructions are those of the columns padded to 8, 16 or 32, twice where a gradient takes part in two pieces."""
+    kernels, _ = compiled_code(source, arch)
+    found = {name: kernel for name, kernel in kernels.items() if "MatrixTile" in name}
+    assert len(found) == len(GROUPS) * HALF_TYPES
+    for name, kernel in found.items():
+        groups = int(re.search(r"MatrixTileI\w+?Li(\d)E", name)[1])
+        loads = max(1, groups // 2)  # of the weight: two groups of 8 columns at a time
+        logits, back = products_of(kernel.body)
+        assert logits and back, name
+        for loop in logits:
+            blocks = loop["ldmatrix"] // (1 + loads)
+            assert loop["mma"] == blocks * groups and loop["ldmatrix"] == blocks * (1 + loads), (name, loop)
+            assert loop.total() <= blocks * INSTRUCTIONS_OF_LOGITS[groups], (name, loop)
+        for loop in back:
+            blocks = loop["ldmatrix"] // loads
+            assert loop["mma"] == blocks * 2 * groups and loop["st"] == blocks * 4, (name, loop)
+            assert loop.total() <= blocks * INSTRUCTIONS_OF_DX[groups], (name, loop)
+        # dW is not in a loop: its numbers stay in registers.
+        in_loops = sum(loop["mma"] for loop in (*logits, *back))
+        pieces = 2 if source == "heads_loss.cu" else 1
+        assert sum("mma.sync" in line for line in kernel.body) - in_loops == MATRIX_BLOCKS * pieces, name
+
+
+def products_of(body: list[str]) -> tuple[list[Counter], list[Counter]]:
+    """The instructions of the loops that make logits and of those that make dx, which are stored."""
+    loops = [Counter(opcode_of(line) for line in loop) for loop in loops_of(body)]
+    loops = [Counter({name: n for name, n in loop.items() if name}) for loop in loops if loop["mma"]]
+    return [loop for loop in loops if not loop["st"]], [loop for loop in loops if loop["st"]]
+
+
+def opcode_of(line: str) -> str:
+    """The first word of an instruction; nothing for a label or a declaration."""
+    match = re.match(r"(?:@!?%\w+ +)?([a-z]\w*)\b(?!:)", line)
+    return match[1] if match else ""
+
+
+GROUPS = (1, 2, 4)  # of 8 columns
+HALF_TYPES = 2
+MATRIX_BLOCKS = 16  # of 16 features and 8 columns, whose sums a warp has in registers
+INSTRUCTIONS_OF_LOGITS = {1: 9, 2: 11, 4: 15}  # in PTX
+INSTRUCTIONS_OF_DX = {1: 34, 2: 36, 4: 44}
+
+
 FORMS = 5  # of the factor: a value, a float or a double on the device, a tensor with 32- or 64-bit indices
 FORMS_OF_LISTS = 3  # the first three
 TYPES = 4
@@ -157,11 +245,18 @@ def test_scale_moves_16_bytes_an_instruction(compiled_code, arch):
     kernels, _ = compiled_code("scale.cu", arch)
     assert len(kernels) == (FORMS + FORMS_OF_LISTS) * TYPES
     for name, kernel in kernels.items():
-        # Loops with a vector access: the main one, with several loads before its first store, and the one for the rest.
+        # The loop over the vectors, with four loads before its first store, also where fewer are left.
         loops = [accesses for accesses in map(accesses_of, loops_of(kernel.body)) if any(map(is_vector, accesses))]
         assert all(is_vector(access) for accesses in loops for access in accesses), f"{name}: {loops}"
         kinds = sorted("".join(access[0] for access in accesses) for accesses in loops)  # l for a load, s for a store
-        assert kinds == ["llllssss", "ls"], f"{name}: {loops}"
+        assert kinds == ["llllssss"], f"{name}: {loops}"
+        # Elements outside the vectors, all of them where grad and out are aligned otherwise, have as many in flight.
+        elements = [
+            accesses for accesses in map(accesses_of, loops_of(kernel.body)) if not any(map(is_vector, accesses))
+        ]
+        moving = ["".join(access[0] for access in accesses) for accesses in elements]
+        assert all(kinds.startswith("llllssss") for kinds in moving if "l" in kinds), f"{name}: {moving}"
+        assert any("l" in kinds for kinds in moving), f"{name}: {moving}"
 
 
 @pytest.mark.parametrize("arch", ARCHS)

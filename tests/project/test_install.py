@@ -62,6 +62,20 @@ def fake_toolkit(home: Path, version: str = "13.0") -> Path:
     return home
 
 
+@pytest.mark.parametrize(
+    "known, archs",
+    [
+        ("75 80 86 87 88 89 90 100 110 103 120 121", "7.5;8.0;8.6;9.0;10.0;12.0+PTX"),
+        ("50 60 70 75 80 86 89 90", "7.5;8.0;8.6;9.0+PTX"),
+    ],
+    ids=["CUDA 13", "CUDA 12.4"],
+)
+def test_code_is_made_for_each_architecture_that_the_toolkit_has(tmp_path, known, archs):
+    home = fake_toolkit(tmp_path)
+    (home / "bin" / "nvcc").write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {known}\n")
+    assert build_backend.default_archs(home) == archs
+
+
 @pytest.fixture
 def bare(tmp_path, monkeypatch) -> Path:
     """A machine on which no CUDA toolkit is found. Returns the folder of its installed packages."""
