@@ -1,5 +1,5 @@
-// What the operations on linear layers share: features as rows, the edges of their nodes, the heads' factors,
-// and what is computed for some of the heads only.
+// What the operations on linear layers share: features as rows, the edges of their nodes, the heads' factors, and what
+// is computed for some of the heads only.
 #pragma once
 
 #include <ATen/core/List.h>
