@@ -20,6 +20,7 @@ import importlib.util
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,11 @@ def wanted_build() -> str:
     if wanted not in ("auto", "cuda", "cpu", "python"):
         fail(f"GRL_EXT_BUILD is '{wanted}'; it can be auto, cuda, cpu or python.")
     return wanted
+
+
+def uncompilable() -> str:
+    """Why nothing can be compiled on this system; empty where it can."""
+    return "Windows has the pure PyTorch path only" if sys.platform == "win32" else ""
 
 
 def see_target_environment() -> None:
@@ -171,6 +177,10 @@ def make_plan() -> Plan:
     wanted = wanted_build()
     if wanted == "python":
         return Plan(reason="GRL_EXT_BUILD=python")
+    if reason := uncompilable():
+        if wanted != "auto":
+            fail(f"GRL_EXT_BUILD={wanted}, but {reason}.")
+        return Plan(reason=reason)
     torch = find_torch()
     if torch is None:
         fail(
@@ -197,9 +207,33 @@ def check_compiler() -> None:
             )
 
 
+def precompile(header: Path, flags: list[str], folder: Path) -> Path | None:
+    """Precompiles the header for sources that are compiled with these flags, and returns the folder to put first among
+    those of headers.
+
+    None where the compiler does not look there (clang), or cannot: the sources then read the header itself.
+    """
+    cxx = shlex.split(os.environ.get("CXX") or "c++")
+    said = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
+    if "clang" in said:
+        return None
+    folder = folder / "precompiled"
+    folder.mkdir(parents=True, exist_ok=True)
+    result, stamp = folder / f"{header.name}.gch", folder / "stamp"
+    command = [*cxx, *flags, "-x", "c++-header", str(header), "-o", str(result)]
+    state = "\n".join((said, *command, header.read_text()))
+    if stamp.exists() and stamp.read_text() == state:
+        return folder
+    say("precompiling PyTorch's headers")
+    if subprocess.run(command, capture_output=True).returncode:
+        return None
+    stamp.write_text(state)
+    return folder
+
+
 def release() -> str:
     """The version, which stands in the package and nowhere else."""
-    for node in ast.parse((ROOT / "grl_ext" / "__init__.py").read_text()).body:
+    for node in ast.parse((ROOT / "grl_ext" / "__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "__version__":
             return ast.literal_eval(node.value)
     fail("grl_ext/__init__.py has no __version__.")
@@ -231,7 +265,7 @@ def package_page() -> dict:
     A package page has no tree beside it, so there the README's links into the tree lead to this release in the
     repository.
     """
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     urls = {}
     if repository := os.environ.get("GRL_EXT_REPOSITORY", "").rstrip("/"):
 
@@ -255,7 +289,7 @@ def package_page() -> dict:
 def missing_toolkit_packages() -> list[str]:
     """What the installer must fetch before the build. Every problem is left to the build, which has the words for
     it."""
-    if wanted_build() not in ("auto", "cuda"):
+    if wanted_build() not in ("auto", "cuda") or uncompilable():
         return []
     torch = find_torch()
     if torch is None or not torch.toolkit_packages or find_toolkit(torch)[0]:

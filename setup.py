@@ -5,12 +5,16 @@ TORCH_CUDA_ARCH_LIST           GPU architectures, as for any PyTorch extension; 
 
 import os
 import re
+import shutil
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
 import build_backend
+
+ROOT = Path(__file__).resolve().parent
 
 
 def extension(plan: build_backend.Plan) -> dict:
@@ -23,7 +27,7 @@ def extension(plan: build_backend.Plan) -> dict:
         os.environ["CUDA_HOME"] = str(plan.toolkit)  # cpp_extension looks at it when it is imported
     import torch
     from torch.utils import cpp_extension
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
     # grl_ext/_backend.py loads the one for the torch that is running.
     name = "grl_ext._C_torch{}_{}".format(*plan.torch.release)
@@ -32,9 +36,25 @@ def extension(plan: build_backend.Plan) -> dict:
     site = os.path.dirname(torch.__path__[0])
     here = [f"-ffile-prefix-map={folder}/=" for folder in (os.getcwd(), site)]
     sources = sorted(f for f in glob("csrc/**/*.cpp", recursive=True) if not f.startswith("csrc/cuda/"))
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", *here]
+    flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", *here]
+    # PyTorch's headers: of each other they include the operators they use, not all of them; their warnings are theirs.
+    flags += ["-DAT_PER_OPERATOR_HEADERS", *(f"-isystem{folder}" for folder in include_paths()), f"-I{ROOT / 'csrc'}"]
     if sys.platform == "linux":
         flags.append("-fopenmp")  # at::parallel_for is inline: without this flag it runs on one thread
+
+    class Build(BuildExtension):
+        def build_extensions(self):
+            args = module.extra_compile_args
+            cxx_flags = args["cxx"] if isinstance(args, dict) else args
+            folders = [f"-I{folder}" for folder in (*module.include_dirs, *self.compiler.include_dirs)]
+            shared = [*self.compiler.compiler_so[1:], *folders, *cxx_flags]
+            precompiled = build_backend.precompile(ROOT / "csrc" / "pytorch.h", shared, Path(self.build_temp).resolve())
+            if precompiled:
+                cxx_flags.insert(0, f"-I{precompiled}")
+            super().build_extensions()
+            if precompiled and not self.inplace:
+                shutil.rmtree(precompiled)  # some hundred megabytes that only the next build in place would use
+
     if plan.toolkit:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build_backend.default_archs(plan.toolkit))
         nvcc = build_backend.nvcc_version(plan.toolkit)
@@ -60,7 +80,7 @@ def extension(plan: build_backend.Plan) -> dict:
     build_base = f"build/torch-{plan.torch.version}" + ("-cuda" if plan.toolkit else "")
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": Build},
         "options": {"build": {"build_base": build_base}},
     }
 

@@ -1,4 +1,8 @@
 // What Python calls directly in eager mode, which saves the argument parser of torch.ops; and build_info().
+#include <pytorch.h>
+
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/tensor.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>

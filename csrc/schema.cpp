@@ -6,6 +6,8 @@
 //
 // Element h of a list that describes heads belongs to head h. lambda_[h] is an adversary's 0-d lambda; a predictor has
 // none.
+#include <pytorch.h>
+
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 

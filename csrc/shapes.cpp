@@ -1,5 +1,8 @@
 // The shapes and dtypes of what the kernels return, for tracing.
-#include <ATen/ATen.h>
+#include <pytorch.h>
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "arithmetic_type.h"

@@ -2,7 +2,10 @@
 //
 // A hand-made node instead of torch::autograd::Function: it costs half as much per call, and it receives the engine's
 // own gradient list, so that the use counts in it are true (Function's wrapper holds a copy).
-#include <ATen/ATen.h>
+#include <pytorch.h>
+
+#include <ATen/ops/alias.h>
+#include <ATen/ops/isfinite.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>

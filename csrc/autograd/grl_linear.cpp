@@ -1,5 +1,7 @@
 // grl_linear: F.linear whose gradient for x is multiplied by -lambda. Under one lambda it is one linear head.
-#include <ATen/ATen.h>
+#include <pytorch.h>
+
+#include <ATen/ops/linear.h>
 
 #include "../accepted.h"
 #include "../ops.h"

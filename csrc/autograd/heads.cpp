@@ -1,6 +1,8 @@
+#include <pytorch.h>
+
 #include "heads.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
@@ -9,6 +11,7 @@
 
 #include "../accepted.h"
 #include "../ops.h"
+#include "autocast.h"
 #include "node.h"
 #include "scale.h"
 

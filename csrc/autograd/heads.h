@@ -1,9 +1,9 @@
-// What the operations on linear layers share: autocast, features as rows, the edges of their nodes, the heads' factors,
-// and what is computed for some of the heads only.
+// What the operations on linear layers share: features as rows, the edges of their nodes, the heads' factors, and what
+// is computed for some of the heads only.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/core/List.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -18,31 +18,6 @@
 #include "../heads_options.h"
 
 namespace grl_ext {
-
-// What autocast does to the arguments of F.linear: where it is on for the device, they are cast to its dtype, except
-// for float64.
-class Autocast {
- public:
-  explicit Autocast(c10::DeviceType device) : device_(device) {
-    if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) {
-      dtype_ = at::autocast::get_autocast_dtype(device);
-    }
-  }
-
-  bool is_on() const { return dtype_.has_value(); }
-
-  at::Tensor operator()(const at::Tensor& tensor) const {
-    return dtype_ ? at::autocast::cached_cast(*dtype_, tensor, device_) : tensor;
-  }
-
-  std::optional<at::Tensor> operator()(const std::optional<at::Tensor>& tensor) const {
-    return tensor ? std::optional((*this)(*tensor)) : std::nullopt;
-  }
-
- private:
-  const c10::DeviceType device_;
-  std::optional<at::ScalarType> dtype_;
-};
 
 // (..., D) -> (N, D)
 inline at::Tensor as_rows(const at::Tensor& x) {

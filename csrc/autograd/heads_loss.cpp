@@ -5,7 +5,13 @@
 // forward keeps the gradients of the logits in float32 (on CUDA it keeps nothing), and the backward goes over the
 // features once more, with the scale. So does the backward where single heads' losses have incoming gradients. Where
 // logits have some, or the gradients are to be differentiated, it is made of ATen operators and linear_heads.
-#include <ATen/ATen.h>
+#include <pytorch.h>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/stack.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>

@@ -1,6 +1,7 @@
 // linear_heads: linear layers over the same features. In the features' gradient each adversary's part is multiplied by
 // its -lambda.
-#include <ATen/ATen.h>
+#include <pytorch.h>
+
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include "../ops.h"

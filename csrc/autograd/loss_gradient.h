@@ -2,7 +2,7 @@
 // gradient too.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "../heads_options.h"
 

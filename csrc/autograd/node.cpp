@@ -1,3 +1,5 @@
+#include <pytorch.h>
+
 #include "node.h"
 
 #include <ATen/FuncTorchTLS.h>

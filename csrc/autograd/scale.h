@@ -2,7 +2,7 @@
 // factor of a reversal is -lambda; its minus is made here, in reversed(), and nowhere else.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 

@@ -1,5 +1,9 @@
 // _heads_loss on the CPU: narrow heads together, in one sweep; each wide one by matrix products, with its loss between
 // them.
+#include <pytorch.h>
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <array>

@@ -1,5 +1,8 @@
 // _heads_logits and _heads_gradients on the CPU: narrow heads together, in one pass over the features; each wide one by
 // matrix products.
+#include <pytorch.h>
+
+#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include "heads_sweep.h"

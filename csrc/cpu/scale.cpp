@@ -1,6 +1,9 @@
 // _scale on the CPU: splits the gradient among the threads and calls the kernel of this machine's instruction set.
-#include <ATen/ATen.h>
+#include <pytorch.h>
+
 #include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -148,6 +148,55 @@ def test_a_missing_compiler_is_named_with_the_remedy(tmp_path, monkeypatch):
     build_backend.check_compiler()
 
 
+def test_windows_gets_the_pure_pytorch_path_and_one_line(source, monkeypatch):
+    """Also without a torch: a compiler is never asked for, nor is a CUDA toolkit fetched."""
+    monkeypatch.setattr(build_backend.sys, "platform", "win32")
+    monkeypatch.delenv("GRL_EXT_BUILD", raising=False)
+    monkeypatch.setattr(build_backend, "find_torch", lambda: CUDA_13)
+    plan = build_backend.make_plan()
+    assert plan == Plan(reason="Windows has the pure PyTorch path only")
+    assert build_backend.torch_requirement(plan) == "torch>=2.8" and "+" not in build_backend.version(plan)
+    assert build_backend.missing_toolkit_packages() == []
+    for wanted in ("cpu", "cuda"):
+        monkeypatch.setenv("GRL_EXT_BUILD", wanted)
+        with pytest.raises(SystemExit) as refusal:
+            build_backend.make_plan()
+        assert str(refusal.value) == f"grl_ext: GRL_EXT_BUILD={wanted}, but Windows has the pure PyTorch path only."
+
+    # setup.py too, with the platform faked once all that asks for the true one has been imported.
+    fake = "import runpy, sys, setuptools; sys.argv = ['setup.py', 'build', '--help']; sys.platform = 'win32'; "
+    result = run("-c", fake + "runpy.run_path('setup.py', run_name='__main__')", cwd=source, CXX="none-such")
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if "grl_ext" in line]
+    assert said == ["grl_ext: no compiled extension (Windows has the pure PyTorch path only)"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_a_header_is_precompiled_once_and_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "g++")
+    header, source = tmp_path / "pytorch.h", tmp_path / "source.cpp"
+    header.write_text("inline int answer() { return 42; }\n")
+    source.write_text("#include <pytorch.h>\nint main() { return answer(); }\n")
+    folder = build_backend.precompile(header, ["-O2"], tmp_path / "temp")
+    command = ["g++", "-O2", "-Winvalid-pch", "-H", f"-I{folder}", f"-I{tmp_path}", "-fsyntax-only", str(source)]
+    used = subprocess.run(command, capture_output=True, text=True)
+    assert used.returncode == 0 and used.stderr.startswith("! "), used.stderr  # how GCC marks what it took
+    assert "precompiling" in capsys.readouterr().err
+    assert build_backend.precompile(header, ["-O2"], tmp_path / "temp") == folder
+    assert capsys.readouterr().err == ""
+    assert build_backend.precompile(header, ["-O1"], tmp_path / "temp") == folder  # of no use to other flags
+    assert "precompiling" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cxx", ["#!/bin/sh\necho 'Apple clang version 17'\n", "#!/bin/sh\nexit 1\n"])
+def test_without_a_precompiled_header_the_build_goes_on(tmp_path, monkeypatch, cxx):
+    (tmp_path / "cxx").write_text(cxx)
+    (tmp_path / "cxx").chmod(0o755)
+    (tmp_path / "pytorch.h").touch()
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    assert build_backend.precompile(tmp_path / "pytorch.h", [], tmp_path / "temp") is None
+
+
 # --- which toolkit
 # ---------------------------------------------------------------------------------------------------------
 
