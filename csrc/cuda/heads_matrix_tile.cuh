@@ -330,7 +330,7 @@ class MatrixTile {
 
   // dx has overwritten the zeros after the rows' ends, and where g is infinite they are NaN now.
   __device__ void zero_end(T* x, int width) const {
-    for (int i = width; i < end_; ++i) {
+    for (int i = max(width, begin_); i < end_; ++i) {
       if (lane_id() < kMatrixSide) {
         x[lane_id() * sweep_.pitch + i] = Arithmetic<T>::narrow(0);
       }
