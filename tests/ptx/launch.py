@@ -14,6 +14,7 @@ import numpy as np
 from ptx import operations, warp
 from ptx.module import Instruction, Kernel
 from ptx.operations import Step
+from ptx.races import MOST_BYTES
 from ptx.threads import WARP, Threads, Who, compact
 from ptx.values import Fault
 
@@ -39,7 +40,8 @@ class Counts:
 
 class Launch:
     """run() executes the kernel. With `seed`, one warp runs at a time, as far as it gets, in a random order: what is
-    wrong only if a warp is late or early then shows. With `counts`, it is counted what is executed."""
+    wrong only if a warp is late or early then shows. With `races`, races in shared memory are faults. With `counts`,
+    what is executed is counted."""
 
     def __init__(
         self,
@@ -49,15 +51,18 @@ class Launch:
         dynamic_bytes: int,
         parameters: bytes,
         seed: int | None = None,
+        races: bool = False,
         counts: Counts | None = None,
     ) -> None:
         if kernel.max_threads and block_threads > kernel.max_threads:
             raise Fault(f"{block_threads} threads in a block, where the kernel may have {kernel.max_threads}")
         self.threads = Threads(kernel, grid, block_threads, dynamic_bytes, parameters)
+        if races:
+            self.threads.look_for_races()
         self.counts = counts
         self.threads.tally = counts.phases[-1] if counts else None
         self.random = None if seed is None else np.random.default_rng(seed)
-        self.program = steps_of(kernel)
+        self.program = program_of(kernel)
         self.pc = np.zeros(self.threads.count, np.int64)
         self.state = np.full(self.threads.count, State.RUNS, np.int8)
         self.barrier = np.zeros(self.threads.count, np.int64)  # which one is waited at
@@ -76,6 +81,8 @@ class Launch:
             waiting = self.state != State.RETURNED
             places = Counter(self.program.instructions[at].text for at in self.pc[waiting])
             raise Fault(f"threads wait in vain: {dict(places)}; {np.sum(~waiting)} have returned")
+        if self.threads.accesses is not None:
+            self.threads.accesses.check(int(self.threads.phase.max()) + 1)
 
     def advance(self, who: Who, at: int, limit: int, all_threads: bool) -> None:
         """From instruction `at` on until the threads part, wait, return or come to `limit`, where others are."""
@@ -122,7 +129,7 @@ class Launch:
                 program.together[at](self.threads, who)
                 at += 1
             elif all_threads and len(instruction.operands) == 1:
-                self.begin_phase()
+                self.pass_barrier(who)
                 at += 1
             else:
                 self.wait_for_block(who, at, instruction)
@@ -172,13 +179,21 @@ class Launch:
                     raise Fault(f"threads meet in different barriers: instructions {places}")
                 self.state[waiting] = State.RUNS
                 self.pc[waiting] += 1
-        if not (self.state == State.WAITS_FOR_BLOCK).any():
-            self.begin_phase()
+                self.pass_barrier(np.flatnonzero(waiting))
 
-    def begin_phase(self) -> None:
-        if self.counts is not None:
+    def pass_barrier(self, who: Who) -> None:
+        threads = self.threads
+        threads.phase[who] += 1
+        if threads.accesses is not None and threads.accesses.bytes > MOST_BYTES:
+            threads.accesses.check(int(threads.phase[self.state != State.RETURNED].min()))
+        if self.counts is not None and not (self.state == State.WAITS_FOR_BLOCK).any():
             self.counts.phases.append(Counter())
             self.threads.tally = self.counts.phases[-1]
+
+
+def is_barrier(i: Instruction) -> bool:
+    """Of the block."""
+    return i.opcode[0] in ("bar", "barrier") and i.opcode[1] in ("sync", "cta") and not i.has("arrive")
 
 
 def CONTROL(threads: Threads, who: Who) -> None:
@@ -196,6 +211,12 @@ class Program:
     steps: list[Step | None]
     together: dict[int, Step] = field(default_factory=dict)
 
+    @property
+    def barriers_met(self) -> list[int]:
+        """Which of the kernel's barriers any launch has come to, counted in the order of the text."""
+        barriers = [at for at, i in enumerate(self.instructions) if is_barrier(i)]
+        return [number for number, at in enumerate(barriers) if self.steps[at] is not None]
+
     def prepare(self, at: int) -> Step:
         instruction = self.instructions[at]
         try:
@@ -208,9 +229,7 @@ class Program:
         name = instruction.opcode[0]
         if warp.is_warp_operation(instruction):
             self.together[at] = warp.make(self.kernel, instruction)
-        elif name in ("bar", "barrier") and instruction.has("sync"):
-            pass
-        elif name not in ("bra", "ret", "exit"):
+        elif name not in ("bra", "ret", "exit") and not is_barrier(instruction):
             return operations.make(self.kernel, instruction)
         return CONTROL
 
@@ -218,7 +237,7 @@ class Program:
 _PROGRAMS: dict[int, Program] = {}
 
 
-def steps_of(kernel: Kernel) -> Program:
+def program_of(kernel: Kernel) -> Program:
     if id(kernel) not in _PROGRAMS:
         code = kernel.code
         _PROGRAMS[id(kernel)] = Program(kernel, code.instructions, code.labels, [None] * len(code.instructions))

@@ -98,13 +98,12 @@ def vector_of(i: Instruction) -> int:
 def _load(i: Instruction, o: Operands) -> Step:
     at, size, count = o.address(1, space_of(i)), SIZES[i.type], vector_of(i)
     writes = [writer(o.kernel, register, i.type) for register in o.list(0)]
-    dtype, counted = DTYPES[i.type], space_of(i) == "shared"
+    dtype, space = DTYPES[i.type], space_of(i)
 
     def load(t: Threads, w: Who) -> None:
         where = at(t, w, size * count)
         memory.check(where, size * count, i.text)
-        if counted and t.tally is not None:
-            t.tally["wavefronts"] += wavefronts(t, w, where, size * count)
+        note(t, w, where, size * count, space, False, i.text)
         for write, value in zip(writes, [memory.load(where, size, k).view(dtype) for k in range(count)], strict=True):
             write(t, w, value)
 
@@ -117,13 +116,12 @@ def _store(i: Instruction, o: Operands) -> Step:
         return _store_call_parameter(i, o)
     at, size, count = o.address(0, space_of(i)), SIZES[i.type], vector_of(i)
     reads = [reader(o.kernel, value, f"b{8 * size}") for value in o.list(1)]
-    counted = space_of(i) == "shared"
+    space = space_of(i)
 
     def store(t: Threads, w: Who) -> None:
         where = at(t, w, size * count)
         memory.check(where, size * count, i.text)
-        if counted and t.tally is not None:
-            t.tally["wavefronts"] += wavefronts(t, w, where, size * count)
+        note(t, w, where, size * count, space, True, i.text)
         for k, read in enumerate(reads):
             memory.store(where, size, read(t, w), k)
 
@@ -150,6 +148,14 @@ def _call(i: Instruction, o: Operands) -> Step:
         raise Fault(f"assertion failed in {t.numbers[w].size} threads: {said}")
 
     return fail
+
+
+def note(t: Threads, w: Who, where: Array, size: int, space: str, writes: bool, text: str) -> None:
+    """For what is counted and for races."""
+    if t.tally is not None and space == "shared":
+        t.tally["wavefronts"] += wavefronts(t, w, where, size)
+    if t.accesses is not None and space in ("shared", "generic"):
+        t.accessed(w, where, size, writes, text)
 
 
 def wavefronts(t: Threads, w: Who, where: Array, size: int) -> int:
@@ -187,6 +193,7 @@ def _copy(i: Instruction, o: Operands) -> Step:
         memory.check(here, size, i.text)
         for k in range(size // 4):
             memory.store(there, 4, np.uint32(0xFFFFFFFF), k)
+        t.accessed(w, there, size, True, i.text)
         t.copies.append((t.numbers[w], t.group[w].copy(), there, here, size))
 
     return start

@@ -2,7 +2,8 @@
 
     python -m ptx.program LIBRARY PTX [ARGUMENT...]
 
-The program's exit status is this one's. A last line names the kernels that ran.
+The program's exit status is this one's. A last line names, in JSON, the kernels that ran, and which of its barriers
+each has come to.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptx.launch import Launch
+from ptx.launch import Launch, program_of
 from ptx.module import Kernel, read_module
 from ptx.values import Fault
 
@@ -32,8 +33,8 @@ RUN = ctypes.CFUNCTYPE(
 
 
 class Launches:
-    def __init__(self, kernels: dict[str, Kernel], seed: int | None) -> None:
-        self.kernels, self.seed = kernels, seed
+    def __init__(self, kernels: dict[str, Kernel], seed: int | None, races: bool) -> None:
+        self.kernels, self.seed, self.races = kernels, seed, races
         self.run: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
 
@@ -48,7 +49,7 @@ class Launches:
                 raise Fault("there is no such kernel in the PTX")
             seed = None if self.seed is None else self.seed + self.run.total()
             parameters = ctypes.string_at(at, parameter_bytes)
-            Launch(self.kernels[kernel], (grid_x, grid_y), threads, dynamic_bytes, parameters, seed).run()
+            Launch(self.kernels[kernel], (grid_x, grid_y), threads, dynamic_bytes, parameters, seed, self.races).run()
         except Fault as fault:
             print(f"{kernel}: {fault}", flush=True)
             return 1
@@ -63,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("ptx", type=Path)
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--seed", type=int, help="run one warp at a time, in an order by this number")
+    parser.add_argument("--races", action="store_true", help="races in shared memory are faults")
     parser.add_argument("--times", action="store_true", help="say how long each kernel took")
     options = parser.parse_args(argv)
     faulthandler.enable()
-    launches = Launches(read_module(options.ptx.read_text()), options.seed)
+    launches = Launches(read_module(options.ptx.read_text()), options.seed, options.races)
     callback = RUN(launches)
     library = ctypes.CDLL(str(options.library.resolve()))
     ctypes.c_void_p.in_dll(library, "cuda_emulation_run_elsewhere").value = ctypes.cast(callback, ctypes.c_void_p).value
@@ -76,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kernel, seconds in launches.seconds.most_common():
             print(f"{seconds:7.2f} s {launches.run[kernel]:5d} launches  {kernel}")
     sys.stdout.flush()
-    print(json.dumps(sorted(launches.run)))
+    print(
+        json.dumps(
+            {name: program_of(launches.kernels[name]).barriers_met for name in launches.run if name in launches.kernels}
+        )
+    )
     return status
 
 

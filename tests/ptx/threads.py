@@ -10,6 +10,7 @@ import numpy as np
 
 from ptx import memory
 from ptx.module import Kernel, align_up
+from ptx.races import Access, SharedAccesses
 from ptx.values import DTYPES, SIZES, UNSIGNED, Array, Fault
 
 WARP = 32
@@ -74,6 +75,19 @@ class Threads:
         self.copies: list[tuple[Array, Array, Array, Array, int]] = []  # threads, groups, to, from, bytes
         self.call_parameters: dict[str, int] = {}  # of the first thread
         self.tally: Counter[str] | None = None  # what is counted; see launch.py
+        self.phase = np.zeros(self.count, np.int64)  # how many barriers of its block a thread has passed,
+        self.warp_phase = np.zeros(self.count, np.int64)  # and of its warp
+        self.accesses: SharedAccesses | None = None  # where races are looked for
+
+    def look_for_races(self) -> None:
+        begin = self._shared.ctypes.data
+        self.accesses = SharedAccesses(begin, begin + self._shared.size)
+
+    def accessed(self, who: Who, where: Array, size: int, writes: bool, text: str) -> None:
+        if self.accesses is not None:
+            numbers = self.numbers[who]
+            phases, warp_phases = self.phase[who].copy(), self.warp_phase[who].copy()
+            self.accesses.add(Access(where, size, numbers, phases, warp_phases, writes, text))
 
     def arrive(self, who: Who, pending: int) -> None:
         """Completes these threads' asynchronous copies but for the last `pending` groups."""
@@ -83,6 +97,8 @@ class Threads:
         for threads, groups, to, source, size in self.copies:
             done = waits[threads] & (groups < self.group[threads] - pending)
             memory.copy(to[done], source[done], size)
+            if done.any():
+                self.accessed(threads[done], to[done], size, True, "the end of an asynchronous copy")
             if not done.all():
                 left.append((threads[~done], groups[~done], to[~done], source[~done], size))
         self.copies = left

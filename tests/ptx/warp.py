@@ -20,8 +20,12 @@ def is_warp_operation(i: Instruction) -> bool:
 def make(kernel: Kernel, i: Instruction) -> Step:
     o = Operands(kernel, i)
     if i.opcode[0] == "bar":
-        return with_all_lanes(o, 0, lambda t, w: None)
+        return with_all_lanes(o, 0, _order)
     return MAKERS[i.opcode[0]](i, o)
+
+
+def _order(t: Threads, w: Who) -> None:
+    t.warp_phase[w] += 1
 
 
 def with_all_lanes(o: Operands, mask_at: int, step: Step) -> Step:
@@ -100,6 +104,7 @@ def _load_matrices(i: Instruction, o: Operands) -> Step:
         rows = t.numbers[w].reshape(-1, WARP)[:, : 8 * count].reshape(-1)
         where = at(t, rows, 16)
         memory.check(where, 16, i.text)
+        t.accessed(rows, where, 16, False, i.text)
         where = where.reshape(-1, count, 8)
         if t.tally is not None:
             t.tally["wavefronts"] += sum(wavefronts_of_rows(matrix) for warp in where for matrix in warp)
