@@ -619,7 +619,20 @@ void compiled() {
 
 // What every launch shape must satisfy, and what the shapes that the design speaks of must come out as.
 void plan() {
-  const HeadsDevice hopper = {132, 227 << 10}, ampere = {108, 163 << 10}, ada = {128, 99 << 10};
+  const HeadsDevice hopper = {132, 227 << 10};
+  const HeadsDevice devices[] = {
+      hopper,  // H100
+      {114, 227 << 10},  // H100 PCIe
+      {148, 227 << 10},  // B200
+      {108, 163 << 10},  // A100,
+      {14, 163 << 10},  // and a seventh of one
+      {82, 99 << 10},  // RTX 3090
+      {58, 99 << 10},  // L4
+      {128, 99 << 10},  // RTX 4090
+      {170, 99 << 10},  // RTX 5090
+      {40, 64 << 10},  // T4
+      kTight,
+  };
   const auto expect = [](bool good, const char* what, const HeadsProblem& p) {
     if (!good) {
       ++failures;
@@ -638,15 +651,22 @@ void plan() {
     problem.weight_gradient = weight_gradient;
     return problem;
   };
-  for (const HeadsDevice& device : {hopper, ampere, ada, kTight}) {
-    for (const int64_t rows : {0, 1, 100, 1000, 100000, 1 << 24}) {
-      for (const int features : {0, 1, 64, 129, 1024, 1764, 2048, 16384, 100000, kMaxFeatures}) {
-        for (const int columns : {1, 4, 12, 32}) {
+  for (const HeadsDevice& device : devices) {
+    for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{9}, int64_t{1000}, int64_t{65536}, int64_t{3} << 30}) {
+      for (const int features : {0, 1, 64, 129, 500, 1024, 1764, 2048, 4096, 16384, 100000, kMaxFeatures}) {
+        for (int columns = 1; columns <= kMaxSweepColumns; ++columns) {
           for (const int element : {2, 4, 8}) {
             for (const bool weight_gradient : {false, true}) {
               const auto problem = problem_of_sizes(rows, features, columns, element, weight_gradient);
               const Sweep s = plan_sweep(problem, device);
               expect(s.shared_bytes + kStaticBytes <= device.shared_bytes, "shared memory", problem);
+              for (const int at : {s.weight_at, s.targets_at, s.sums_at, s.g_at, s.scaled_at}) {
+                expect(at % 16 == 0 && at <= s.shared_bytes, "regions of shared memory", problem);
+              }
+              expect(
+                  s.g_at - s.sums_at >= static_cast<int>(sizeof(double)) * s.threads, "a number for each thread",
+                  problem);
+              expect(s.slice_features % kPiece == 0 && s.tile_rows % kRowGroup == 0, "whole tiles", problem);
               expect(
                   s.blocks * s.rows_per_block >= rows && (s.blocks - 1) * s.rows_per_block < std::max<int64_t>(1, rows),
                   "rows", problem);
