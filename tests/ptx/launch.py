@@ -104,7 +104,7 @@ class Launch:
             step = program.steps[at]
             if step is None:
                 step = program.prepare(at)
-            if step is not CONTROL:
+            if step is not control:
                 step(self.threads, active)
                 at += 1
             elif instruction.opcode[0] == "bra":
@@ -196,7 +196,7 @@ def is_barrier(i: Instruction) -> bool:
     return i.opcode[0] in ("bar", "barrier") and i.opcode[1] in ("sync", "cta") and not i.has("arrive")
 
 
-def CONTROL(threads: Threads, who: Who) -> None:
+def control(threads: Threads, who: Who) -> None:
     """Stands for what the launch itself does: branches, returns, barriers, warp operations."""
     raise AssertionError
 
@@ -231,10 +231,10 @@ class Program:
             self.together[at] = warp.make(self.kernel, instruction)
         elif name not in ("bra", "ret", "exit") and not is_barrier(instruction):
             return operations.make(self.kernel, instruction)
-        return CONTROL
+        return control
 
 
-_PROGRAMS: dict[int, Program] = {}
+_PROGRAMS: dict[int, Program] = {}  # by the id of the kernel, which the program keeps alive
 
 
 def program_of(kernel: Kernel) -> Program:
