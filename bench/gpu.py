@@ -49,6 +49,7 @@ COUNTERS = (
     "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed,"
     "smsp__inst_executed.sum,l1tex__data_bank_conflicts_pipe_lsu.sum,gpu__time_duration.sum"
 )
+NO_CUDA = {"GRL_EXT_BUILD": "cpu", "GRL_EXT_REQUIRE_COMPILED": "0"}  # for a dry run, which needs no compiler either
 MERCY = 10  # seconds that a stopped job has for its last words
 
 
@@ -295,7 +296,7 @@ def run_job(job: Job, folder: Path, end: float, dry: bool) -> Outcome:
                 process = subprocess.Popen(
                     command,
                     cwd=ROOT,
-                    env=environment_of(job.environment),
+                    env=environment_of(job.environment | (NO_CUDA if dry else {})),
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,

@@ -30,9 +30,9 @@ SHAPES = {
     "many heads": (70, 64, (1,) * 40),
 }
 
-# Of the largest number of a result. A half has 11 bits, or 8; what is computed in f32 has some 17 left after a long
-# sum.
-TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}
+# Of the largest number of a result. A half has 11 bits, or 8; a sum in f32 or f64 whose terms cancel loses some ten of
+# its own.
+TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4, torch.float64: 1e-12}
 
 
 class Operators:

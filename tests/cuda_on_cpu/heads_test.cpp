@@ -619,16 +619,13 @@ void compiled() {
 
 // What every launch shape must satisfy, and what the shapes that the design speaks of must come out as.
 void plan() {
-  const HeadsDevice hopper = {132, 227 << 10};
+  const HeadsDevice hopper = {132, 227 << 10}, ampere = {108, 163 << 10}, ada = {128, 99 << 10};
   const HeadsDevice devices[] = {
-      hopper,  // H100
-      {114, 227 << 10},  // H100 PCIe
+      hopper,           ampere, ada, {114, 227 << 10},  // H100 PCIe
       {148, 227 << 10},  // B200
-      {108, 163 << 10},  // A100,
-      {14, 163 << 10},  // and a seventh of one
+      {14, 163 << 10},  // a seventh of an A100
       {82, 99 << 10},  // RTX 3090
       {58, 99 << 10},  // L4
-      {128, 99 << 10},  // RTX 4090
       {170, 99 << 10},  // RTX 5090
       {40, 64 << 10},  // T4
       kTight,
