@@ -37,6 +37,8 @@ def run(program: str, ptx: Path, case: str) -> Outcome:
 def test_every_kernel_equals_the_loops(element):
     ptx = ptx_of(element)
     outcomes = [run(program, ptx, f"compiled_{element}") for program in ("heads_test", "scale_test")]
+    if element in ("half", "bfloat16"):
+        outcomes.append(run("heads_test", ptx, f"compiled_{element}_on_matrix_units"))
     for outcome in outcomes:
         assert outcome.status == 0, outcome.said
     ran = {name for outcome in outcomes for name in outcome.barriers}
