@@ -9,8 +9,9 @@
 # make frameworks  docs/frameworks.md with Lightning, transformers, accelerate, ignite and skorch: what it resumes ends with the same bits
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
-# make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, with a CUDA toolkit from packages; needs no GPU
-# make gpu         everything that needs a GPU, in under 25 minutes: bench/gpu.py; DRY=1 checks each step's command line without one
+# make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, its PTX too, with a toolkit from packages; needs no GPU
+# make gpu         what needs a GPU: bench/gpu.py, where PARTS=first and PARTS=second take ten and five minutes; DRY=1 runs it on the CPU, as far as that can be
+# make gpu-build   the extension for the machine with the GPU (GPU_PYTHON, GPU_ARCHS), which then needs no network and no compiler
 # make wheel       wheel and sdist in dist/, checked, and each installed and tried in an environment of its own
 # make docs        the pages in docs/ with the reference from the docstrings, as HTML in build/docs
 # make lint        formatting and lint; `make format` puts right what it can
@@ -20,6 +21,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
+# The Python and the architectures of a machine with a GPU: an H100 or H200, by default.
+GPU_PYTHON ?= python3.12
+GPU_ARCHS ?= 9.0
 
 TORCH = torch==2.13.0
 OLDEST_TORCH = torch==2.8.0
@@ -48,7 +52,7 @@ RUN = PYTHONPATH=$(CURDIR) $(PY)
 # A process for each core, with one thread each. Neighbours stay together, so that what a module's tests share is made once or twice.
 PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist worksteal --durations=15
 
-.PHONY: env build test bench examples examples-fairness examples-real fuzz steps matrix frameworks asan versions version-oldest version-newest cuda-check gpu wheel docs lint format clean
+.PHONY: env build test bench examples examples-fairness examples-real fuzz steps matrix frameworks asan versions version-oldest version-newest cuda-check gpu gpu-build wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -57,9 +61,10 @@ env: $(READY)
 $(VENV)/.ready: torch = $(TORCH) $(LINT_TOOLS) $(WHEEL_TOOLS)
 .venv-oldest/.ready: torch = $(OLDEST_TORCH)
 .venv-newest/.ready: torch = $(NEWEST_TORCH)
-$(CUDA_VENV)/.ready: torch = $(CUDA_TORCH)
-$(addsuffix /.ready,$(VENV) $(CUDA_VENV) .venv-oldest .venv-newest): %/.ready: Makefile
-	$(PYTHON) -m venv $*
+$(CUDA_VENV)/.ready .venv-gpu/.ready: torch = $(CUDA_TORCH)
+.venv-gpu/.ready: python = $(GPU_PYTHON)
+$(addsuffix /.ready,$(VENV) $(CUDA_VENV) .venv-gpu .venv-oldest .venv-newest): %/.ready: Makefile
+	$(or $(python),$(PYTHON)) -m venv $*
 	$*/bin/python -m pip install --quiet $(torch) $(BUILD_TOOLS) $(TEST_TOOLS)
 	$(if $(filter $(VENV),$*),$*/bin/python -m pip install --quiet --no-deps $(PEERS))
 	packages=$$($*/bin/python build_backend.py) && { test -z "$$packages" || $*/bin/python -m pip install --quiet $$packages; }
@@ -155,8 +160,12 @@ cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
 cuda-check: $(CUDA_VENV)/.ready
 	$(call test_installed,$(CUDA_VENV))
 
-gpu: env
-	$(RUN) bench/gpu.py $(if $(DRY),--dry)
+gpu: $(if $(DRY),build,env)
+	$(RUN) bench/gpu.py $(if $(DRY),--dry) --parts $(PARTS)
+
+PARTS ?= all
+gpu-build: .venv-gpu/.ready
+	TORCH_CUDA_ARCH_LIST="$(GPU_ARCHS)" GRL_EXT_BUILD=cuda .venv-gpu/bin/python setup.py --quiet build_ext --inplace
 
 wheel: env
 	rm -rf dist
@@ -187,4 +196,4 @@ format: env
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
 
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-oldest .venv-newest .venv-matrix .venv-frameworks .venv-docs .venv-fairness
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-gpu .venv-oldest .venv-newest .venv-matrix .venv-frameworks .venv-docs .venv-fairness

@@ -1,57 +1,79 @@
-"""A day with a GPU in one command: builds for it, tests, measures, and writes what it found to
-bench/results/gpu-<name>/.
+"""What needs a GPU, in two commands and a quarter of an hour, on a machine that has torch and nothing else of ours:
+tests, measures, and writes a summary and one archive.
 
-    make gpu             # environment, then this
-    make gpu DRY=1       # no GPU: every step's command line is checked, nothing is measured
+    make gpu-build                                                   # here: the extension for that machine's torch
+    python3 bench/gpu.py --parts first --no-build --budget 540       # there
+    python3 bench/gpu.py --parts second --no-build --budget 240
+    make gpu DRY=1       # no GPU: each part runs on the CPU as far as it can
 
-The most important parts come first. A part that fails, hangs or lacks a tool is named in the summary; the others run
-all the same.
+A part is several jobs, each a process of its own: what a faulting kernel leaves of a process is no use to the next
+test. A job that fails, hangs or lacks a tool is named in the summary; the others run all the same. Both files are
+written anew after each part.
 """
 
 import argparse
-import contextlib
 import datetime
-import json
+import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import compare
-import heads
+import gpu_goals
 
 ROOT = Path(__file__).parents[1]
-BUDGET = 24 * 60  # seconds, for all parts together
-DTYPES = ("float32", "bfloat16")
-SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+sys.path.append(str(ROOT / "tests"))
+
+import every_kernel  # noqa: E402
+
+BUDGET = 540  # seconds, for all parts together
+# What the products of half types run on (csrc/cuda/heads_plan.h): a GPU decides which is to be the default.
+HALF_PATHS = {path: {"GRL_EXT_CUDA_HEADS": path} for path in ("lanes", "matrix")}
+WITHOUT_COMPILED = {"TORCH_COMPILE_DISABLE": "1"}  # compiling the rivals takes longer than all the rest
+SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kernel_substring=grl_ext", "--tool"]
+FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # for each of several processes
+# Without the caching allocator an access past a tensor is one past an allocation.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 COUNTERS = (
     "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed,"
-    "gpu__time_duration.sum"
+    "smsp__inst_executed.sum,l1tex__data_bank_conflicts_pipe_lsu.sum,gpu__time_duration.sum"
 )
+NO_CUDA = {"GRL_EXT_BUILD": "cpu", "GRL_EXT_REQUIRE_COMPILED": "0"}  # for a dry run, which needs no compiler either
+MERCY = 10  # seconds that a stopped job has for its last words
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    command: Sequence[str]
+    # What runs instead without a GPU, one after the other: the same lines on the CPU, or the command line's check.
+    dry: Sequence[Sequence[str]]
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: str = ""  # a tool on the PATH
 
 
 @dataclass(frozen=True)
 class Part:
     name: str
-    command: Sequence[str]
-    check: (
-        Sequence[str] | Callable[[], object]
-    )  # asks only whether the command line makes sense: a command, or a call here
+    jobs: Sequence[Job]
     limit: int  # seconds
-    needs: str = ""  # a tool on the PATH
-    environment: dict[str, str] = field(default_factory=dict)
+    at_once: int = 1
 
 
 @dataclass
 class Outcome:
-    part: Part
+    name: str
     state: str  # passed, failed, ran out of time, not run
     seconds: float = 0.0
     note: str = ""
@@ -61,348 +83,309 @@ def python(*arguments: object) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def pytest_part(name: str, limit: int, *arguments: str) -> Part:
-    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
-    return Part(name, command, [*command, "--collect-only"], limit, environment={"GRL_EXT_REQUIRE_COMPILED": "1"})
+def file_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def kernels_part(name: str, limit: int, wrapper: Sequence[str]) -> Part:
-    """tests/every_kernel.py under a tool."""
-    command = python("tests/every_kernel.py")
-    return Part(name, [*wrapper, *command], [*command, "--list"], limit, needs=wrapper[0])
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def bench_part(name: str, dtype: str, folder: Path, limit: int, cases: Sequence[str]) -> Part:
-    arguments = [
-        "--device",
-        "cuda",
-        "--dtype",
-        dtype,
-        "--cases",
-        *cases,
-        "--json",
-        str(folder / f"{name}-{dtype}.json"),
+def build_part(capability: str) -> Part:
+    command = python("setup.py", "--quiet", "build_ext", "--inplace")
+    environment = {"TORCH_CUDA_ARCH_LIST": capability, "GRL_EXT_BUILD": "cuda"}
+    return Part("build", [Job("build", command, [[*command, "--help"]], environment)], 420)
+
+
+def kernels_part(dry: bool) -> Part:
+    """Every variant of every kernel against double precision on the CPU."""
+    command = python("tests/every_kernel.py", "--check", "--only")
+    names = list(every_kernel.work(every_kernel.Operators("cuda", check=True)))
+    if dry:  # all of a type in one process
+        names = sorted({name.split(":")[0] + ":" for name in names})
+    jobs = []
+    for name in names:
+        halves = "float16" in name and "heads" in name
+        for path, environment in HALF_PATHS.items() if halves else [("", {})]:
+            environment = environment | FEW_THREADS
+            title = f"kernels {name}" + (f" on {path}" if path else "")
+            jobs.append(Job(title, [*command, name], [[*command, name, "--device", "cpu"]], environment))
+    return Part("kernels", jobs, 90, at_once=8)
+
+
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_at_once")
+TESTED = ("tests/everywhere", "tests/layer", "tests/heads")
+
+
+def tests_part(dry: bool, limit: int, name: str = "tests", files: Sequence[str] = ()) -> Part:
+    """The tests that run on a GPU, a file a process."""
+    every = sorted(str(path.relative_to(ROOT)) for folder in TESTED for path in (ROOT / folder).glob("test_*.py"))
+    chosen = list(files) or every
+    jobs = [
+        Job(
+            f"{name} {Path(file).stem}",
+            python(*PYTEST, file, "-k", "cuda"),
+            [],
+            {"GRL_EXT_REQUIRE_COMPILED": "1", **FEW_THREADS},
+        )
+        for file in chosen
     ]
-    # The check is the same command line with --list, which names the cases: it fails on an option or a case that there
-    # is not.
-    return Part(
-        f"bench {name} {dtype}",
-        python("bench/compare.py", *arguments),
-        lambda: compare.main([*arguments, "--list"]),
-        limit,
-    )
+    if dry:
+        collected = python(*PYTEST, *chosen, "--collect-only")
+        jobs = [Job(f"{name} collected", [], [collected])]
+    return Part(name, jobs, limit, at_once=8)
 
 
+def bench_job(name: str, dtype: str, cases: Sequence[str], folder: Path, environment: dict[str, str]) -> Job:
+    """bench/compare.py; without a GPU a case of its smallest size, and all the case names."""
+    results = ["--json", str(folder / f"{file_name(name)}.json")]
+    command = python("bench/compare.py", "--device", "cuda", "--dtype", dtype, "--cases", *cases)
+    on_cpu = python("bench/compare.py", "--device", "cpu", "--dtype", dtype, "--quick", "--cases", "heads/128x256_10+2")
+    return Job(name, [*command, *results], [[*command, "--list"], [*on_cpu, *results]], environment)
+
+
+@functools.cache
 def cases_of(dtype: str) -> dict[str, list[str]]:
     """The benchmark's cases on CUDA as bench/compare.py has them now: those of the goals, then the rest by group."""
     settings = compare.cases.Settings("cuda", getattr(torch, dtype), quick=False)
     found: dict[str, list[str]] = {"goals": []}
     for case in compare.select([], settings):
-        of_goal = any(goal.dtype == dtype and re.match(goal.case, case.name) for goal in GOALS)
+        of_goal = any(goal.dtype == dtype and re.match(goal.case, case.name) for goal in gpu_goals.GOALS)
         found.setdefault("goals" if of_goal else case.name.split("/")[0], []).append(case.name)
     return found
 
 
-def parts(folder: Path, capability: str) -> list[Part]:
-    build = python("setup.py", "--quiet", "build_ext", "--inplace")
-    found = [
-        Part(
-            "build",
-            build,
-            python("setup.py", "--quiet", "build_ext", "--help"),
-            420,
-            environment={"TORCH_CUDA_ARCH_LIST": capability, "GRL_EXT_BUILD": "cuda"},
-        ),
-        pytest_part(
-            "graphs, streams, sizes",
-            180,
-            "tests/everywhere/test_cuda_device.py",
-            "tests/layer/test_in_place_backward.py",
-            "tests/layer/test_lambda_on_the_host.py",
-        ),
-    ]
-    cases = {dtype: cases_of(dtype) for dtype in DTYPES}
-    found += [bench_part("goals", dtype, folder, 300, cases[dtype].pop("goals")) for dtype in DTYPES]
-    found += [
-        pytest_part(
-            "all tests",
-            420,
-            "tests",
-            "-m",
-            "not once",
-            "--ignore=tests/project",
-        ),
-        kernels_part("sanitizer memcheck", 180, ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]),
-        kernels_part("sanitizer racecheck", 180, ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"]),
-    ]
-    # The heads of the other sizes first.
-    rest = sorted(
-        cases[DTYPES[0]], key=lambda group: (not group.startswith("heads"), list(cases[DTYPES[0]]).index(group))
-    )
-    found += [bench_part(group, dtype, folder, 150, cases[dtype][group]) for group in rest for dtype in DTYPES]
-    found += [
-        kernels_part(f"sanitizer {tool}", 120, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"])
-        for tool in SANITIZER_TOOLS[2:]
-    ]
-    counted = ["ncu", "--metrics", COUNTERS, "--csv", "--log-file", str(folder / "counters.csv")]
-    return [*found, kernels_part("profiler counters", 240, counted)]
+def goals_part(folder: Path) -> Part:
+    """What the goals are about, but for the rivals that are compiled."""
+    jobs = [bench_job("goals float32", "float32", cases_of("float32")["goals"], folder, WITHOUT_COMPILED)]
+    for path, environment in HALF_PATHS.items():
+        cases = cases_of("bfloat16")["goals"]
+        jobs.append(bench_job(f"goals bfloat16 {path}", "bfloat16", cases, folder, environment | WITHOUT_COMPILED))
+    return Part("goals", jobs, 240)
 
 
-def run(part: Part, folder: Path, seconds: float, dry: bool) -> Outcome:
-    if part.needs and not shutil.which(part.needs) and not dry:
-        return Outcome(part, "not run", note=f"{part.needs} is not on the PATH")
-    if seconds < 10:
-        return Outcome(part, "not run", note="no time left")
-    log = folder / f"{re.sub(r'[^a-z0-9]+', '-', part.name.lower())}.log"
-    if dry and callable(part.check):
-        return call(part, log)
-    command = part.check if dry else part.command
-    environment = {**os.environ, **part.environment, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    if dry:
-        # Whether the command line makes sense does not depend on what is compiled.
-        environment |= {"GRL_EXT_BUILD": "cpu", "GRL_EXT_REQUIRE_COMPILED": "0"}
-    start = time.monotonic()
-    with log.open("w") as out:
-        out.write(" ".join(command) + "\n")
-        out.flush()
-        try:
-            status = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                timeout=min(seconds, part.limit),
-            ).returncode
-            outcome = Outcome(
-                part,
-                "passed" if status == 0 else "failed",
-                note="" if status == 0 else f"exit status {status}, see {log.name}",
+def counters_part(folder: Path) -> Part:
+    """The profiler sets the clocks of a card to their base unless told not to; then its times would not be those of the
+    benchmark."""
+    command = python("tests/every_kernel.py", "--large")
+    jobs = []
+    for path, environment in HALF_PATHS.items():
+        log = folder / f"counters-{path}.csv"
+        profiler = [
+            "ncu",
+            "--clock-control",
+            "none",
+            "--kernel-name",
+            "regex:grl_ext|heads_|scale_",
+            "--metrics",
+            COUNTERS,
+        ]
+        jobs.append(
+            Job(
+                f"counters {path}",
+                [*profiler, "--csv", "--log-file", str(log), *command],
+                [[*command, "--device", "cpu"]],
+                environment,
+                needs="ncu",
             )
-        except subprocess.TimeoutExpired:
-            outcome = Outcome(part, "ran out of time", note=f"see {log.name}")
-        except OSError as error:
-            outcome = Outcome(part, "failed", note=str(error))
+        )
+    return Part("counters", jobs, 80)
+
+
+def sanitizer_part(tool: str, dry: bool) -> Part:
+    command = python("tests/every_kernel.py", "--only")
+    jobs = []
+    for dtype in ("float32",) if dry else ("float16", "bfloat16", "float32", "float64"):
+        for path, environment in HALF_PATHS.items() if dtype.endswith("16") else [("", {})]:
+            jobs.append(
+                Job(
+                    f"{tool} {dtype} {path}".strip(),
+                    [*SANITIZER, tool, *command, f"{dtype}: "],
+                    [[*command, f"{dtype}: ", "--device", "cpu"]],
+                    environment | UNCACHED | FEW_THREADS,
+                    needs="compute-sanitizer",
+                )
+            )
+    return Part(tool, jobs, 80, at_once=6)
+
+
+def compiled_part(folder: Path) -> Part:
+    """The goals that are about compiled rivals."""
+    jobs = []
+    for dtype in gpu_goals.DTYPES:
+        large = [case for case in cases_of(dtype)["goals"] if re.match(gpu_goals.LARGE[dtype], case)]
+        jobs.append(bench_job(f"compiled {dtype}", dtype, large, folder, {}))
+    return Part("compiled", jobs, 200)
+
+
+def rest_part(folder: Path) -> Part:
+    """The benchmark's other cases, the heads first."""
+    jobs = []
+    cases = {dtype: cases_of(dtype) for dtype in gpu_goals.DTYPES}
+    groups = [group for group in cases["float32"] if group != "goals"]
+    for group in sorted(groups, key=lambda group: (not group.startswith("heads"), groups.index(group))):
+        for dtype in gpu_goals.DTYPES:
+            jobs.append(bench_job(f"{group} {dtype}", dtype, cases[dtype][group], folder, WITHOUT_COMPILED))
+    return Part("rest", jobs, 540)
+
+
+# Each set's limits add up to its command's time, but for the last part, which has what is left.
+FIRST = ("kernels", "goals", "tests", "counters")
+SECOND = ("memcheck", "racecheck", "graphs", "compiled")
+GRAPHS = ("tests/everywhere/test_cuda_device.py", "tests/everywhere/test_graphs.py")
+
+
+def parts(names: Sequence[str], folder: Path, capability: str, dry: bool) -> list[Part]:
+    makers = {
+        "build": lambda: build_part(capability),
+        "kernels": lambda: kernels_part(dry),
+        "tests": lambda: tests_part(dry, 120),
+        "goals": lambda: goals_part(folder),
+        "counters": lambda: counters_part(folder),
+        "memcheck": lambda: sanitizer_part("memcheck", dry),
+        "racecheck": lambda: sanitizer_part("racecheck", dry),
+        "compiled": lambda: compiled_part(folder),
+        "graphs": lambda: tests_part(dry, 60, "graphs", GRAPHS),
+        "initcheck": lambda: sanitizer_part("initcheck", dry),
+        "synccheck": lambda: sanitizer_part("synccheck", dry),
+        "rest": lambda: rest_part(folder),
+    }
+    sets = {"first": FIRST, "second": SECOND, "all": tuple(makers)[1:]}
+    wanted = [part for name in names for part in sets.get(name, (name,))]
+    if unknown := [name for name in wanted if name not in makers]:
+        raise SystemExit(f"unknown part {', '.join(unknown)}; there are {', '.join([*sets, *makers])}")
+    return [makers[name]() for name in dict.fromkeys(wanted)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def environment_of(own: dict[str, str]) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **own}
+
+
+def stop(process: subprocess.Popen) -> None:
+    """With all that it has started: a compiler that outlived it would disturb what is measured next. First it is asked
+    to stop, so that it can say what it has found."""
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+            process.wait(MERCY)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+
+
+def run_job(job: Job, folder: Path, end: float, dry: bool) -> Outcome:
+    """Until `end` at the latest, by time.monotonic()."""
+    if job.needs and not dry and not shutil.which(job.needs):
+        return Outcome(job.name, "not run", note=f"{job.needs} is not on the PATH")
+    if end - time.monotonic() < 2:
+        return Outcome(job.name, "not run", note="no time left")
+    log = folder / f"{file_name(job.name)}.log"
+    start = time.monotonic()
+    outcome = Outcome(job.name, "passed")
+    with log.open("w") as out:
+        for command in job.dry if dry else [job.command]:
+            out.write(" ".join(command) + "\n")
+            out.flush()
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=environment_of(job.environment | (NO_CUDA if dry else {})),
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                outcome = Outcome(job.name, "failed", note=str(error))
+                break
+            try:
+                status = process.wait(max(1.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                stop(process)
+                outcome = Outcome(job.name, "ran out of time", note=f"see {log.name}")
+                break
+            if status not in (0, 5):  # 5: pytest found no test that the device is for
+                outcome = Outcome(job.name, "failed", note=f"exit status {status}, see {log.name}")
+                break
     outcome.seconds = time.monotonic() - start
     return outcome
 
 
-def call(part: Part, log: Path) -> Outcome:
-    """The part's check, which runs in this process."""
-    start = time.monotonic()
-    with log.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        print(" ".join(part.command))
-        try:
-            status = part.check()
-        except (Exception, SystemExit) as error:  # noqa: BLE001
-            print(error)
-            status = 1
-    state, note = ("failed", f"see {log.name}") if status else ("passed", "")
-    return Outcome(part, state, time.monotonic() - start, note)
+def run(part: Part, folder: Path, seconds: float, dry: bool) -> list[Outcome]:
+    end = time.monotonic() + min(seconds, part.limit) - (0 if dry else MERCY)
+    at_once = min(part.at_once, os.cpu_count() or 1)
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda job: run_job(job, folder, end, dry), part.jobs))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The summary
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-Rows = dict[str, dict]  # of a case, by name: as bench/compare.py writes them
-
-
-@dataclass(frozen=True)
-class Goal:
-    text: str
-    case: str  # a pattern for the case's name
-    dtype: str
-    # Whether it is met, and the figure. Raises Missing where a row that it needs was not measured.
-    holds: Callable[[Rows], tuple[bool, str]]
-
-
-class Missing(Exception):
-    """There is no such row."""
-
-
-def named(rows: Rows, what: str, matches: Callable[[dict], bool], choose: Callable = min) -> tuple[str, float]:
-    """The name and the median of the fastest such row, or of the slowest by choose=max."""
-    medians = {name: row["total"]["median"] for name, row in rows.items() if matches(row)}
-    if not medians:
-        raise Missing(f"no row {what}")
-    return choose(medians.items(), key=lambda item: item[1])
-
-
-def fused(rows: Rows) -> float:
-    return named(rows, heads.FUSED, lambda row: row["name"] == heads.FUSED)[1]
-
-
-def pasted(rows: Rows) -> float:
-    return named(rows, "pasted", lambda row: row["kind"] == "reference")[1]
-
-
-def every_form_within(copies: float) -> Callable[[Rows], tuple[bool, str]]:
-    def holds(rows: Rows) -> tuple[bool, str]:
-        name, slowest = named(rows, "of ours", lambda row: row["kind"] == "ours", max)
-        copy = named(rows, "yardstick", lambda row: row["kind"] == "yardstick")[1]
-        return slowest <= copies * copy, f"{100 * copy / slowest:.1f} % of the copy's bandwidth, {name}"
-
-    return holds
-
-
-def within(copies: float) -> Callable[[Rows], tuple[bool, str]]:
-    def holds(rows: Rows) -> tuple[bool, str]:
-        copy = named(rows, heads.COPY, lambda row: row["name"] == heads.COPY)[1]
-        ratio = fused(rows) / copy
-        return ratio <= copies, f"{ratio:.2f} copies"
-
-    return holds
-
-
-def times_pasted(factor: float) -> Callable[[Rows], tuple[bool, str]]:
-    def holds(rows: Rows) -> tuple[bool, str]:
-        ratio = pasted(rows) / fused(rows)
-        graphs = [row for name, row in rows.items() if name == f"{heads.FUSED} in a CUDA graph"]
-        also = "".join(f", {pasted(rows) / row['total']['median']:.1f} in a CUDA graph" for row in graphs)
-        return ratio >= factor, f"{ratio:.1f} times{also}"
-
-    return holds
-
-
-def times_compiled(factor: float) -> Callable[[Rows], tuple[bool, str]]:
-    def holds(rows: Rows) -> tuple[bool, str]:
-        name, best = named(rows, "compiled", lambda row: row["name"].startswith("compiled"))
-        return best >= factor * fused(rows), f"{best / fused(rows):.1f} times {name}"
-
-    return holds
-
-
-def over_linear(rows: Rows) -> tuple[bool, str]:
-    ratio = (
-        named(rows, "of ours", lambda row: row["kind"] == "ours")[1]
-        / named(rows, "nn.Linear", lambda row: row["kind"] == "peer")[1]
-    )
-    return ratio <= 1.01, f"{ratio:.3f} of nn.Linear"
-
-
-def at_most(launches: int) -> Callable[[Rows], tuple[bool, str]]:
-    return lambda rows: (fused(rows) <= launches, f"{fused(rows):.0f} launches")
-
-
-# The shapes whose features are 256 MB.
-LARGE = {"float32": "heads/65536x1024_", "bfloat16": "heads/65536x2048_"}
-
-GOALS = (
-    *(
-        Goal(
-            "scale-and-negate at 95 % of a copy's bandwidth in every form",
-            r"bandwidth/",
-            d,
-            every_form_within(1 / 0.95),
-        )
-        for d in DTYPES
-    ),
-    Goal(
-        "heads and loss within 1.3 copies, up to 12 columns", LARGE["float32"] + r"(2|10)\+2$", "float32", within(1.3)
-    ),
-    Goal(
-        "heads and loss within 1.5 copies, up to 32 columns",
-        LARGE["bfloat16"] + r"(2|10|30)\+2$",
-        "bfloat16",
-        within(1.5),
-    ),
-    *(
-        Goal("heads and loss 5 times as fast as layer by layer, 256 MB of features", LARGE[d], d, times_pasted(5))
-        for d in DTYPES
-    ),
-    *(
-        Goal("heads and loss 2 times as fast as the best compiled row, 256 MB", LARGE[d], d, times_compiled(2))
-        for d in DTYPES
-    ),
-    *(
-        Goal(
-            "heads and loss 5 times as fast as layer by layer, wall-clock, 128x256",
-            r"heads/128x256_",
-            d,
-            times_pasted(5),
-        )
-        for d in DTYPES
-    ),
-    *(Goal("heads and loss in 4 launches or fewer, 128x256", r"heads_launches/", d, at_most(4)) for d in DTYPES),
-    *(Goal("GRLLinear within 1 % of nn.Linear", r"grl_linear/", d, over_linear) for d in DTYPES),
-)
-
-
-def goals_met(folder: Path) -> list[str]:
-    """A line for each goal and case; for a goal that no case was measured for, a line that says so."""
-    lines = []
-    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    for goal in GOALS:
-        cases = [
-            case
-            for document in documents
-            if document["environment"]["dtype"] == goal.dtype
-            for case in document["cases"]
-            if re.match(goal.case, case["name"])
-        ]
-        if not cases:
-            lines.append(f"| {goal.text} | {goal.dtype} | - | not measured |")
-        for case in cases:
-            try:
-                good, figure = goal.holds({row["name"]: row for row in case["rows"]})
-                verdict = f"{figure}: {'met' if good else '**missed**'}"
-            except Missing as missing:
-                verdict = f"not measured: {missing}"
-            lines.append(f"| {goal.text} | {goal.dtype} | {case['name']} | {verdict} |")
-    return lines
-
-
-def write_summary(folder: Path, device: str, outcomes: Sequence[Outcome]) -> None:
+def write_results(out: Path, folder: Path, device: str, outcomes: dict[str, list[Outcome]]) -> None:
+    """summary.md, and an archive of all else."""
     lines = [
         f"# {device}",
         "",
-        f"{datetime.date.today()}, torch {torch.__version__}, commit {compare.commit() or 'unknown'}: `make gpu`",
+        f"{datetime.date.today()}, torch {torch.__version__}, commit {compare.commit() or 'unknown'}: `bench/gpu.py`",
         "",
-        "| part | | seconds | |",
+        "| part | jobs passed | seconds of all jobs | |",
         "|---|---|---|---|",
-        *(f"| {o.part.name} | {o.state} | {o.seconds:.0f} | {o.note} |" for o in outcomes),
-        "",
-        "| goal | dtype | case | |",
-        "|---|---|---|---|",
-        *goals_met(folder),
     ]
-    (folder / "summary.md").write_text("\n".join(lines) + "\n")
+    for part, jobs in outcomes.items():
+        bad = "; ".join(f"{job.name}: {job.state}, {job.note}" for job in jobs if job.state != "passed")
+        passed = sum(job.state == "passed" for job in jobs)
+        lines.append(f"| {part} | {passed} of {len(jobs)} | {sum(job.seconds for job in jobs):.0f} | {bad} |")
+    lines += ["", "| goal | measured as | case | |", "|---|---|---|---|", *gpu_goals.goals_met(folder)]
+    (out / "summary.md").write_text("\n".join(lines) + "\n")
+    with tarfile.open(out / "details.tar.gz", "w:gz") as archive:
+        archive.add(folder, arcname="details")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true", help="check each part's command line; needs no GPU")
+    parser.add_argument("--parts", default="all", help="first, second, all, or parts by name, with commas")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
+    parser.add_argument("--no-build", action="store_true", help="the extension is there")
+    parser.add_argument("--dry", action="store_true", help="without a GPU: on the CPU, as far as that can be")
     parser.add_argument("--out", type=Path, help="instead of bench/results/gpu-<name>")
     options = parser.parse_args(argv)
+    start = time.monotonic()
     if not options.dry and not torch.cuda.is_available():
-        raise SystemExit("no GPU is here; --dry checks the command lines without one")
-    device, capability = "no GPU: command lines only", "9.0"
+        raise SystemExit("no GPU is here; --dry runs without one")
+    device, capability = "no GPU: a dry run", "9.0"
     if not options.dry:
         device = torch.cuda.get_device_name()
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    results = ROOT / "bench" / "results" / ("gpu-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-"))
-    folder = (options.out or (ROOT / "out" / "gpu-dry" if options.dry else results)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    results = ROOT / "bench" / "results" / f"gpu-{file_name(device)}"
+    out = (options.out or (ROOT / "out" / "gpu-dry" if options.dry else results)).resolve()
+    folder = ROOT / "build" / "gpu" / f"{file_name(device)}-{file_name(options.parts)}"
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in (out, folder):
+        path.mkdir(parents=True, exist_ok=True)
 
-    end = time.monotonic() + BUDGET
-    outcomes: list[Outcome] = []
-    for part in parts(folder, capability):
-        same = next(
-            (o for o in outcomes if options.dry and o.part.check == part.check), None
-        )  # every_kernel.py, once for all tools
-        outcomes.append(
-            Outcome(part, same.state, note=same.note)
-            if same
-            else run(part, folder, end - time.monotonic(), options.dry)
-        )
-        print(f"{outcomes[-1].state:>15} {outcomes[-1].seconds:6.1f} s  {part.name}  {outcomes[-1].note}", flush=True)
-        write_summary(folder, device, outcomes)
-    print(f"summary: {folder / 'summary.md'}")
-    # A dry run has everything it needs: what it did not check counts as a failure.
-    bad = ("failed", "ran out of time", "not run") if options.dry else ("failed", "ran out of time")
-    return int(any(outcome.state in bad for outcome in outcomes))
+    names = [*([] if options.no_build else ["build"]), *options.parts.split(",")]
+    budget = float("inf") if options.dry else options.budget
+    outcomes: dict[str, list[Outcome]] = {}
+    for part in parts(names, folder, capability, options.dry):
+        begun = time.monotonic()
+        outcomes[part.name] = run(part, folder, budget - (begun - start), options.dry)
+        states = {state: sum(o.state == state for o in outcomes[part.name]) for state in STATES}
+        said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+        print(f"{time.monotonic() - begun:6.1f} s  {part.name}: {said}", flush=True)
+        for outcome in outcomes[part.name]:
+            if outcome.state != "passed":
+                print(f"          {outcome.name}: {outcome.state}, {outcome.note}", flush=True)
+        write_results(out, folder, device, outcomes)
+    print(f"summary: {out / 'summary.md'}")
+    # A dry run has everything it needs: what it did not run counts as a failure.
+    bad = STATES[1:] if options.dry else STATES[1:3]
+    return int(any(outcome.state in bad for jobs in outcomes.values() for outcome in jobs))
+
+
+STATES = ("passed", "failed", "ran out of time", "not run")
 
 
 if __name__ == "__main__":

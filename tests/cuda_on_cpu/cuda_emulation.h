@@ -23,6 +23,8 @@
 //   together. Not registers, of which only the compiler knows: tests/project/test_cuda_code.py looks at those.
 // - Dynamic shared memory begins as NaN. The target of an asynchronous copy is NaN until the copy has been waited for.
 //
+// Another may run the launches instead, with what nvcc made of the same kernels: elsewhere.h.
+//
 // What differs from a GPU: blocks run one after another, the last one first, so that they cannot wait for each other;
 // there is no timing and there are no streams; every lane that a mask names must arrive, at the same line, or the block
 // hangs (and says so).
@@ -33,8 +35,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cuda_types.h"
 #include "half_types.h"
@@ -71,12 +75,25 @@ inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
   return cudaSuccess;
 }
 
+namespace cuda_emulation {
+
+// What is launched while this is set is kept in it, to be launched again as it was: a CUDA graph.
+inline std::vector<std::function<cudaError_t()>>* recorded = nullptr;
+
+}  // namespace cuda_emulation
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const std::tuple<Params...> parameters(std::forward<Args>(args)...);
-  constexpr std::size_t kParameterBytes = (std::size_t{0} + ... + ((sizeof(Params) + 7) / 8 * 8));
-  return cuda_emulation::run_grid(
-      *config, reinterpret_cast<const void*>(kernel), kParameterBytes, [&] { std::apply(kernel, parameters); });
+  const auto run = [config = *config, kernel, parameters] {
+    const auto bytes = std::apply(cuda_emulation::parameter_bytes<Params...>, parameters);
+    return cuda_emulation::run_grid(
+        config, reinterpret_cast<const void*>(kernel), bytes, [&] { std::apply(kernel, parameters); });
+  };
+  if (cuda_emulation::recorded) {
+    cuda_emulation::recorded->emplace_back(run);
+  }
+  return run();
 }
 
 // ---- Threads together

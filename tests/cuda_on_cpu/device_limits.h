@@ -43,17 +43,17 @@ inline std::size_t launches = 0;
 
 // A kernel's __shared__ arrays are thread_local here, so that the compiler writes them down as the kernel's own symbols
 // of thread- local storage: function f() {static thread_local int a[8];} has the symbols _Z1fv and _ZZ1fvE1a. Their
-// sizes are read from the program file. Only arrays declared in the kernel itself are found, which is where a kernel
+// sizes are read from the file that the program or library lies in. Only arrays declared in the kernel itself are found, which is where a kernel
 // should declare them.
 class Symbols {
  public:
   Symbols() {
-    std::ifstream file("/proc/self/exe", std::ios::binary);
+    Dl_info program{};
+    dladdr(reinterpret_cast<const void*>(&kMaxGridX), &program);
+    std::ifstream file(program.dli_fname, std::ios::binary);
     const std::vector<char> image((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     const auto& header = *reinterpret_cast<const ElfW(Ehdr)*>(image.data());
     const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(image.data() + header.e_shoff);
-    Dl_info program{};
-    dladdr(reinterpret_cast<const void*>(&kMaxGridX), &program);
     const char* const base = header.e_type == ET_DYN ? static_cast<const char*>(program.dli_fbase) : nullptr;
     for (int s = 0; s < header.e_shnum; ++s) {
       if (sections[s].sh_type != SHT_SYMTAB) {
@@ -73,13 +73,18 @@ class Symbols {
     }
   }
 
-  std::size_t shared_of(const void* function) const {
+  // Without its _Z.
+  const std::string& name_of(const void* function) const {
     const auto found = functions_.find(function);
     if (found == functions_.end()) {
       std::fputs("cuda_emulation: the kernel is not among the program's symbols; was it stripped?\n", stderr);
       std::abort();
     }
-    const std::string prefix = found->second + "E";
+    return found->second;
+  }
+
+  std::size_t shared_of(const void* function) const {
+    const std::string prefix = name_of(function) + "E";
     std::size_t bytes = 0;
     for (const auto& [name, size] : shared_arrays_) {
       if (name.compare(0, prefix.size(), prefix) == 0) {
@@ -94,9 +99,13 @@ class Symbols {
   std::vector<std::pair<std::string, std::size_t>> shared_arrays_;  // names without their _ZZ, and bytes
 };
 
+inline const Symbols& symbols() {
+  static const Symbols of_this_file;
+  return of_this_file;
+}
+
 inline std::size_t static_shared_bytes(const void* function) {
-  static const Symbols symbols;
-  return symbols.shared_of(function);
+  return symbols().shared_of(function);
 }
 
 // ---- Dynamic shared memory

@@ -39,6 +39,10 @@ struct HeadCase {
   int classes() const { return std::max(2, size); }
 };
 
+// How an operator is run a second time, for the same bits: into other memory, or as a CUDA graph does it, by the same
+// launches over what the first run has left in memory.
+enum class Again { kElsewhere, kReplayed, kNever };
+
 struct Case {
   int64_t rows;
   int features;
@@ -50,6 +54,7 @@ struct Case {
   bool nan_rows =
       false;  // some rows of x are NaN; they have weight 0 in every head, and their targets are NaN where they can be
   int offset = 0;  // elements that x begins past an aligned address
+  Again again = Again::kElsewhere;
 };
 
 inline bool is_by_output(const HeadCase& head) {
@@ -126,6 +131,8 @@ class Guarded {
     }
     return hold;
   }
+  // As if nobody had written to them.
+  void forget() { std::memset(bytes_.data(), kPattern, bytes_.size()); }
   bool same_bits(Guarded& other) { return std::memcmp(data(), other.data(), n_ * sizeof(T)) == 0; }
 
  private:
@@ -440,9 +447,5 @@ struct Allocator {
     return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(pieces.back().data()), 256));
   }
 };
-
-inline auto allocator() {
-  return [memory = std::make_shared<Allocator>()](int64_t bytes) { return (*memory)(bytes); };
-}
 
 }  // namespace heads_oracle

@@ -2,8 +2,8 @@
 // many sizes, outputs between guards, twice for the same bits. `heads_test TYPE` runs one element type; `races` few
 // cases of each form, for ThreadSanitizer, to which a thread is expensive, and `races_of_TYPE` fewer; `plan` the launch
 // shapes alone; `launches` what a device would say to them; `small` how many there are at a small size;
-// `rows_share_warps` what a row costs; `device_code` which
-// GPUs a build serves; `bad_target` must end in the kernel's assertion.
+// `rows_share_warps` what a row costs; `device_code` which GPUs a build serves; `bad_target` must end in the kernel's
+// assertion. For tests/ptx: `compiled_TYPE`, few cases that reach every kernel, and `several_tiles`, one case.
 #include "heads_oracle.h"
 
 #include <numeric>
@@ -79,7 +79,22 @@ struct Run : Inputs<T> {
       }
       return same;
     }
+    void forget() {
+      dx.forget();
+      head_losses.forget();
+      loss.forget();
+      for (auto* tensors : {&logits, &dw, &db}) {
+        for (Guarded<T>& tensor : *tensors) {
+          tensor.forget();
+        }
+      }
+    }
   };
+
+  // Memory for one operator, which a replay of it will find as it was left.
+  auto allocator() {
+    return [&memory = memory_.emplace_back()](int64_t bytes) { return memory(bytes); };
+  }
 
   // run(stream) must start all its kernels.
   template <typename Start>
@@ -87,6 +102,25 @@ struct Run : Inputs<T> {
     Stream stream{c.device, nullptr};
     run(stream);
     report(stream.status == cudaSuccess, what);
+  }
+
+  // run(results, stream), twice.
+  template <typename Operation>
+  void start_twice(const char* what, Results& got, const Operation& run) {
+    std::vector<std::function<cudaError_t()>> graph;
+    cuda_emulation::recorded = c.again == Again::kReplayed ? &graph : nullptr;
+    start(what, [&](Stream& stream) { run(got, stream); });
+    cuda_emulation::recorded = nullptr;
+    if (c.again == Again::kReplayed) {
+      got.forget();
+      for (const auto& launch : graph) {
+        report(launch() == cudaSuccess, what);
+      }
+    } else if (c.again == Again::kElsewhere) {
+      Results again(*this);
+      start(what, [&](Stream& stream) { run(again, stream); });
+      report(got.same_bits(again), (std::string("the repetition of ") + what).c_str());
+    }
   }
 
   std::vector<Heads<T>> heads_into(Results& results) {
@@ -157,18 +191,15 @@ struct Run : Inputs<T> {
 
   void check_logits() {
     Results got(*this);
-    start("the start of heads_logits", [&](Stream& stream) { heads_logits(call(got), stream, allocator()); });
+    start("heads_logits", [&](Stream& stream) { heads_logits(call(got), stream, allocator()); });
     check_logits_of(got, this->wanted_logits());
   }
 
   void check_heads_gradients() {
-    Results got(*this), again(*this);
-    for (Results* out : {&got, &again}) {
-      start("the start of heads_gradients", [&](Stream& stream) {
-        heads_gradients(call(*out, heads_with_gradients(*out)), stream, allocator());
-      });
-    }
-    report(got.same_bits(again), "the repetition of gradients");
+    Results got(*this);
+    start_twice("heads_gradients", got, [&](Results& out, Stream& stream) {
+      heads_gradients(call(out, heads_with_gradients(out)), stream, allocator());
+    });
     check_gradients(
         got,
         [&](int64_t r, int k) {
@@ -196,11 +227,8 @@ struct Run : Inputs<T> {
   }
 
   void check_loss() {
-    Results got(*this), again(*this);
-    for (Results* out : {&got, &again}) {
-      start("the start of heads_loss", [&](Stream& stream) { run_loss(*out, stream); });
-    }
-    report(got.same_bits(again), "the repetition of heads_loss");
+    Results got(*this);
+    start_twice("heads_loss", got, [&](Results& out, Stream& stream) { run_loss(out, stream); });
 
     Sums z = this->wanted_logits();
     check_logits_of(got, z);
@@ -240,7 +268,7 @@ struct Run : Inputs<T> {
     }
     Products<T> buffers{c.rows,        c.features, columns,  pitch,        matrix.data(),
                         vector.data(), z.data(),   g.data(), scaled.data()};
-    start("the start of gather_weights", [&](Stream& stream) { gather_weights(buffers, heads, stream); });
+    start("gather_weights", [&](Stream& stream) { gather_weights(buffers, heads, stream); });
     bool good = matrix.guards_hold() && vector.guards_hold();
     const auto same = [](const T& a, const T& b) { return std::memcmp(&a, &b, sizeof(T)) == 0; };
     for (int k = 0; k < pitch; ++k) {
@@ -255,7 +283,7 @@ struct Run : Inputs<T> {
     }
     report(good, "gathered weights");
 
-    start("the start of zero_weights", [&](Stream& stream) { zero_weights(buffers, heads, stream); });
+    start("zero_weights", [&](Stream& stream) { zero_weights(buffers, heads, stream); });
     good = matrix.guards_hold();
     for (int k = 0; k < columns; ++k) {
       const int h = head_of[k];
@@ -266,11 +294,11 @@ struct Run : Inputs<T> {
     }
     report(good, "zeroed weights");
 
-    start("the start of split_logits", [&](Stream& stream) { split_logits(buffers, heads_into(split), stream); });
+    start("split_logits", [&](Stream& stream) { split_logits(buffers, heads_into(split), stream); });
     check_logits_of(split, logits);
 
     const LossOutputs<A> outputs{got.loss.data(), got.head_losses.data()};
-    start("the start of heads_loss_between_products", [&](Stream& stream) {
+    start("heads_loss_between_products", [&](Stream& stream) {
       heads_loss_between_products(buffers, heads, count, c.mean, outputs, stream, allocator());
     });
     check_logits_of(got, logits);
@@ -295,9 +323,7 @@ struct Run : Inputs<T> {
 
     buffers.g = g_only.data();
     buffers.scaled = rescaled.data();
-    start("the start of gather_gradients", [&](Stream& stream) {
-      gather_gradients(buffers, heads_with_gradients(got), stream);
-    });
+    start("gather_gradients", [&](Stream& stream) { gather_gradients(buffers, heads_with_gradients(got), stream); });
     check_buffer("gathered gradients", g_only, gradients.sum, gradients.error, false);
     check_buffer("scaled gradients", rescaled, gradients.sum, gradients.error, true);
   }
@@ -328,6 +354,9 @@ struct Run : Inputs<T> {
       check_sweeps();
     }
   }
+
+ private:
+  std::list<Allocator> memory_;
 };
 
 constexpr HeadsDevice kHopper = {3, 227 << 10};  // as many blocks as ThreadSanitizer can tell apart
@@ -532,9 +561,75 @@ void races_of() {
       .check_between_products();
 }
 
+// What runs the compiled kernels on a CPU (tests/ptx) takes a quarter of a second for a launch. So there are few cases
+// here, which between them reach every variant of every kernel, and each option, alignment and number of columns.
+template <typename T>
+void compiled() {
+  const auto lists = option_heads();
+  const struct {
+    int64_t rows;
+    int features;
+    HeadsDevice device;
+  } sizes[] = {
+      {20, 7, kOneSm},   {1, 129, kHopper}, {33, 64, kTight}, {0, 35, kOneSm},
+      {19, 300, kTight}, {5, 1, kHopper},   {70, 33, kOneSm},
+  };
+  for (std::size_t i = 0; i < lists.size(); ++i) {
+    const auto& size = sizes[i % std::size(sizes)];
+    Case c{size.rows, size.features, lists[i], size.device};
+    c.on_device = i % 2 == 0;
+    c.mean = i % 3 != 2;
+    c.offset = static_cast<int>(i % 3);
+    c.again = i % 2 == 0 ? Again::kReplayed : Again::kNever;
+    c.heads.back().all_ignored = i == 0;
+    Run<T>(c).check();
+  }
+  for (int columns = 1; columns <= kMaxSweepColumns; ++columns) {
+    const int first = columns * 5 / 8;
+    Case c{9, 3 + columns * 7 % 45, first > 0 ? heads_of({first, columns - first}) : heads_of({1}), kOneSm};
+    c.again = Again::kNever;
+    Run<T>(c).check_loss();
+  }
+  for (const HeadsDevice& device : {kOneSm, kTight}) {
+    Case c{
+        19,
+        131,
+        {with(4, TargetKind::kClasses, true, true, 0.1), with(2, TargetKind::kValues, true, false, 0)},
+        device};  // rows of weight 0, whose features are NaN
+    c.nan_rows = true;
+    c.again = Again::kReplayed;
+    Run<T>(c).check_loss();
+  }
+  // 512 threads, and a single stage of shared memory.
+  for (Case c :
+       {Case{9, 516, heads_of({31, 1}), kOneSm}, Case{9, 1764, lists[3], kAmpere},
+        Case{9, 1764, heads_of({2, 2}), {2, 58 << 10}}}) {
+    c.again = Again::kNever;
+    Run<T>(c).check_sweeps();
+  }
+  // More rows than the blocks count by themselves, and 32 heads at once.
+  Case many{kMaxRowsCountedInPlace / 32 + 5, 1, heads_of(std::vector<int>(32, 1)), kTight};
+  many.again = Again::kReplayed;
+  Run<T>(many).check_loss();
+  // Only between matrix products.
+  many = {9, 3, {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)}};
+  Run<T>(many).check_between_products();
+  Run<T>({0, 1, heads_of({33}), kOneSm}).check_between_products();
+}
+
 // What every launch shape must satisfy, and what the shapes that the design speaks of must come out as.
 void plan() {
   const HeadsDevice hopper = {132, 227 << 10}, ampere = {108, 163 << 10}, ada = {128, 99 << 10};
+  const HeadsDevice devices[] = {
+      hopper,           ampere, ada, {114, 227 << 10},  // H100 PCIe
+      {148, 227 << 10},  // B200
+      {14, 163 << 10},  // a seventh of an A100
+      {82, 99 << 10},  // RTX 3090
+      {58, 99 << 10},  // L4
+      {170, 99 << 10},  // RTX 5090
+      {40, 64 << 10},  // T4
+      kTight,
+  };
   const auto expect = [](bool good, const char* what, const HeadsProblem& p) {
     if (!good) {
       ++failures;
@@ -553,15 +648,22 @@ void plan() {
     problem.weight_gradient = weight_gradient;
     return problem;
   };
-  for (const HeadsDevice& device : {hopper, ampere, ada, kTight}) {
-    for (const int64_t rows : {0, 1, 100, 1000, 100000, 1 << 24}) {
-      for (const int features : {0, 1, 64, 129, 1024, 1764, 2048, 16384, 100000, kMaxFeatures}) {
-        for (const int columns : {1, 4, 12, 32}) {
+  for (const HeadsDevice& device : devices) {
+    for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{9}, int64_t{1000}, int64_t{65536}, int64_t{3} << 30}) {
+      for (const int features : {0, 1, 64, 129, 500, 1024, 1764, 2048, 4096, 16384, 100000, kMaxFeatures}) {
+        for (int columns = 1; columns <= kMaxSweepColumns; ++columns) {
           for (const int element : {2, 4, 8}) {
             for (const bool weight_gradient : {false, true}) {
               const auto problem = problem_of_sizes(rows, features, columns, element, weight_gradient);
               const Sweep s = plan_sweep(problem, device);
               expect(s.shared_bytes + kStaticBytes <= device.shared_bytes, "shared memory", problem);
+              for (const int at : {s.weight_at, s.targets_at, s.sums_at, s.g_at, s.scaled_at}) {
+                expect(at % 16 == 0 && at <= s.shared_bytes, "regions of shared memory", problem);
+              }
+              expect(
+                  s.g_at - s.sums_at >= static_cast<int>(sizeof(double)) * s.threads, "a number for each thread",
+                  problem);
+              expect(s.slice_features % kPiece == 0 && s.tile_rows % kRowGroup == 0, "whole tiles", problem);
               expect(
                   s.blocks * s.rows_per_block >= rows && (s.blocks - 1) * s.rows_per_block < std::max<int64_t>(1, rows),
                   "rows", problem);
@@ -723,7 +825,7 @@ void count_launches() {
       typename Run<T>::Results got(run);
       cuda_emulation::only_judge = true;
       const std::size_t before = cuda_emulation::launches;
-      run.start("the start of heads_loss", [&](Stream& stream) { run.run_loss(got, stream); });
+      run.start("heads_loss", [&](Stream& stream) { run.run_loss(got, stream); });
       if (const std::size_t launched = cuda_emulation::launches - before; launched != 2) {
         ++failures;
         std::printf("wrong: %zu launches of %zu bytes an element for %s\n", launched, sizeof(T), describe(c).c_str());
@@ -807,6 +909,13 @@ void device_code() {
   }
 }
 
+// A block sweeps over several tiles: what planted faults in the compiled kernel must spoil.
+void several_tiles() {
+  Case c{150, 36, heads_of({5, 2}), kOneSm};
+  c.again = Again::kNever;
+  Run<float>(c).check_loss();
+}
+
 void bad_target() {
   Run<float> run({4, 8, heads_of({2, 3})});
   run.classes[1][2] = 3;
@@ -831,6 +940,11 @@ int main(int, char** argv) {
       : what == "races_of_double"   ? races_of<double>()
       : what == "races_of_bfloat16" ? races_of<__nv_bfloat16>()
       : what == "races_of_half"     ? races_of<__half>()
+      : what == "compiled_half"     ? compiled<__half>()
+      : what == "compiled_bfloat16" ? compiled<__nv_bfloat16>()
+      : what == "compiled_float"    ? compiled<float>()
+      : what == "compiled_double"   ? compiled<double>()
+      : what == "several_tiles"     ? several_tiles()
       : what == "plan"              ? plan()
       : what == "launches"          ? launches()
       : what == "small"             ? small_steps()

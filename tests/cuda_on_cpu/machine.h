@@ -24,6 +24,7 @@
 
 #include "cuda_types.h"
 #include "device_limits.h"
+#include "elsewhere.h"
 
 namespace cuda_emulation {
 
@@ -275,7 +276,7 @@ CUDA_EMULATION_UNSEEN inline void run(Block& block) {
 }
 
 inline cudaError_t run_grid(
-    const cudaLaunchConfig_t& config, const void* function, std::size_t parameter_bytes,
+    const cudaLaunchConfig_t& config, const void* function, const std::vector<char>& parameters,
     const std::function<void()>& kernel) {
   const dim3 grid = config.gridDim;
   const dim3 size = config.blockDim;
@@ -284,12 +285,15 @@ inline cudaError_t run_grid(
       grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
     return cudaErrorInvalidConfiguration;
   }
-  if (parameter_bytes > kMaxParameterBytes || !may_have(function, config.dynamicSmemBytes)) {
+  if (parameters.size() > kMaxParameterBytes || !may_have(function, config.dynamicSmemBytes)) {
     return cudaErrorInvalidValue;
   }
   ++launches;
   if (only_judge) {
     return cudaSuccess;
+  }
+  if (cuda_emulation_run_elsewhere) {
+    return run_elsewhere(config, function, parameters);
   }
   const std::size_t block_count = std::size_t{grid.x} * grid.y * grid.z;
   if (block_count * count > kMaxGridThreads) {

@@ -1,5 +1,6 @@
 // scale.cuh over element types, forms of the factor, sizes and alignments, in place and not, alone and in lists,
-// against a loop in double precision.
+// against a loop in double precision. `scale_test` runs all that are alone, `lists` the lists, and `compiled_TYPE` few of
+// both for one element type.
 #include "scale.cuh"
 
 #include <algorithm>
@@ -203,14 +204,45 @@ void check_lists() {
   }
 }
 
+// Few cases that reach every kernel and every alignment, for tests/ptx, where a launch takes long.
+template <typename T>
+void compiled() {
+  for (const Case& c : {
+           Case{0, 0, 0, true},
+           Case{1, 0, 0, false},
+           Case{129, 1, 1, true},
+           Case{1134, 3, 0, false},
+           Case{1134, 0, 0, false},
+           Case{
+               (kVectorsInFlight + 1) * int64_t{kScaleBlocksPerSm} * kScaleThreads * kVectorSize<T> + 1001, 1, 1, true},
+       }) {
+    check_forms<T>(c);
+  }
+  using A = typename Arithmetic<T>::type;
+  const double factor = -0.3;
+  const auto single = static_cast<float>(factor);
+  for (const auto& sizes :
+       {std::vector<int64_t>{1000, 130, 0, 3, 1, 7}, std::vector<int64_t>(kGradientsPerLaunch + 1, 5)}) {
+    check_list<T>(sizes, 1, HostFactor<A>{static_cast<A>(factor)}, factor);
+    check_list<T>(sizes, 4, DeviceFactor<A, double>{&factor, A(1)}, factor);
+    check_list<T>(sizes, 2, DeviceFactor<A, float>{&single, A(1)}, double{single});
+  }
+}
+
 }  // namespace
 
 int main(int count, char** argv) {
-  const bool lists = count > 1 && std::string(argv[1]) == "lists";
-  const auto check = [&](auto zero) { lists ? check_lists<decltype(zero)>() : check_type<decltype(zero)>(); };
-  check(__half());
-  check(__nv_bfloat16());
-  check(float());
-  check(double());
+  const std::string what = count > 1 ? argv[1] : "";
+  const auto check = [&](const char* name, auto zero) {
+    using T = decltype(zero);
+    what.empty()                                  ? check_type<T>()
+        : what == "lists"                         ? check_lists<T>()
+        : what == std::string("compiled_") + name ? compiled<T>()
+                                                  : void();
+  };
+  check("half", __half());
+  check("bfloat16", __nv_bfloat16());
+  check("float", float());
+  check("double", double());
   return failures != 0;
 }

@@ -1,16 +1,14 @@
 """The CUDA kernels (csrc/cuda/*.cuh), run on the CPU under sanitizers: see cuda_on_cpu/cuda_emulation.h."""
 
-import fcntl
-import hashlib
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from built import BUILD, built
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "cuda"
-BUILT = HERE.parents[1] / "build" / "cuda_on_cpu"
 SUFFIXES = (".cpp", ".h", ".cuh")
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")]
@@ -18,28 +16,14 @@ pytestmark = [pytest.mark.once, pytest.mark.skipif(shutil.which("g++") is None, 
 
 @pytest.fixture(scope="module")
 def program():
-    """program(source, sanitizers) -> the compiled test driver's path, C++17 being what nvcc gets. It is compiled again
-    when a source or the compiler has changed; other processes wait meanwhile."""
+    """program(source, sanitizers) -> the compiled test driver's path, C++17 being what nvcc gets."""
     read = [path for folder in (HERE, KERNELS.parent) for path in folder.rglob("*") if path.suffix in SUFFIXES]
-    contents = b"".join(path.read_bytes() for path in sorted(read))
-    BUILT.mkdir(parents=True, exist_ok=True)
 
     def build(source: str, sanitizers: str, standard: str = "c++17") -> Path:
         command = ["g++", f"-std={standard}", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         command += ["-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
         command += [f"-I{HERE / 'include'}", f"-I{KERNELS}", str(HERE / f"{source}.cpp"), "-o"]
-        version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
-        name = f"{source}-{sanitizers}-{standard}"
-        binary = BUILT / f"{name}-{hashlib.sha256(contents + version + ' '.join(command).encode()).hexdigest()[:16]}"
-        with (BUILT / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not binary.exists():
-                for old in BUILT.glob(f"{name}-*"):
-                    old.unlink()
-                compiled = subprocess.run([*command, binary.with_suffix(".new")], capture_output=True, text=True)
-                assert compiled.returncode == 0, compiled.stderr
-                binary.with_suffix(".new").rename(binary)
-        return binary
+        return built(BUILD / "cuda_on_cpu" / f"{source}-{sanitizers}-{standard}", read, command)
 
     return build
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from ptx.compiled import ELEMENTS, ptx_of
+from ptx.module import read_module
 
 pytestmark = pytest.mark.core
 
@@ -233,6 +235,14 @@ HALF_TYPES = 2
 MATRIX_BLOCKS = 16  # of 16 features and 8 columns, whose sums a warp has in registers
 INSTRUCTIONS_OF_LOGITS = {1: 9, 2: 11, 4: 15}  # in PTX
 INSTRUCTIONS_OF_DX = {1: 34, 2: 36, 4: 44}
+
+
+def test_every_kernel_of_the_extension_is_run_on_the_cpu(compiled_code):
+    """tests/ptx runs those of a source of its own, which names no kernel but what starts them."""
+    run = {name for element in ELEMENTS for name in read_module(ptx_of(element).read_text())}
+    for source in SOURCES.glob("*.cu"):
+        kernels, _ = compiled_code(source.name, "sm_80")
+        assert kernels.keys() <= run, source.name
 
 
 FORMS = 5  # of the factor: a value, a float or a double on the device, a tensor with 32- or 64-bit indices
