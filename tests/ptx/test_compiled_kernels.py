@@ -14,7 +14,13 @@ import pytest
 from ptx.compiled import ELEMENTS, library_of, ptx_of
 from ptx.module import read_module
 
-pytestmark = pytest.mark.core
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(
+        os.environ.get("GRL_EXT_REQUIRE_CUDA_CODE") != "1",
+        reason="GRL_EXT_REQUIRE_CUDA_CODE=1 is not set: `make cuda-check` runs these minutes of nvcc and interpreter",
+    ),
+]
 
 
 class Outcome(NamedTuple):
