@@ -3,12 +3,13 @@
 //   z = x W^T,   dx = (g * factor) W,   dW^T = x^T g
 //
 // x and W lie in shared memory once. All products read their operands from there, transposed where needed; the rows'
-// pitch keeps two rows of a matrix out of the same banks. A warp has its own part of the features in all three products.
-// It leaves dx in the place of its part of x, and from there it goes to memory in pieces of 16 bytes.
+// pitch keeps two rows of a matrix out of the same banks. A warp has its own part of the features in all three
+// products. It leaves dx in the place of its part of x, and from there it goes to memory in pieces of 16 bytes.
 //
 // g is computed in f32. It takes part as the sum of two numbers of type T, so that the gradients are those of an f32 g
 // up to 2^-17 of its numbers (bf16) or 2^-22 (f16). f16 has too small a range for it: its numbers are divided by a
-// power of two first, in dx one for each row, in dW one for each column.
+// power of two first, in dx one for each row, in dW one for each column. There small
+// numbers are rounded to 2^-21 of a usual one.
 //
 // The products run over whole matrices. What is missing must be zero and not merely unused, as 0 * NaN is NaN: columns
 // after the last and rows after the last are read from a row of zeros.

@@ -162,6 +162,15 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kMinBlocks)
 
   Tile tile(sweep, shared);
 
+  // Of a head's logits: that of a row of mean weight, times a number that is seldom much above 1. No weight is more
+  // times the mean than there are rows. A sum takes weights as they are.
+  const auto usual_gradient = [&](const RowLoss<T>* of_heads, int h) {
+    const Head<T>& head = in.heads.head[h];
+    const int outputs = of_heads[h].by_output() ? head.size() : 1;
+    return in.norms.mean ? static_cast<A>(head.weight_in_loss() / (static_cast<double>(in.rows) * outputs))
+                         : of_heads[h].share;
+  };
+
   // The block's columns, norms and losses, which are read after the next barrier.
   const auto set_up = [&] {
     if (warp_id() == 0) {
@@ -177,8 +186,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kMinBlocks)
     }
     if constexpr (Tile::kHasUnits) {
       __syncthreads();
-      // A gradient is its head's share times a number that is seldom much above 1.
-      tile.set_unit_of_column(has_loss ? losses[columns[lane_id()].head].share : A(0));
+      tile.set_unit_of_column(has_loss ? usual_gradient(losses, columns[lane_id()].head) : A(0));
     }
   };
 

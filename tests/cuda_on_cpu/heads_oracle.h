@@ -54,6 +54,7 @@ struct Case {
   bool nan_rows =
       false;  // some rows of x are NaN; they have weight 0 in every head, and their targets are NaN where they can be
   int offset = 0;  // elements that x begins past an aligned address
+  double weights = 1;  // how large the sample weights are
   Again again = Again::kElsewhere;
 };
 
@@ -253,7 +254,7 @@ struct Inputs {
       const bool zero = head.all_ignored || is_nan_row(r) || numbers.below(4) == 0;
       for (int k = 0; k < (head.of_entries ? head.size : 1); ++k) {
         const bool zero_here = zero || (k > 0 && numbers.below(4) == 0);
-        weights.push_back(static_cast<A>(zero_here ? 0 : 1.5 + numbers.next()));
+        weights.push_back(static_cast<A>(zero_here ? 0 : c.weights * (1.5 + numbers.next())));
       }
       double left = 1;
       for (int k = 0; k < head.size; ++k) {

@@ -507,6 +507,17 @@ void check_type() {
         with(1, static_cast<TargetKind>(1 + h % 4), h % 2 == 1, h % 8 == 0 || h % 8 == 1, 0, h % 5 ? 0.5 : NAN));
   }
   Run<T>(many).check();
+  // The gradients of a mean do not depend on how large all weights are.
+  for (const double weights : {1e-5, 1e7}) {
+    Case c{
+        37,
+        40,
+        {with(3, TargetKind::kClasses, true, true, 0.1), with(2, TargetKind::kValues, true, false, 0),
+         with(1, TargetKind::kProbabilities, true, false, 0)},
+        kHopper};
+    c.weights = weights;
+    Run<T>(c).check_loss();
+  }
   // Only between matrix products.
   Run<T>({33,
           3,
