@@ -37,7 +37,6 @@ sys.path.append(str(ROOT / "tests"))
 
 import every_kernel  # noqa: E402
 
-BUDGET = 540  # seconds, for all parts together
 # What the products of half types run on (csrc/cuda/heads_plan.h): a GPU decides which is to be the default.
 HALF_PATHS = {path: {"GRL_EXT_CUDA_HEADS": path} for path in ("lanes", "matrix")}
 WITHOUT_COMPILED = {"TORCH_COMPILE_DISABLE": "1"}  # compiling the rivals takes longer than all the rest
@@ -347,10 +346,10 @@ def write_results(out: Path, folder: Path, device: str, outcomes: dict[str, list
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="all", help="first, second, all, or parts by name, with commas")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, for all parts together")
     parser.add_argument("--no-build", action="store_true", help="the extension is there")
     parser.add_argument("--dry", action="store_true", help="without a GPU: on the CPU, as far as that can be")
-    parser.add_argument("--out", type=Path, help="instead of bench/results/gpu-<name>")
+    parser.add_argument("--out", type=Path, help="instead of bench/results/gpu-<name>, with the parts if not all")
     options = parser.parse_args(argv)
     start = time.monotonic()
     if not options.dry and not torch.cuda.is_available():
@@ -359,9 +358,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.dry:
         device = torch.cuda.get_device_name()
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    results = ROOT / "bench" / "results" / f"gpu-{file_name(device)}"
+    name = file_name(device if options.parts == "all" else f"{device} {options.parts}")
+    results = ROOT / "bench" / "results" / f"gpu-{name}"
     out = (options.out or (ROOT / "out" / "gpu-dry" if options.dry else results)).resolve()
-    folder = ROOT / "build" / "gpu" / f"{file_name(device)}-{file_name(options.parts)}"
+    folder = ROOT / "build" / "gpu" / name
     shutil.rmtree(folder, ignore_errors=True)
     for path in (out, folder):
         path.mkdir(parents=True, exist_ok=True)
