@@ -10,7 +10,7 @@
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
 # make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, its PTX too, with a toolkit from packages; needs no GPU
-# make gpu         what needs a GPU: bench/gpu.py, where PARTS=first and PARTS=second take ten and five minutes; DRY=1 runs it on the CPU, as far as that can be
+# make gpu         what needs a GPU: bench/gpu.py; after the build PARTS=first takes up to nine minutes and PARTS=second seven; DRY=1 runs it on the CPU, as far as that can be
 # make gpu-build   the extension for the machine with the GPU (GPU_PYTHON, GPU_ARCHS), which then needs no network and no compiler
 # make wheel       wheel and sdist in dist/, checked, and each installed and tried in an environment of its own
 # make docs        the pages in docs/ with the reference from the docstrings, as HTML in build/docs
@@ -155,15 +155,15 @@ version-oldest version-newest: version-%: .venv-%/.ready
 
 cuda-check: export GRL_EXT_BUILD = cuda
 cuda-check: export GRL_EXT_REQUIRE_CUDA_CODE = 1
-# Each architecture takes as long again to compile; these two have all of the code.
-cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
+# Each architecture takes as long again to compile; these two have all of the code: 7.5 is without matrix units.
+cuda-check: export TORCH_CUDA_ARCH_LIST ?= 7.5;9.0+PTX
 cuda-check: $(CUDA_VENV)/.ready
 	$(call test_installed,$(CUDA_VENV))
 
+PARTS ?= all
 gpu: $(if $(DRY),build,env)
 	$(RUN) bench/gpu.py $(if $(DRY),--dry) --parts $(PARTS)
 
-PARTS ?= all
 gpu-build: .venv-gpu/.ready
 	TORCH_CUDA_ARCH_LIST="$(GPU_ARCHS)" GRL_EXT_BUILD=cuda .venv-gpu/bin/python setup.py --quiet build_ext --inplace
 
