@@ -45,9 +45,8 @@ TORCH_LIBRARY(grl_ext, m) {
       "_heads_loss(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] targets, Tensor?[] sample_weight, "
       "Tensor?[] class_weight, float[] factor, Tensor?[] lambda_, Tensor? loss_weight, int[] kind, "
       "float[] label_smoothing, int[] ignore_index, bool mean, bool with_grad_logits, bool[] needs) "
-      "-> (Tensor loss, Tensor head_losses, Tensor[] logits, Tensor[] grad_logits, Tensor grad_x, Tensor[] "
-      "grad_weight, "
-      "Tensor[] grad_bias)");
+      "-> (Tensor loss, Tensor head_losses, Tensor[] logits, Tensor[] grad_logits, Tensor grad_x, "
+      "Tensor[] grad_weight, Tensor[] grad_bias)");
 }
 
 namespace {

@@ -1,4 +1,5 @@
-// The products of a tile of rows on a warp's lanes, for any type: heads_logits.cuh and heads_gradients.cuh, for the sweep.
+// The products of a tile of rows on a warp's lanes, for any type: heads_logits.cuh and heads_gradients.cuh, for the
+// sweep.
 #pragma once
 
 #include "heads_gradients.cuh"

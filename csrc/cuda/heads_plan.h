@@ -148,10 +148,10 @@ inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   sweep.shared_bytes = static_cast<int>(end);
 }
 
-// Divides the rows among as many blocks as run at a time (`resident`), if there is a row group for each. But every block
-// writes its partial sums of the weight's gradient, which are read once more. This traffic may be a quarter of that of
-// the features, which are read and written once; one block a multiprocessor is always allowed. A block takes one slice
-// of the features. For logits only it takes all slices, because the sums run through them.
+// Divides the rows among as many blocks as run at a time (`resident`), if there is a row group for each. But every
+// block writes its partial sums of the weight's gradient, which are read once more. This traffic may be a quarter of
+// that of the features, which are read and written once; one block a multiprocessor is always allowed. A block takes
+// one slice of the features. For logits only it takes all slices, because the sums run through them.
 inline void divide_rows(Sweep& sweep, const HeadsProblem& problem, int64_t resident, int sm_count) {
   const int64_t across = problem.logits_only ? resident : std::max<int64_t>(1, resident / sweep.slices);
   const int group = sweep.matrix_groups > 0 ? kMatrixSide : kRowGroup;
@@ -168,8 +168,7 @@ inline void divide_rows(Sweep& sweep, const HeadsProblem& problem, int64_t resid
 // Large tiles divide the cost of reading W, and that of the phase row by row, among more rows. Two stages keep the
 // memory busy during the arithmetic. Where two blocks of 256 threads fit on a multiprocessor, one works while the other
 // waits at a barrier. Else there is one block of 512 threads, or of 256 in f64, whose numbers take two registers. To be
-// tuned with bench/compare.py
-// --device cuda.
+// tuned with bench/compare.py --device cuda.
 inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
   constexpr int kReservedBytes = 1024;  // by the system, for each block
   const int whole = device.shared_bytes - kStaticBytes;
@@ -309,9 +308,9 @@ constexpr int kMatrixCapability = 80;
 constexpr int kColumnsForProducts = 8;
 constexpr int64_t kBytesForProducts = int64_t{32} << 20;
 
-// What computes the heads' products. No GPU has been asked yet; docs/design.md has the counts that this follows. f32 and
-// f64 stay on lanes. The matrix units take half types, but no loss of features that one slice does not hold: that would
-// read them twice.
+// What computes the heads' products. No GPU has been asked yet; docs/design.md has the counts that this follows. f32
+// and f64 stay on lanes. The matrix units take half types, but no loss of features that one slice does not hold: that
+// would read them twice.
 inline HeadsUnits choose_units(const HeadsProblem& problem, const HeadsDevice& device) {
   if (problem.columns > kMaxSweepColumns || device.asked == HeadsUnits::kProducts) {
     return HeadsUnits::kProducts;

@@ -1,4 +1,4 @@
-// Launches handed to somebody else, who runs them in the emulation's place: tests/ptx, which has the PTX of the kernels.
+// Launches handed to somebody else, who runs them in the emulation's place: tests/ptx, which has the kernels' PTX.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The matrix units, for cuda_emulation.h: what csrc/cuda/matrix_units.cuh needs in place of its instructions. Every lane
-// reads and multiplies what is its own share of the result, so that the sanitizers see who reads what.
+// The matrix units, for cuda_emulation.h: what csrc/cuda/matrix_units.cuh needs in place of its instructions. Every
+// lane reads and multiplies what is its own share of the result, so that the sanitizers see who reads what.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Every kernel of csrc/cuda for the element type ELEMENT, without ATen, so that nvcc takes seconds: for its PTX. What the
-// operators call is called here with nothing, so that no kernel is named and every variant is there.
+// Every kernel of csrc/cuda for the element type ELEMENT, without ATen, so that nvcc takes seconds: for its PTX. What
+// the operators call is called here with nothing, so that no kernel is named and every variant is there.
 #include "heads_products_launches.cuh"
 #include "heads_sweep_launches.cuh"
 #include "scale.cuh"

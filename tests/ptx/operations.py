@@ -473,7 +473,7 @@ UNARY = {"neg": np.negative, "abs": np.abs}
 
 
 def fused_multiply_add(i: Instruction) -> Callable[[Array, Array, Array], Array]:
-    """In a type wide enough that the product is exact."""
+    """In a type that holds the product of two f32 exactly; that of two f64 it rounds, to 11 bits more than f64 has."""
     if i.type == "f64":
         wide = np.longdouble
         return lambda x, y, z: (x.astype(wide) * y.astype(wide) + z.astype(wide)).astype(np.float64)
