@@ -128,24 +128,45 @@ inline int lanes_of_row(int columns) {
   return lanes;
 }
 
+// Regions of shared memory, one after the other, each at a multiple of 16 bytes.
+class Regions {
+ public:
+  // Where one of so many bytes begins.
+  int place(int64_t bytes) {
+    const auto at = static_cast<int>(end_);
+    end_ = std::min<int64_t>(round_up(end_ + bytes, 16), INT32_MAX);
+    return at;
+  }
+
+  int end() const { return static_cast<int>(end_); }
+
+ private:
+  int64_t end_ = 0;
+};
+
+// The dynamic shared memory of a block that has a multiprocessor to itself, or half of one.
+inline int whole_shared_bytes(const HeadsDevice& device) {
+  return device.shared_bytes - kStaticBytes;
+}
+
+inline int half_shared_bytes(const HeadsDevice& device) {
+  constexpr int kReservedBytes = 1024;  // by the system, for each block
+  return (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes - kStaticBytes;
+}
+
 inline void lay_out_shared_memory(Sweep& sweep, const HeadsProblem& problem) {
   const int64_t row_bytes = int64_t{sweep.slice_features} * problem.element_bytes;
   const int64_t logits_tiles = sweep.tile_rows / kRowGroup * divide_up(problem.columns, kColumnGroup);
-  int64_t end = 0;
-  const auto place = [&end](int64_t bytes) {
-    const int64_t at = end;
-    end = std::min<int64_t>(round_up(end + bytes, 16), INT32_MAX);
-    return static_cast<int>(at);
-  };
-  place(sweep.stages * sweep.tile_rows * row_bytes);
-  sweep.weight_at = place(problem.columns * row_bytes);
+  Regions regions;
+  regions.place(sweep.stages * sweep.tile_rows * row_bytes);
+  sweep.weight_at = regions.place(problem.columns * row_bytes);
   sweep.target_bytes = problem.target_bytes;
-  sweep.targets_at = place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
-  sweep.sums_at = place(8 * 32 * std::max<int64_t>(logits_tiles, sweep.threads / 32));
-  sweep.g_at = place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * sweep.row_lanes);
+  sweep.targets_at = regions.place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
+  sweep.sums_at = regions.place(8 * 32 * std::max<int64_t>(logits_tiles, sweep.threads / 32));
+  sweep.g_at = regions.place(int64_t{problem.arithmetic_bytes} * sweep.tile_rows * sweep.row_lanes);
   sweep.scaled_pitch = sweep.tile_rows + kPiece;  // kPiece: fewer bank conflicts of the lanes that write a row
-  sweep.scaled_at = place(int64_t{problem.arithmetic_bytes} * sweep.scaled_pitch * sweep.row_lanes);
-  sweep.shared_bytes = static_cast<int>(end);
+  sweep.scaled_at = regions.place(int64_t{problem.arithmetic_bytes} * sweep.scaled_pitch * sweep.row_lanes);
+  sweep.shared_bytes = regions.end();
 }
 
 // Divides the rows among as many blocks as run at a time (`resident`), if there is a row group for each. But every
@@ -170,9 +191,7 @@ inline void divide_rows(Sweep& sweep, const HeadsProblem& problem, int64_t resid
 // waits at a barrier. Else there is one block of 512 threads, or of 256 in f64, whose numbers take two registers. To be
 // tuned with bench/compare.py --device cuda.
 inline Sweep plan_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
-  constexpr int kReservedBytes = 1024;  // by the system, for each block
-  const int whole = device.shared_bytes - kStaticBytes;
-  const int half = (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes - kStaticBytes;
+  const int whole = whole_shared_bytes(device), half = half_shared_bytes(device);
   const int large = problem.arithmetic_bytes == 8 ? 256 : 512;
   struct Shape {
     int threads, shared_bytes, tile_rows, stages;
@@ -228,34 +247,27 @@ constexpr int matrix_gradients_pitch(int groups) {
 }
 
 inline void lay_out_matrix_tile(Sweep& sweep, const HeadsProblem& problem) {
-  int64_t end = 0;
-  const auto place = [&end](int64_t bytes) {
-    const int64_t at = end;
-    end = std::min<int64_t>(round_up(end + bytes, 16), INT32_MAX);
-    return static_cast<int>(at);
-  };
+  Regions regions;
   const int groups = sweep.matrix_groups;
   const int64_t row_bytes = int64_t{sweep.pitch} * problem.element_bytes;
   const int64_t gradients = int64_t{kMatrixSide} * matrix_gradients_pitch(groups) * problem.element_bytes;
-  place(sweep.stages * sweep.tile_rows * row_bytes);
-  sweep.weight_at = place(problem.columns * row_bytes);
+  regions.place(sweep.stages * sweep.tile_rows * row_bytes);
+  sweep.weight_at = regions.place(problem.columns * row_bytes);
   sweep.target_bytes = problem.target_bytes;
-  sweep.targets_at = place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
-  sweep.sums_at = place(int64_t{sweep.threads} / 32 * kMatrixSide * matrix_sums_pitch(groups) * 4);
-  sweep.g_at = place(gradients);
-  sweep.scaled_at = place(gradients);
-  sweep.row_units_at = place(kMatrixSide * 4);
-  sweep.column_units_at = place(kMaxSweepColumns * 4);
-  sweep.zeros_at = place(16);
-  sweep.shared_bytes = static_cast<int>(end);
+  sweep.targets_at = regions.place(int64_t{problem.target_bytes} * sweep.stages * sweep.tile_rows);
+  sweep.sums_at = regions.place(int64_t{sweep.threads} / 32 * kMatrixSide * matrix_sums_pitch(groups) * 4);
+  sweep.g_at = regions.place(gradients);
+  sweep.scaled_at = regions.place(gradients);
+  sweep.row_units_at = regions.place(kMatrixSide * 4);
+  sweep.column_units_at = regions.place(kMaxSweepColumns * 4);
+  sweep.zeros_at = regions.place(16);
+  sweep.shared_bytes = regions.end();
 }
 
 // The shapes are those of plan_sweep, with tiles of kMatrixSide rows. No blocks of threads: the device's shared memory
 // does not hold the narrowest slice.
 inline Sweep plan_matrix_sweep(const HeadsProblem& problem, const HeadsDevice& device) {
-  constexpr int kReservedBytes = 1024;
-  const int whole = device.shared_bytes - kStaticBytes;
-  const int half = (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes - kStaticBytes;
+  const int whole = whole_shared_bytes(device), half = half_shared_bytes(device);
   struct Shape {
     int threads, shared_bytes, stages;
   };

@@ -43,8 +43,8 @@ inline std::size_t launches = 0;
 
 // A kernel's __shared__ arrays are thread_local here, so that the compiler writes them down as the kernel's own symbols
 // of thread- local storage: function f() {static thread_local int a[8];} has the symbols _Z1fv and _ZZ1fvE1a. Their
-// sizes are read from the file that the program or library lies in. Only arrays declared in the kernel itself are found, which is where a kernel
-// should declare them.
+// sizes are read from the file that the program or library lies in. Only arrays declared in the kernel itself are
+// found, which is where a kernel should declare them.
 class Symbols {
  public:
   Symbols() {

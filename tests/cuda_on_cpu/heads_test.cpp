@@ -866,7 +866,7 @@ void rows_share_warps() {
       Run<float> run({rows, 4, heads_of(sizes), kOneSm});
       typename Run<float>::Results got(run);
       const std::size_t before = cuda_emulation::shuffled_lanes.load();
-      run.start("the start of heads_loss", [&](Stream& stream) { run.run_loss(got, stream); });
+      run.start("heads_loss", [&](Stream& stream) { run.run_loss(got, stream); });
       return cuda_emulation::shuffled_lanes.load() - before;
     };
     const std::size_t columns = std::accumulate(sizes.begin(), sizes.end(), std::size_t{0});

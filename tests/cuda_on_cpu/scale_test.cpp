@@ -1,6 +1,6 @@
 // scale.cuh over element types, forms of the factor, sizes and alignments, in place and not, alone and in lists,
-// against a loop in double precision. `scale_test` runs all that are alone, `lists` the lists, and `compiled_TYPE` few of
-// both for one element type.
+// against a loop in double precision. `scale_test` runs all that are alone, `lists` the lists, and `compiled_TYPE` few
+// of both for one element type.
 #include "scale.cuh"
 
 #include <algorithm>
