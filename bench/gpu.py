@@ -1,5 +1,5 @@
-"""What needs a GPU, in two commands and a quarter of an hour, on a machine that has torch and nothing else of ours:
-tests, measures, and writes a summary and one archive.
+"""What needs a GPU, in two commands and a quarter of an hour, on a machine that has torch, numpy, tqdm, pytest and
+hypothesis: tests, measures, and writes a summary and one archive.
 
     make gpu-build                                                   # here: the extension for that machine's torch
     python3 bench/gpu.py --parts first --no-build --budget 540       # there
