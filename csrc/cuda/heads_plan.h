@@ -81,6 +81,7 @@ struct HeadsProblem {
   int arithmetic_bytes;  // of what they are computed in
   bool weight_gradient;
   bool logits_only;
+  bool any_range = false;  // the logits' gradients may be of any size: too small or large for the matrix units' f16
 };
 
 struct Sweep {
@@ -330,7 +331,7 @@ inline HeadsUnits choose_units(const HeadsProblem& problem, const HeadsDevice& d
   if (problem.element_bytes > 2) {
     return HeadsUnits::kLanes;
   }
-  if (device.capability >= kMatrixCapability && device.asked != HeadsUnits::kLanes) {
+  if (device.capability >= kMatrixCapability && device.asked != HeadsUnits::kLanes && !problem.any_range) {
     const Sweep sweep = plan_matrix_sweep(problem, device);
     if (sweep.threads > 0 && (sweep.slices == 1 || problem.target_bytes == 0)) {
       return HeadsUnits::kMatrix;

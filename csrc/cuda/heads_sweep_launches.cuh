@@ -40,12 +40,22 @@ HeadsProblem problem_of(const HeadsCall<T>& call) {
   return problem;
 }
 
+// A mean divides by the rows' weights. Other weights reach the gradients as they are, and for a sum all do.
+template <typename T>
+bool has_weights_of_any_range(const Heads<T>& heads, bool mean) {
+  return std::any_of(heads.head, heads.head + heads.count, [&](const Head<T>& head) {
+    const bool of_classes = head.class_weight && !(mean && head.kind == TargetKind::kClasses);
+    return of_classes || (head.sample_weight && !mean);
+  });
+}
+
 template <typename T>
 HeadsProblem problem_with_loss(const HeadsCall<T>& call, bool mean) {
   auto problem = problem_of(call);
   auto heads = call.heads;
   problem.target_bytes = place_targets(heads);
   problem.rows_to_count = mean ? call.rows * heads.count : 0;
+  problem.any_range = std::is_same_v<T, __half> && has_weights_of_any_range(heads, mean);
   return problem;
 }
 

@@ -8,6 +8,7 @@
 
 #include <numeric>
 #include <string_view>
+#include <utility>
 
 #include "device_code.h"
 
@@ -507,8 +508,8 @@ void check_type() {
         with(1, static_cast<TargetKind>(1 + h % 4), h % 2 == 1, h % 8 == 0 || h % 8 == 1, 0, h % 5 ? 0.5 : NAN));
   }
   Run<T>(many).check();
-  // The gradients of a mean do not depend on how large all weights are.
-  for (const double weights : {1e-5, 1e7}) {
+  // The gradients of a mean do not depend on how large all weights are; those of a sum are as small as they.
+  for (const auto [weights, mean] : {std::pair(1e-5, true), {1e7, true}, {1e-5, false}}) {
     Case c{
         37,
         40,
@@ -516,6 +517,7 @@ void check_type() {
          with(1, TargetKind::kProbabilities, true, false, 0)},
         kHopper};
     c.weights = weights;
+    c.mean = mean;
     Run<T>(c).check_loss();
   }
   // Only between matrix products.
