@@ -46,6 +46,12 @@ using HeadsLossResult = std::tuple<
     at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, std::vector<at::Tensor>,
     std::vector<at::Tensor>>;
 
+// Of the gradients that are made from those of the logits, which may have the wider type that they are computed in.
+inline at::ScalarType gradients_type(
+    const at::Tensor& grad_logits, const std::optional<at::Tensor>& x, at::TensorList weight) {
+  return x ? x->scalar_type() : !weight.empty() ? weight[0].scalar_type() : grad_logits.scalar_type();
+}
+
 inline int64_t classes_of(int64_t head_size) {
   return head_size > 1 ? head_size : 2;
 }

@@ -33,8 +33,9 @@ TORCH_LIBRARY(grl_ext, m) {
 
   // x is (N, D). `needs` says which gradients are needed: that of x, then those of the weights, then those of the
   // biases. The others come back empty. x may be left out where no weight needs a gradient, and weight where x needs
-  // none: nothing else reads them. factor[h] is the head's factor in the gradient of x: 1 for a predictor, -lambda for
-  // an adversary. Where the host does not know lambda, lambda_[h] holds it, 0-d, and factor[h] is -1.
+  // none: nothing else reads them. On the CPU grad_logits may have the wider type that they are computed in. factor[h]
+  // is the head's factor in the gradient of x: 1 for a predictor, -lambda for an adversary. Where the host does not
+  // know lambda, lambda_[h] holds it, 0-d, and factor[h] is -1.
   // with_grad_logits, where no other gradient is needed: for each head the gradient of its own loss, without
   // loss_weight, in the type that it is computed in. Else that list is empty.
   m.def("_heads_logits(Tensor x, Tensor[] weight, Tensor?[] bias) -> Tensor[]");

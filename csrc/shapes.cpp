@@ -34,9 +34,10 @@ HeadsGradients heads_gradients(
     at::TensorList grad_logits, const std::optional<Tensor>& x, at::TensorList weight, at::ArrayRef<double>,
     const OptionalTensors&, const c10::List<bool>& needs) {
   const auto& like = grad_logits[0];
+  const auto dtype = gradients_type(like, x, weight);
   const auto features = !weight.empty() ? weight[0].sym_size(1) : x ? x->sym_size(1) : c10::SymInt(0);
   const auto needed = [&](size_t slot, c10::SymIntArrayRef sizes) {
-    return needs.get(slot) ? like.new_empty_symint(sizes) : like.new_empty_symint({0});
+    return needs.get(slot) ? like.new_empty_symint(sizes, dtype) : like.new_empty_symint({0}, dtype);
   };
   const GradientSlots slots{grad_logits.size()};
   std::vector<Tensor> dw, db;

@@ -8,9 +8,7 @@
 #include <pytorch.h>
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -109,8 +107,7 @@ variable_list backward_from_kept(
   variable_list grad_logits(incoming.logits.begin(), incoming.logits.end());
   for (size_t h = 0; h < inputs.count(); ++h) {
     if (const auto weight = incoming.of_head(h, loss_weight); weight.defined()) {
-      auto own = at::empty_like(kept[h], inputs.x.scalar_type());
-      at::mul_out(own, kept[h], weight);
+      const auto own = kept[h] * weight;
       grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
     }
   }

@@ -40,7 +40,7 @@ HeadsGradients heads_gradients(
   }
   const Division division(grad_logits.size(), [&](size_t h) { return grad_logits[h].size(1); });
   const auto& columns = division.swept;
-  Gradients gradients(needs, head_factors(factor, lambda), grad_logits[0].scalar_type());
+  Gradients gradients(needs, head_factors(factor, lambda), gradients_type(grad_logits[0], x_, weight));
   const int64_t n = grad_logits[0].size(0), d = !weight.empty() ? weight[0].size(1) : x_ ? x_->size(1) : 0;
   const auto x = gradients.needs.any_weight() ? x_->contiguous() : Tensor();
   if (columns.count() > 0) {
@@ -58,7 +58,7 @@ HeadsGradients heads_gradients(
     });
   }
   for (const auto h : division.by_products) {
-    gradients.add_products(h, grad_logits[h], x, weight);
+    gradients.add_products(h, grad_logits[h].to(gradients.dtype), x, weight);
   }
   gradients.finish(n, d);
   return {gradients.x, gradients.weight, gradients.bias};

@@ -24,7 +24,7 @@ namespace cuda_emulation {
 template <typename... Params>
 std::vector<char> parameter_bytes(const Params&... parameters) {
   std::vector<char> bytes;
-  const auto append = [&bytes](const auto& parameter) {
+  [[maybe_unused]] const auto append = [&bytes](const auto& parameter) {
     const std::size_t alignment = alignof(decltype(parameter));
     const std::size_t at = (bytes.size() + alignment - 1) / alignment * alignment;
     bytes.resize(at + sizeof(parameter));

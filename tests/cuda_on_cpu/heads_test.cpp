@@ -509,7 +509,7 @@ void check_type() {
   }
   Run<T>(many).check();
   // The gradients of a mean do not depend on how large all weights are; those of a sum are as small as they.
-  for (const auto [weights, mean] : {std::pair(1e-5, true), {1e7, true}, {1e-5, false}}) {
+  for (const auto& [weights, mean] : {std::pair(1e-5, true), {1e7, true}, {1e-5, false}}) {
     Case c{
         37,
         40,
