@@ -74,7 +74,7 @@ __device__ T scaled_element(T grad, A factor) {
   return Arithmetic<T>::narrow(factor == A(0) ? A(0) : factor * Arithmetic<T>::widen(grad));
 }
 
-// The bytes that a thread moves at a time: the widest access there is.
+// The bytes that a thread moves at a time where it can: the widest access there is.
 constexpr int kVectorBytes = 16;
 template <typename T>
 constexpr int kVectorSize = kVectorBytes / sizeof(T);
@@ -113,44 +113,61 @@ constexpr int kScaleThreads = 256;
 constexpr int kScaleBlocksPerSm = 4;
 
 // Scales the elements of a vector, each by the next factor of the run.
-template <typename T, typename Run>
-__device__ uint4 scaled_vector(uint4 bits, Run run) {
-  T elements[kVectorSize<T>];
-  memcpy(elements, &bits, kVectorBytes);
+template <typename T, typename Vector, typename Run>
+__device__ Vector scaled_vector(Vector bits, Run run) {
+  T elements[sizeof(Vector) / sizeof(T)];
+  memcpy(elements, &bits, sizeof(Vector));
 #pragma unroll
   for (T& element : elements) {
     element = scaled_element(element, run.next());
   }
-  memcpy(&bits, elements, kVectorBytes);
+  memcpy(&bits, elements, sizeof(Vector));
   return bits;
 }
 
+// The widest vector, in bytes and up to kVectorBytes, whose boundaries `a` and `b` reach together: the largest power of
+// two that divides their distance.
+__device__ inline uintptr_t common_width(const void* a, const void* b) {
+  const uintptr_t apart = (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) | kVectorBytes;
+  return apart & -apart;  // the lowest bit that is set
+}
+
 // out[i] = factor_i * grad[i], by `blocks` blocks of which the caller is one; out may be grad.
-// The elements before the first 16-byte boundary and those after the last are handled one by one, and so are all of
-// them when out and grad do not reach their boundaries together (a gradient that begins inside another tensor).
-// __ldcg and __stcg are one instruction of 16 bytes each, past L1, where nothing is read twice. A plain assignment is
-// not: nvcc splits it into its elements where it sees them in registers. test_cuda_code.py counts them in the
-// compiled code.
+// A vector is narrower than 16 bytes where out and grad do not reach such a boundary together (a gradient that begins
+// inside another tensor). The elements before the first boundary and those after the last are handled one by one, and
+// so are all of them where no vector has more than one.
+// __ldcg and __stcg are one instruction a vector, past L1, where nothing is read twice. A plain assignment is not: nvcc
+// splits it into its elements where it sees them in registers. test_cuda_code.py counts them in the compiled code.
 template <typename T, typename Factor>
 __device__ void scale_elements(T* out, const T* grad, int64_t n, Factor factor, unsigned block, unsigned blocks) {
-  constexpr int kSize = kVectorSize<T>;
   const int64_t thread = static_cast<int64_t>(block) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(blocks) * blockDim.x;
 
-  const auto past_boundary = [](const void* p) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVectorBytes);
-  };
-  const bool together = past_boundary(out) == past_boundary(grad);
-  const int64_t to_boundary = (kVectorBytes - past_boundary(out)) % kVectorBytes / static_cast<int>(sizeof(T));
-  const int64_t head = together && to_boundary < n ? to_boundary : n;
-  const int64_t vectors = (n - head) / kSize;
-  const int64_t tail = head + vectors * kSize;
+  // Powers of two, with masks for remainders: 64-bit divisions take long.
+  const uintptr_t width = common_width(out, grad);
+  const auto size = static_cast<int64_t>(width / sizeof(T));
+  const auto to_boundary = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(out) & (width - 1)) / sizeof(T));
+  const int64_t head = size > 1 && to_boundary < n ? to_boundary : n;
+  const int64_t tail = n - ((n - head) & (size - 1));
 
-  const auto* const from = reinterpret_cast<const uint4*>(grad + head);
-  auto* const to = reinterpret_cast<uint4*>(out + head);
-  move_in_flight<uint4>(
-      thread, vectors, threads, [&](int64_t v) { return __ldcg(from + v); },
-      [&](int64_t v, uint4 bits) { __stcg(to + v, scaled_vector<T>(bits, factor.run_from(head + v * kSize))); });
+  const auto move_vectors = [&](auto zero) {
+    using Vector = decltype(zero);
+    if constexpr (sizeof(Vector) > sizeof(T)) {
+      constexpr int kSize = sizeof(Vector) / sizeof(T);
+      const auto* const from = reinterpret_cast<const Vector*>(grad + head);
+      auto* const to = reinterpret_cast<Vector*>(out + head);
+      move_in_flight<Vector>(
+          thread, (tail - head) / kSize, threads, [&](int64_t v) { return __ldcg(from + v); },
+          [&](int64_t v, Vector bits) { __stcg(to + v, scaled_vector<T>(bits, factor.run_from(head + v * kSize))); });
+    }
+  };
+  if (width == sizeof(uint4)) {
+    move_vectors(uint4{});
+  } else if (width == sizeof(uint2)) {
+    move_vectors(uint2{});
+  } else if (width == sizeof(unsigned)) {
+    move_vectors(0U);
+  }
   const auto outside = [&](int64_t j) { return j < head ? j : j - head + tail; };  // of the vectors
   move_in_flight<T>(
       thread, head + n - tail, threads, [&](int64_t j) { return grad[outside(j)]; },

@@ -137,8 +137,42 @@ void check_forms(const Case& c) {
   }
 }
 
+// The vectors' widths, by their definition.
+template <typename T>
+void check_common_width() {
+  const T at[16] = {};
+  for (int out_offset = 0; out_offset < 16; ++out_offset) {
+    for (int grad_offset = 0; grad_offset < 16; ++grad_offset) {
+      const int64_t apart = int64_t{out_offset - grad_offset} * int64_t{sizeof(T)};
+      const int want = apart % 16 == 0 ? 16 : apart % 8 == 0 ? 8 : apart % 4 == 0 ? 4 : 2;
+      if (common_width(at + out_offset, at + grad_offset) != static_cast<uintptr_t>(want)) {
+        ++failures;
+        std::printf("wrong: the common width of %d and %d, %zu bytes an element\n", out_offset, grad_offset, sizeof(T));
+      }
+    }
+  }
+}
+
+// Every pair of alignments, with vectors of every width: none, one and several of them, with and without a rest.
+template <typename T>
+void check_alignments() {
+  using A = typename Arithmetic<T>::type;
+  const A values[] = {A(-0.7), A(0), A(0.2)};
+  for (const int64_t n : {1, 2, 3, 7, 8, 9, 16, 37}) {
+    for (int grad_offset = 0; grad_offset < 16; ++grad_offset) {
+      for (int out_offset = 0; out_offset < 16; ++out_offset) {
+        check<T>(
+            "per column", {n, grad_offset, out_offset, false}, BroadcastFactor<A, uint32_t>{values, A(1), 3, 1},
+            [&](int64_t i) { return double{values[i % 3]}; });
+      }
+    }
+  }
+}
+
 template <typename T>
 void check_type() {
+  check_common_width<T>();
+  check_alignments<T>();
   for (const int64_t n : {0, 1, 7, 8, 129, 1134, 2500}) {
     for (int offset = 0; offset <= 8; ++offset) {
       check_forms<T>({n, offset, offset, true});
@@ -212,6 +246,8 @@ void compiled() {
            Case{1, 0, 0, false},
            Case{129, 1, 1, true},
            Case{1134, 3, 0, false},
+           Case{1134, 3, 1, false},
+           Case{1134, 5, 1, false},
            Case{1134, 0, 0, false},
            Case{
                (kVectorsInFlight + 1) * int64_t{kScaleBlocksPerSm} * kScaleThreads * kVectorSize<T> + 1001, 1, 1, true},
