@@ -3,7 +3,8 @@
 // cases of each form, for ThreadSanitizer, to which a thread is expensive, and `races_of_TYPE` fewer; `plan` the launch
 // shapes alone; `launches` what a device would say to them; `small` how many there are at a small size;
 // `rows_share_warps` what a row costs; `device_code` which GPUs a build serves; `bad_target` must end in the kernel's
-// assertion. For tests/ptx: `compiled_TYPE`, few cases that reach every kernel, and `several_tiles`, one case.
+// assertion. For tests/ptx: `compiled_TYPE`, few cases that reach every kernel, `several_tiles`, one case, and `tiles
+// COLUMNS TILES`, one block's sweep over so many tiles of 16 rows of 1024 bf16 features.
 #include "heads_oracle.h"
 
 #include <numeric>
@@ -929,6 +930,12 @@ void several_tiles() {
   Run<float>(c).check_loss();
 }
 
+void tiles(int columns, int count) {
+  Case c{int64_t{kMatrixSide} * count, 1024, heads_of({columns - 2, 2}), kOneSm};
+  c.again = Again::kNever;
+  Run<__nv_bfloat16>(c).check_loss();
+}
+
 void bad_target() {
   Run<float> run({4, 8, heads_of({2, 3})});
   run.classes[1][2] = 3;
@@ -958,6 +965,7 @@ int main(int, char** argv) {
       : what == "compiled_float"    ? compiled<float>()
       : what == "compiled_double"   ? compiled<double>()
       : what == "several_tiles"     ? several_tiles()
+      : what == "tiles"             ? tiles(std::stoi(argv[2]), std::stoi(argv[3]))
       : what == "plan"              ? plan()
       : what == "launches"          ? launches()
       : what == "small"             ? small_steps()

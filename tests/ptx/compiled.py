@@ -1,7 +1,8 @@
-"""What the tests here run: the PTX of the kernels, and the test programs as libraries."""
+"""What the tests here run: the PTX of the kernels, under the test programs as libraries."""
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
 PROGRAMS = ROOT / "tests" / "cuda_on_cpu"
+IN_CUDA_CHECK = [
+    pytest.mark.core,
+    pytest.mark.skipif(
+        os.environ.get("GRL_EXT_REQUIRE_CUDA_CODE") != "1",
+        reason="GRL_EXT_REQUIRE_CUDA_CODE=1 is not set: `make cuda-check` runs these minutes of nvcc and interpreter",
+    ),
+]
 ELEMENTS = {"half": "__half", "bfloat16": "__nv_bfloat16", "float": "float", "double": "double"}
 
 
@@ -54,3 +62,11 @@ def library_of(program: str) -> Path:
     folders = (PROGRAMS, KERNELS)
     sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cpp", ".h", ".cuh")]
     return built(BUILD / "ptx" / f"{program}.so", sources, command)
+
+
+def interpret(program: str, ptx: Path, option: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The test program, its kernels run from this PTX (program.py), in a process of its own, which a wild access may
+    end."""
+    command = [sys.executable, "-m", "ptx.program", option, library_of(program), ptx, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)

@@ -193,7 +193,7 @@ def _copy(i: Instruction, o: Operands) -> Step:
         memory.check(here, size, i.text)
         for k in range(size // 4):
             memory.store(there, 4, np.uint32(0xFFFFFFFF), k)
-        t.accessed(w, there, size, True, i.text)
+        note(t, w, there, size, "shared", True, i.text)
         t.copies.append((t.numbers[w], t.group[w].copy(), there, here, size))
 
     return start

@@ -3,7 +3,7 @@
     python -m ptx.program LIBRARY PTX [ARGUMENT...]
 
 The program's exit status is this one's. A last line names, in JSON, the kernels that ran, and which of its barriers
-each has come to.
+each has come to; with --counts, what each has executed.
 """
 
 import argparse
@@ -12,11 +12,11 @@ import faulthandler
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptx.launch import Launch, program_of
+from ptx.launch import Counts, Launch, program_of
 from ptx.module import Kernel, read_module
 from ptx.values import Fault
 
@@ -33,10 +33,11 @@ RUN = ctypes.CFUNCTYPE(
 
 
 class Launches:
-    def __init__(self, kernels: dict[str, Kernel], seed: int | None, races: bool) -> None:
+    def __init__(self, kernels: dict[str, Kernel], seed: int | None, races: bool, counts: bool) -> None:
         self.kernels, self.seed, self.races = kernels, seed, races
         self.run: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+        self.counts: defaultdict[str, Counts] | None = defaultdict(Counts) if counts else None
 
     def __call__(
         self, name: bytes, grid_x: int, grid_y: int, threads: int, dynamic_bytes: int, at: int, parameter_bytes: int
@@ -49,7 +50,8 @@ class Launches:
                 raise Fault("there is no such kernel in the PTX")
             seed = None if self.seed is None else self.seed + self.run.total()
             parameters = ctypes.string_at(at, parameter_bytes)
-            Launch(self.kernels[kernel], (grid_x, grid_y), threads, dynamic_bytes, parameters, seed, self.races).run()
+            grid, counts = (grid_x, grid_y), self.counts[kernel] if self.counts is not None else None
+            Launch(self.kernels[kernel], grid, threads, dynamic_bytes, parameters, seed, self.races, counts).run()
         except Fault as fault:
             print(f"{kernel}: {fault}", flush=True)
             return 1
@@ -65,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--seed", type=int, help="run one warp at a time, in an order by this number")
     parser.add_argument("--races", action="store_true", help="races in shared memory are faults")
+    parser.add_argument("--counts", action="store_true", help="count what each kernel executes")
     parser.add_argument("--times", action="store_true", help="say how long each kernel took")
     options = parser.parse_args(argv)
     faulthandler.enable()
-    launches = Launches(read_module(options.ptx.read_text()), options.seed, options.races)
+    launches = Launches(read_module(options.ptx.read_text()), options.seed, options.races, options.counts)
     callback = RUN(launches)
     library = ctypes.CDLL(str(options.library.resolve()))
     ctypes.c_void_p.in_dll(library, "cuda_emulation_run_elsewhere").value = ctypes.cast(callback, ctypes.c_void_p).value
@@ -78,11 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kernel, seconds in launches.seconds.most_common():
             print(f"{seconds:7.2f} s {launches.run[kernel]:5d} launches  {kernel}")
     sys.stdout.flush()
-    print(
-        json.dumps(
-            {name: program_of(launches.kernels[name]).barriers_met for name in launches.run if name in launches.kernels}
-        )
-    )
+    if launches.counts is not None:
+        said = {name: counts.total for name, counts in launches.counts.items()}
+    else:
+        ran = [name for name in launches.run if name in launches.kernels]
+        said = {name: program_of(launches.kernels[name]).barriers_met for name in ran}
+    print(json.dumps(said))
     return status
 
 

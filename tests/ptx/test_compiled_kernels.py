@@ -2,25 +2,16 @@
 the test programs of tests/cuda_on_cpu."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from ptx.compiled import ELEMENTS, library_of, ptx_of
+from ptx.compiled import ELEMENTS, IN_CUDA_CHECK, interpret, ptx_of
 from ptx.module import read_module
 
-pytestmark = [
-    pytest.mark.core,
-    pytest.mark.skipif(
-        os.environ.get("GRL_EXT_REQUIRE_CUDA_CODE") != "1",
-        reason="GRL_EXT_REQUIRE_CUDA_CODE=1 is not set: `make cuda-check` runs these minutes of nvcc and interpreter",
-    ),
-]
+pytestmark = IN_CUDA_CHECK
 
 
 class Outcome(NamedTuple):
@@ -30,10 +21,7 @@ class Outcome(NamedTuple):
 
 
 def run(program: str, ptx: Path, case: str) -> Outcome:
-    """In a process of its own, which a wild access may end."""
-    command = [sys.executable, "-m", "ptx.program", "--races", library_of(program), ptx, case]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = interpret(program, ptx, "--races", case)
     lines = done.stdout.splitlines()
     barriers = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
     return Outcome(done.returncode, barriers, done.stdout[-3000:] + done.stderr[-3000:])

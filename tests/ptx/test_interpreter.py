@@ -205,6 +205,13 @@ def test_wavefronts_of_matrices_are_counted():
         assert counts.total["wavefronts"] == wavefronts
 
 
+def test_wavefronts_of_copies_are_counted():
+    """Words one after the other, for two warps; where they go to counts, not where they come from."""
+    counts = Counts()
+    run(f"{COPY} cp.async.wait_group 0;", words("u32"), counts=counts)
+    assert counts.total["wavefronts"] == 2
+
+
 def test_wavefronts_of_words_are_counted():
     for shift, wavefronts in ((2, 2), (7, 64), (3, 4)):  # for two warps
         counts = Counts()
