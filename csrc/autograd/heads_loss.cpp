@@ -4,7 +4,8 @@
 // a gradient that underflows in the forward cannot be recovered by a loss scale that comes in the backward. There the
 // forward keeps the gradients of the logits in float32 (on CUDA it keeps nothing), and the backward goes over the
 // features once more, with the scale. So does the backward where single heads' losses have incoming gradients. Where
-// logits have some, or the gradients are to be differentiated, it is made of ATen operators and linear_heads.
+// logits have some and nothing was kept, or the gradients are to be differentiated, it is made of ATen operators and
+// linear_heads.
 #include <pytorch.h>
 
 #include <ATen/TensorOperators.h>
@@ -100,20 +101,6 @@ variable_list backward_by_kernel(
   return among_all({std::move(dx), std::move(dw), std::move(db)}, asked, needs);
 }
 
-// From the gradients of the logits that the forward has kept, one for each head and for its own loss.
-variable_list backward_from_kept(
-    const IncomingGradients& incoming, const HeadInputs& inputs, const std::optional<Tensor>& loss_weight,
-    const std::vector<Tensor>& kept, const std::vector<bool>& needs) {
-  variable_list grad_logits(incoming.logits.begin(), incoming.logits.end());
-  for (size_t h = 0; h < inputs.count(); ++h) {
-    if (const auto weight = incoming.of_head(h, loss_weight); weight.defined()) {
-      const auto own = kept[h] * weight;
-      grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
-    }
-  }
-  return gradients_of_heads(grad_logits, inputs, needs);
-}
-
 // The same in ATen operators, which are differentiable; with the logits' incoming gradients. The logits are made again:
 // those of the forward belong to the user, who may have changed them in place.
 variable_list backward_in_operators(
@@ -130,6 +117,20 @@ variable_list backward_in_operators(
       grad_logits[h] = (loss_gradient(z, options, h) * weight).to(z.scalar_type());
     }
     if (const auto& own = incoming.logits[h]; own.defined()) {
+      grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
+    }
+  }
+  return gradients_of_heads(grad_logits, inputs, needs);
+}
+
+// From the gradients of the logits that the forward has kept, one for each head and for its own loss.
+variable_list backward_from_kept(
+    const IncomingGradients& incoming, const HeadInputs& inputs, const std::optional<Tensor>& loss_weight,
+    const std::vector<Tensor>& kept, const std::vector<bool>& needs) {
+  variable_list grad_logits(incoming.logits.begin(), incoming.logits.end());
+  for (size_t h = 0; h < inputs.count(); ++h) {
+    if (const auto weight = incoming.of_head(h, loss_weight); weight.defined()) {
+      const auto own = kept[h] * weight;
       grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
     }
   }
