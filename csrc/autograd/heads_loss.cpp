@@ -371,7 +371,7 @@ std::optional<LossAndLogits> heads_loss(
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     return call_kernel(*inputs, options, options.loss_weight, keep, needs);
   }();
-  auto head_losses = [&] {
+  auto head_losses = [&all_losses = all_losses] {  // clang before 16 captures no name of a binding by itself
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return elements_of(all_losses);
   }();
