@@ -83,12 +83,18 @@ inline bool accepts_target(
   return (is_floating(target) || zero_or_one) && (with_size || (without && size == 1));
 }
 
+inline bool have_entries(const HeadsOptions& options, size_t heads) {
+  const auto& weights = options.loss_weight;
+  return options.targets.size() == heads && options.sample_weight.size() == heads &&
+      options.class_weight.size() == heads && options.kind.size() == heads && options.label_smoothing.size() == heads &&
+      options.ignore_index.size() == heads &&
+      (!weights || (weights->dim() == 1 && weights->sym_size(0) == static_cast<int64_t>(heads)));
+}
+
 // Head h has sizes[h] columns of logits. What is a number is checked where the options are packed.
 inline bool accepts_options(const at::Tensor& x, const std::vector<c10::SymInt>& sizes, const HeadsOptions& options) {
   const auto heads = sizes.size();
-  if (options.targets.size() != heads || options.sample_weight.size() != heads ||
-      options.class_weight.size() != heads || options.kind.size() != heads || options.label_smoothing.size() != heads ||
-      options.ignore_index.size() != heads) {
+  if (!have_entries(options, heads)) {
     return false;
   }
   // The loss has no derivative for its targets and weights.
@@ -114,8 +120,8 @@ inline bool accepts_options(const at::Tensor& x, const std::vector<c10::SymInt>&
   }
   const auto& weights = options.loss_weight;
   return !weights ||
-      (!weights->is_complex() && weights->dim() == 1 && weights->sym_size(0) == static_cast<int64_t>(heads) &&
-       (weights->device() == x.device() || weights->device().is_cpu()) && !weights->requires_grad());
+      (!weights->is_complex() && (weights->device() == x.device() || weights->device().is_cpu()) &&
+       !weights->requires_grad());
 }
 
 }  // namespace grl_ext

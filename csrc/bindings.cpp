@@ -211,6 +211,25 @@ py::object hidden_layers_eager(py::handle z, py::handle weight, py::handle bias)
   return wrap(hidden);
 }
 
+// compute(), which gives std::optional<LossAndLogits>, and None if a kernel refuses what it reads.
+template <class F>
+py::object wrap_losses(const F& compute) {
+  std::optional<LossAndLogits> result;
+  try {
+    const py::gil_scoped_release no_gil;
+    result = compute();
+  } catch (const c10::IndexError&) {  // a class that is out of range
+    return py::none();
+  } catch (const c10::ValueError&) {  // a sample weight or a target that is out of range
+    return py::none();
+  }
+  if (!result) {
+    return py::none();
+  }
+  const auto& [loss, head_losses, logits] = *result;
+  return py::make_tuple(loss, wrap(head_losses), wrap(logits));
+}
+
 py::object heads_loss_eager(
     py::handle x, py::handle weight, py::handle bias, py::handle targets, py::handle lambda, py::handle given) {
   if (!is_exact(x) || !on_kernels_device(unpack(x))) {
@@ -223,20 +242,32 @@ py::object heads_loss_eager(
   if (!vectors || !factors || !options) {
     return py::none();
   }
-  std::optional<LossAndLogits> result;
-  try {
-    const py::gil_scoped_release no_gil;
-    result = heads_loss(unpack(x), *matrices, *vectors, std::move(*factors), std::move(*options));
-  } catch (const c10::IndexError&) {  // by the kernel: a class that is out of range
-    return py::none();
-  } catch (const c10::ValueError&) {  // a sample weight or a target that is out of range
-    return py::none();
-  }
-  if (!result) {
+  return wrap_losses(
+      [&] { return heads_loss(unpack(x), *matrices, *vectors, std::move(*factors), std::move(*options)); });
+}
+
+// Each element of weight and bias is a sequence with an entry for each of the head's layers.
+py::object layered_heads_loss_eager(
+    py::handle x, py::handle weight, py::handle bias, py::handle targets, py::handle lambda, py::handle given) {
+  if (!is_exact(x) || !on_kernels_device(unpack(x))) {
     return py::none();
   }
-  const auto& [loss, head_losses, logits] = *result;
-  return py::make_tuple(loss, wrap(head_losses), wrap(logits));
+  std::vector<Layers> heads;
+  auto biases = bias.begin();
+  for (const auto layers : weight) {
+    auto matrices = to_tensors(layers);
+    auto vectors = matrices ? to_optional_tensors(*biases++, matrices->size()) : std::nullopt;
+    if (!vectors) {
+      return py::none();
+    }
+    heads.push_back({std::move(*matrices), std::move(*vectors)});
+  }
+  const auto factors = to_factors(unpack(x), lambda);
+  const auto options = to_options(given, targets, heads.size());
+  if (!factors || !options) {
+    return py::none();
+  }
+  return wrap_losses([&] { return layered_heads_loss(unpack(x), heads, *factors, *options); });
 }
 
 py::dict build_info() {
@@ -258,6 +289,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_heads", torch::wrap_pybind_function(linear_heads_eager));
   m.def("hidden_layers", torch::wrap_pybind_function(hidden_layers_eager));
   m.def("heads_loss", torch::wrap_pybind_function(heads_loss_eager));
+  m.def("layered_heads_loss", torch::wrap_pybind_function(layered_heads_loss_eager));
   m.def("build_info", build_info);
   m.def("serves_gpu", serves_gpu);
 }

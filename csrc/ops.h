@@ -28,6 +28,17 @@ std::optional<LossAndLogits> heads_loss(
     const at::Tensor& x, at::TensorList weight, const OptionalTensors& bias, std::vector<Factor> factors,
     HeadsOptions options);
 
+// The layers of one head, with ReLU between them.
+struct Layers {
+  std::vector<at::Tensor> weight;
+  OptionalTensors bias;
+};
+
+// Not an operator: the same for heads of which one at least has several layers.
+std::optional<LossAndLogits> layered_heads_loss(
+    const at::Tensor& x, const std::vector<Layers>& heads, const std::vector<Factor>& factors,
+    const HeadsOptions& options);
+
 // The factor of a head's part in the features' gradient: 1 for a predictor, which has no lambda, and -lambda for an
 // adversary. Nothing if it is not a head's lambda.
 std::optional<Factor> factor_of(const at::Tensor& x, const std::optional<at::Tensor>& lambda);

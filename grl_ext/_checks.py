@@ -39,6 +39,10 @@ class Names(NamedTuple):
         layers = None if self.layers is None else [self.layers[h] for h in heads]
         return Names(self.features, list(heads) if self.heads is None else [self.heads[h] for h in heads], layers)
 
+    def of_layers(self, heads: Sequence[int], layers: Sequence[int]) -> "Names":
+        """Of one layer of each head. Heads that have names were given as modules, whose layers have no numbers here."""
+        return self.some(heads) if self.heads is not None else Names(self.features, heads, layers)
+
 
 NUMBERED = Names()
 

@@ -172,8 +172,13 @@ def with_lambda(head: HeadPath, lambda_: Tensor | float) -> HeadPath:
     return HeadPath(head.name, head.reversal, head.path, head.why, *parts, lambda_, head.inputs)
 
 
-def is_linear(head: HeadPath) -> bool:
-    return head.path == "fused" and head.last is None
+def linear_layers(head: HeadPath) -> list[nn.Module] | None:
+    """All layers of a linear head, or of one with ReLU between them; None of other heads."""
+    if head.path != "fused":
+        return None
+    if head.last is None:
+        return [head.first]
+    return [head.first, *head.hidden[1::2], head.last] if head.hidden else None
 
 
 def layers_of(reversal: nn.Module) -> list[GRL]:

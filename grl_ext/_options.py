@@ -59,6 +59,8 @@ class HeadsOptions(NamedTuple):
 
     def some(self, heads: Sequence[int]) -> "HeadsOptions":
         """Those of some heads."""
+        if self is DEFAULTS:
+            return self
         *lists, reduction = self
         options = HeadsOptions(*(given if given is None else [given[h] for h in heads] for given in lists), reduction)
         if not isinstance(self.loss_weight, Tensor):

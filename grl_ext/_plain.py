@@ -297,7 +297,7 @@ def loss_of_logits(logits: list[Tensor], targets: Sequence[Tensor], options: Hea
 
 
 def add_losses(total: Tensor, loss: Tensor) -> Tensor:
-    if total.shape != loss.shape:
+    if total.dim() + loss.dim() > 0 and total.shape != loss.shape:  # a shape takes as long as the sum of two numbers
         raise ValueError(
             "reduction 'none' needs heads with the same rows, whose losses can be added, got losses of shapes "
             f"{list(total.shape)} and {list(loss.shape)}"

@@ -357,7 +357,9 @@ def heads_loss(
     check_numbers(options)
     if all(len(own) == 1 for own in weights):
         return HeadsLoss(*run_heads_loss(x, [w for (w,) in weights], [b for (b,) in biases], targets, lambda_, options))
-    return HeadsLoss(*_layered_heads_loss(x, weights, biases, targets, lambda_, options))
+    _check_layers(x, weights, biases)
+    check_counts(targets, options, heads)
+    return HeadsLoss(*run_layered_heads_loss(x, weights, biases, targets, lambda_, options))
 
 
 def _as_numbers(given):
@@ -377,32 +379,37 @@ def _layers_of(name: str, h: int, given: Tensor | Sequence[Tensor | None]) -> li
     return list(given)
 
 
-def _layered_heads_loss(
+def run_layered_heads_loss(
     x: Tensor,
     weight: Sequence[Sequence[Tensor]],
     bias: Sequence[Sequence[Tensor | None]],
     targets: Sequence[Tensor],
     lambda_: Lambdas,
-    options: HeadsOptions,
+    options: HeadsOptions = DEFAULTS,
+    names: Names = NUMBERED,
 ) -> LossAndLogits:
-    """Heads of which some have hidden layers: their first layers together, each one's last with its loss."""
-    _check_layers(x, weight, bias)
-    check_counts(targets, options, len(weight))
+    """:func:`run_heads_loss` of heads of which some have hidden layers: their first layers together, each one's last
+    with its loss. csrc/autograd/layered_heads.cpp has the same, for the time that each call from Python takes."""
+    if _paths.of_heads(x, ()) is Path.EAGER and not any(is_by_logits(options, h) for h in range(len(weight))):
+        given = None if options is DEFAULTS else options.packed()
+        result = _backend.C.layered_heads_loss(x, weight, bias, targets, lambda_, given)
+        if result is not None:
+            return result
     parts = []
     if linear := [h for h, own in enumerate(weight) if len(own) == 1]:
-        parts.append((x, linear, [lambda_[h] for h in linear], NUMBERED.some(linear)))
+        parts.append((x, linear, [lambda_[h] for h in linear], names.some(linear)))
     if deep := [h for h, own in enumerate(weight) if len(own) > 1]:
         of_first = [weight[h][0] for h in deep], [bias[h][0] for h in deep], [lambda_[h] for h in deep]
-        names = Names("x", deep, [0] * len(deep))
-        outputs = list(run_linear_heads(x, *of_first, names))  # Dynamo takes nothing out of an operator's
+        # Dynamo takes nothing out of an operator's list.
+        outputs = list(run_linear_heads(x, *of_first, names.of_layers(deep, [0] * len(deep))))
         for h in deep:
             last = len(weight[h]) - 1
-            names = Names("x", [h] * (last - 1), range(1, last))
-            hidden = hidden_layers(outputs.pop(0), weight[h][1:last], bias[h][1:last], names)
-            parts.append((hidden, [h], [None], Names("x", [h], [last])))
+            between = names.of_layers([h] * (last - 1), range(1, last))
+            hidden = hidden_layers(outputs.pop(0), weight[h][1:last], bias[h][1:last], between)
+            parts.append((hidden, [h], [None], names.of_layers([h], [last])))
     total, losses, logits = None, {}, {}
     while parts:
-        features, heads, lambdas, names = parts.pop(0)
+        features, heads, lambdas, own_names = parts.pop(0)
         loss, *by_head = run_heads_loss(
             features,
             [weight[h][-1] for h in heads],
@@ -410,7 +417,7 @@ def _layered_heads_loss(
             [targets[h] for h in heads],
             lambdas,
             options.some(heads),
-            names,
+            own_names,
         )
         total = loss if total is None else _plain.add_losses(total, loss)
         losses.update(zip(heads, by_head[0], strict=True))
@@ -445,7 +452,7 @@ def run_heads_loss(
     names: Names = NUMBERED,
 ) -> LossAndLogits:
     """:func:`heads_loss` of linear heads, with their options packed; its errors use the names."""
-    if any(is_by_logits(options, h) for h in range(len(weight))):
+    if options is not DEFAULTS and any(is_by_logits(options, h) for h in range(len(weight))):
         return _loss_by_logits(x, weight, bias, targets, lambda_, options, names)
     path = _paths.of_heads(x, (*weight, *bias, *targets))
     if path is Path.EAGER:

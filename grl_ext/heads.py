@@ -25,9 +25,9 @@ from grl_ext._head_paths import (
     check_logits,
     check_reversal,
     check_reversal_in_call,
-    is_linear,
     lambda_of,
     layers_of,
+    linear_layers,
     path_of,
     reverse,
     weights_and_biases,
@@ -416,7 +416,8 @@ class AdversarialHeads(nn.Module):
         if not heads:
             raise ValueError(f"targets is empty; the heads are {list(self.head_names)}")
         given = [targets[name] for name in names]
-        given = self._all_last(given, features)
+        if self.dim != -1:
+            given = self._all_last(given, features)
         kind = self._kinds(names)
         smoothed = type(label_smoothing) is not float or label_smoothing != 0
         plain = sample_weight is class_weight is loss_weight is kind is None and reduction == "mean" and not smoothed
@@ -537,17 +538,17 @@ class AdversarialHeads(nn.Module):
         options: HeadsOptions,
         names: Names,
     ) -> LossAndLogits:
-        """Linear heads together, then the others one by one."""
-        linear = [h for h, head in enumerate(heads) if is_linear(head)]
-        if len(linear) == len(heads):
-            return self._linear_losses(features, heads, targets, options, names)
+        """Linear heads and those with ReLU between their layers together, then the others one by one."""
+        layers = [linear_layers(head) for head in heads]
+        if None not in layers:
+            return self._losses_of_layers(features, heads, layers, targets, options, names)
         total: Tensor | None = None
         losses: dict[int, Tensor] = {}
         logits: dict[int, Tensor] = {}
-        if linear:
-            some = [heads[h] for h in linear], [targets[h] for h in linear], options.some(linear), names.some(linear)
-            total, *by_head = self._linear_losses(features, *some)
-            losses, logits = (dict(zip(linear, own, strict=True)) for own in by_head)
+        if fused := [h for h, own in enumerate(layers) if own is not None]:
+            some = [heads[h] for h in fused], [layers[h] for h in fused], [targets[h] for h in fused]
+            total, *by_head = self._losses_of_layers(features, *some, options.some(fused), names.some(fused))
+            losses, logits = (dict(zip(fused, own, strict=True)) for own in by_head)
         others = [h for h in range(len(heads)) if h not in losses]
         for h, before_last in zip(others, self._before_last(features, [heads[h] for h in others]), strict=True):
             head, alone = heads[h], ([targets[h]], options.some([h]), names.some([h]))
@@ -565,22 +566,26 @@ class AdversarialHeads(nn.Module):
         every = range(len(heads))
         return total, [losses[h] for h in every], [logits[h] for h in every]
 
-    def _linear_losses(
+    def _losses_of_layers(
         self,
         features: Tensor,
         heads: Sequence[HeadPath],
+        layers: Sequence[Sequence[nn.Module]],
         targets: Sequence[Tensor],
         options: HeadsOptions,
         names: Names,
     ) -> LossAndLogits:
         self._check_features(features)
-        weights, biases = weights_and_biases([head.first for head in heads])
         lambdas = [lambda_of(head) for head in heads]
+        if all(len(own) == 1 for own in layers):
+            run, parameters = functional.run_heads_loss, weights_and_biases([first for (first,) in layers])
+        else:
+            of_heads = [weights_and_biases(own) for own in layers]
+            run = functional.run_layered_heads_loss
+            parameters = [weights for weights, _ in of_heads], [biases for _, biases in of_heads]
         if self.dim == -1:
-            return functional.run_heads_loss(features, weights, biases, targets, lambdas, options, names)
-        loss, losses, logits = functional.run_heads_loss(
-            self._last(features), weights, biases, targets, lambdas, options, names
-        )
+            return run(features, *parameters, targets, lambdas, options, names)
+        loss, losses, logits = run(self._last(features), *parameters, targets, lambdas, options, names)
         return loss, losses, [self._back(z, features) for z in logits]
 
     def _loss_of_logits(
@@ -609,7 +614,7 @@ class AdversarialHeads(nn.Module):
 
     def _kinds(self, names: Sequence[str]) -> list[Kind] | None:
         losses = [self.losses.get(name, "cross_entropy") for name in names]
-        if all(isinstance(loss, str) and loss == "cross_entropy" for loss in losses):
+        if losses == ["cross_entropy"] * len(losses):
             return None
         return [kind_of(f"losses[{name!r}]", loss) for name, loss in zip(names, losses, strict=True)]
 

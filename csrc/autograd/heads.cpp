@@ -143,6 +143,13 @@ HeadInputs some(const HeadInputs& inputs, const std::vector<size_t>& heads) {
       some(inputs.factors, heads)};
 }
 
+HeadsOptions some(const HeadsOptions& options, const std::vector<size_t>& heads) {
+  return {some(options.targets, heads),      some(options.sample_weight, heads),
+          some(options.class_weight, heads), std::nullopt,
+          some(options.kind, heads),         some(options.label_smoothing, heads),
+          some(options.ignore_index, heads), options.mean};
+}
+
 std::vector<bool> needs_of(const std::vector<bool>& needs, const std::vector<size_t>& heads) {
   const GradientSlots slots{(needs.size() - 1) / 2};
   std::vector<bool> chosen{needs[slots.x()]};

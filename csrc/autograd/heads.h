@@ -120,6 +120,9 @@ OptionalTensors some(const OptionalTensors& values, const std::vector<size_t>& h
 
 HeadInputs some(const HeadInputs& inputs, const std::vector<size_t>& heads);
 
+// Without loss_weight.
+HeadsOptions some(const HeadsOptions& options, const std::vector<size_t>& heads);
+
 // The flags of some heads, by GradientSlots of those.
 std::vector<bool> needs_of(const std::vector<bool>& needs, const std::vector<size_t>& heads);
 

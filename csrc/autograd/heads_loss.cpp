@@ -46,14 +46,6 @@ HeadsLossResult call_kernel(
       to_list(needs));
 }
 
-// All but loss_weight.
-HeadsOptions options_of(const HeadsOptions& options, const std::vector<size_t>& heads) {
-  return {some(options.targets, heads),      some(options.sample_weight, heads),
-          some(options.class_weight, heads), std::nullopt,
-          some(options.kind, heads),         some(options.label_smoothing, heads),
-          some(options.ignore_index, heads), options.mean};
-}
-
 // Undefined where there is none.
 struct IncomingGradients {
   const Tensor& loss;
@@ -97,7 +89,7 @@ variable_list backward_by_kernel(
       ? weights[0].expand({static_cast<int64_t>(weights.size())})
       : at::stack(weights);
   auto [loss, head_losses, logits, grad_logits, dx, dw, db] = call_kernel(
-      some(inputs, asked), options_of(options, asked), weight, /*with_grad_logits=*/false, needs_of(needs, asked));
+      some(inputs, asked), some(options, asked), weight, /*with_grad_logits=*/false, needs_of(needs, asked));
   return among_all({std::move(dx), std::move(dw), std::move(db)}, asked, needs);
 }
 

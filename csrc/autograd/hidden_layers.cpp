@@ -169,11 +169,13 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
     }
     if (at::GradMode::is_enabled()) {
       outputs = outputs_of(saved[0], weight, bias);
-    } else {
-      outputs.push_back(std::move(saved[0]));
-      std::move(saved.begin() + 1 + 2 * static_cast<std::ptrdiff_t>(layers), saved.end(), std::back_inserter(outputs));
+      saved.clear();
+      return gradients_of_layers(std::move(grad), std::move(outputs), weight, needs);
     }
+    outputs.push_back(std::move(saved[0]));
+    std::move(saved.begin() + 1 + 2 * static_cast<std::ptrdiff_t>(layers), saved.end(), std::back_inserter(outputs));
     saved.clear();
+    at::AutoDispatchBelowADInplaceOrView below_autograd;  // a dozen operators, of which each would look for a graph
     return gradients_of_layers(std::move(grad), std::move(outputs), weight, needs);
   }
 
