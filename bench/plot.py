@@ -1,5 +1,5 @@
-"""Draws the layer's overhead (the cases `tax`) and the heads' times from a document that compare.py wrote:
-`python bench/plot.py results.json overhead.png heads.png`. compare.py's --plot draws the first."""
+"""Draws the layer's overhead (the cases `tax`) from a document that compare.py wrote, as its --plot does, and the
+heads' times from that one and others, side by side: `python bench/plot.py overhead.png heads.png results.json ...`"""
 
 import itertools
 import json
@@ -38,8 +38,8 @@ def draw(document: dict, path: Path) -> None:
     if not cases:
         raise SystemExit("nothing to draw: no tax case was measured")
     figure = _panels(
-        cases,
-        document["environment"],
+        [[case] for case in cases],
+        [document["environment"]],
         "cost",
         title="What a gradient reversal layer adds to forward + backward",
         below="time over a plain view in the same chain; bar: median, line: middle half of the paired rounds\n"
@@ -49,14 +49,14 @@ def draw(document: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_heads(document: dict, path: Path) -> None:
-    """One panel per shape, one bar per eager row, with its own scale as above."""
-    cases = [case for case in document["cases"] if case["name"].startswith(HEADS)]
-    if not cases:
+def draw_heads(documents: list[dict], path: Path) -> None:
+    """One panel per shape, one bar per eager row and document, with its own scale as above."""
+    cases = [[case for case in document["cases"] if case["name"].startswith(HEADS)] for document in documents]
+    if not all(cases):
         raise SystemExit("nothing to draw: no case of heads was measured")
     figure = _panels(
-        cases,
-        document["environment"],
+        list(zip(*cases, strict=True)),
+        [document["environment"] for document in documents],
         "total",
         title="Heads and their losses: forward + backward",
         below="bar: median, line: middle half of the rounds; the shapes are features, then the sizes of the heads",
@@ -65,23 +65,27 @@ def draw_heads(document: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _panels(cases: list[dict], facts: dict, measure: str, title: str, below: str) -> Figure:
-    columns = min(2, len(cases))
-    lines = math.ceil(len(cases) / columns)
-    most = max(len(_rows(case, measure)) for case in cases)
-    size = (5.2 * columns, 1.0 + lines * (0.6 + 0.26 * most))
+def _panels(groups: list[list[dict]], facts: list[dict], measure: str, title: str, below: str) -> Figure:
+    """A panel for each group, which is one case in each of the documents that the facts are of."""
+    columns = min(2, len(groups))
+    lines = math.ceil(len(groups) / columns)
+    most = max(len(_rows(cases[0], measure)) for cases in groups)
+    size = (5.2 * columns, 1.0 + lines * (0.6 + (0.14 + 0.12 * len(facts)) * most))
     figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for case, panel in itertools.zip_longest(cases, panels.flat):
-        if case is None:
+    for cases, panel in itertools.zip_longest(groups, panels.flat):
+        if cases is None:
             panel.set_visible(False)
         else:
-            _panel(panel, case, measure)
+            _panel(panel, cases, measure)
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
-    where = (
-        f"{facts['device_name']}, CPU threads {facts['threads']}" if facts["device"] == "cpu" else facts["device_name"]
-    )
+    if len(facts) > 1:
+        sets = [own["grl_ext"]["cpu_isa"] for own in facts]
+        below = f"dark: {sets[0]}, light: {', '.join(sets[1:])}\n{below}"
+    first = facts[0]
+    where = first["device_name"] + (f", CPU threads {first['threads']}" if first["device"] == "cpu" else "")
+    commits = ", ".join(dict.fromkeys(own["commit"] or "unknown" for own in facts))
     figure.supxlabel(
-        f"{below}\n{where}, {facts['dtype']}, torch {facts['torch']}, eager, commit {facts['commit'] or 'unknown'}",
+        f"{below}\n{where}, {first['dtype']}, torch {first['torch']}, eager, commit {commits}",
         fontsize=9,
         color="#555555",
     )
@@ -93,26 +97,32 @@ def _rows(case: dict, measure: str) -> list[dict]:
     return [row for row in case["rows"] if row["section"] == "eager" and row[measure] and "chunked" not in row["name"]]
 
 
-def _panel(panel: Axes, case: dict, measure: str) -> None:
-    rows = _rows(case, measure)
-    unit, size = ("ms", 1e-3) if max(row[measure]["median"] for row in rows) >= 1e-3 else ("µs", 1e-6)
-    right = max(row[measure]["q3"] for row in rows) / size
-    for place, row in enumerate(rows):
-        middle, q1, q3 = (row[measure][key] / size for key in ("median", "q1", "q3"))
-        panel.barh(place, middle, height=0.62, color=COLOURS.get(row["kind"], PEERS))
-        panel.plot([q1, q3], [place, place], color="black", linewidth=1)
-        panel.text(
-            max(q3, 0.0) + 0.03 * right,
-            place,
-            f"{middle:.3g}" if abs(middle) < 10 else f"{middle:.0f}",
-            va="center",
-            fontsize=9,
-        )
+def _panel(panel: Axes, cases: list[dict], measure: str) -> None:
+    by_case = [_rows(case, measure) for case in cases]
+    every = [row for rows in by_case for row in rows]
+    unit, size = ("ms", 1e-3) if max(row[measure]["median"] for row in every) >= 1e-3 else ("µs", 1e-6)
+    right = max(row[measure]["q3"] for row in every) / size
+    height = 0.74 / len(cases)
+    for index, rows in enumerate(by_case):
+        for line, row in enumerate(rows):
+            place = line + height * (index - (len(cases) - 1) / 2)
+            middle, q1, q3 = (row[measure][key] / size for key in ("median", "q1", "q3"))
+            colour = COLOURS.get(row["kind"], PEERS)
+            panel.barh(place, middle, height=0.85 * height, color=colour, alpha=1.0 if index == 0 else 0.55)
+            panel.plot([q1, q3], [place, place], color="black", linewidth=1)
+            panel.text(
+                max(q3, 0.0) + 0.03 * right,
+                place,
+                f"{middle:.3g}" if abs(middle) < 10 else f"{middle:.0f}",
+                va="center",
+                fontsize=9 if len(cases) == 1 else 7.5,
+            )
+    rows = by_case[0]
     panel.set_yticks(range(len(rows)), [NAMES.get(row["name"], row["name"]) for row in rows], fontsize=9)
     for label, row in zip(panel.get_yticklabels(), rows, strict=False):
         if row["kind"] == "ours":
             label.set(color=COLOURS["ours"], fontweight="bold")
-    kind, shape = case["name"].split("/")
+    kind, shape = cases[0]["name"].split("/")
     if measure == "cost":
         title = f"{shape} elements"
     else:  # 4096x1024_10+2: the features, then the heads
@@ -127,6 +137,7 @@ def _panel(panel: Axes, case: dict, measure: str) -> None:
 
 
 if __name__ == "__main__":
-    measured = json.loads(Path(sys.argv[1]).read_text())
-    for drawn, file in zip((draw, draw_heads), sys.argv[2:], strict=False):
-        drawn(measured, Path(file))
+    overhead, heads, *documents = map(Path, sys.argv[1:])
+    measured = [json.loads(document.read_text()) for document in documents]
+    draw(measured[0], overhead)
+    draw_heads(measured, heads)
