@@ -293,12 +293,17 @@ def test_both_pictures_are_drawn_from_the_committed_run(tmp_path):
     pytest.importorskip("matplotlib")
     import plot
 
-    document = json.loads((BENCH / "results" / "cpu-float32.json").read_text())
-    for drawn in (plot.draw, plot.draw_heads):
-        drawn(document, tmp_path / "out.png")
+    documents = [json.loads(file.read_text()) for file in sorted((BENCH / "results").glob("cpu-avx*-float32.json"))]
+    assert [document["environment"]["grl_ext"]["cpu_isa"] for document in documents] == ["avx2", "avx512"]
+    empty = {**documents[0], "cases": []}
+    for drawn, given, nothing in (
+        (plot.draw, documents[0], empty),
+        (plot.draw_heads, documents, [documents[0], empty]),
+    ):
+        drawn(given, tmp_path / "out.png")
         assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
         with pytest.raises(SystemExit, match="nothing to draw"):
-            drawn({**document, "cases": []}, tmp_path / "out.png")
+            drawn(nothing, tmp_path / "out.png")
 
 
 def test_pairs_hold_what_their_label_says():
