@@ -34,7 +34,7 @@ struct Layers {
   OptionalTensors bias;
 };
 
-// Not an operator: the same for heads of which one at least has several layers.
+// Not an operator: the same for heads of which some have several layers.
 std::optional<LossAndLogits> layered_heads_loss(
     const at::Tensor& x, const std::vector<Layers>& heads, const std::vector<Factor>& factors,
     const HeadsOptions& options);

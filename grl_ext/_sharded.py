@@ -16,6 +16,7 @@ from grl_ext._options import CROSS_ENTROPY, HeadsOptions, as_tensor
 from grl_ext._plain import LossAndLogits, as_rows, checked_heads, weights_of_rows
 
 Placements = tuple[Placement, ...]
+Layers = Sequence[Sequence[Tensor | None]]  # of each head, of each of its layers
 Lambdas = Sequence[Tensor | float | None]
 
 
@@ -93,15 +94,17 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 class _Rows:
     """The layout of x, and its tensors in this process."""
 
-    def __init__(self, x: DTensor, weight: Sequence[DTensor], bias: Sequence[DTensor | None], lambda_: Lambdas) -> None:
+    def __init__(self, x: DTensor, weight: Layers, bias: Layers, lambda_: Lambdas) -> None:
         self.mesh, self.leading = x.device_mesh, x.shape[:-1]
         self.placements = x.placements
         self.sums = tuple(Partial() if placement.is_shard() else placement for placement in x.placements)
         self.everywhere = (Replicate(),) * len(x.placements)
         self.x = _ToLocal.apply(x, self.placements)
-        self.weight = [_ToLocal.apply(tensor, self.sums) for tensor in weight]
-        self.bias = [None if tensor is None else _ToLocal.apply(tensor, self.sums) for tensor in bias]
+        self.weight, self.bias = self._parameters(weight), self._parameters(bias)
         self.lambda_ = [_here(own, self.everywhere) for own in lambda_]
+
+    def _parameters(self, layers: Layers) -> Layers:
+        return [[None if own is None else _ToLocal.apply(own, self.sums) for own in head] for head in layers]
 
     def logits(self, local: Sequence[Tensor]) -> list[DTensor]:
         shapes = [torch.Size((*self.leading, z.shape[-1])) for z in local]
@@ -128,15 +131,15 @@ def linear_heads(
         return None
     x, weight, bias = checked_heads(x, weight, bias, names)
     check_lambdas(x, lambda_, names)
-    rows = _Rows(x, weight, bias, lambda_)
-    return rows.logits(run(rows.x, rows.weight, rows.bias, rows.lambda_, names))
+    rows = _Rows(x, [weight], [bias], lambda_)
+    return rows.logits(run(rows.x, *rows.weight, *rows.bias, rows.lambda_, names))
 
 
 def heads_loss(
     run: Callable[..., LossAndLogits],
     x: DTensor,
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
+    weight: Layers,
+    bias: Layers,
     targets: Sequence[Tensor],
     lambda_: Lambdas,
     options: HeadsOptions,
@@ -144,11 +147,12 @@ def heads_loss(
 ) -> LossAndLogits | None:
     """`run` over this process's rows. None for a layout that is not this module's."""
     options = options.filled(len(weight))
-    if not _by_rows(x, (*weight, *bias), (*targets, *options.sample_weight, *options.class_weight), lambda_):
+    parameters = [own for head in (*weight, *bias) for own in head]
+    if not _by_rows(x, parameters, (*targets, *options.sample_weight, *options.class_weight), lambda_):
         return None
-    x, weight, bias = checked_heads(x, weight, bias, names)
+    sizes = [head[-1].shape[0] for head in weight]
+    x, weight, bias = _with_checked_first(x, weight, bias, names)
     check_lambdas(x, lambda_, names)
-    sizes = [matrix.shape[0] for matrix in weight]
     check_loss(x, sizes, targets, options, names)
     rows = _Rows(x, weight, bias, lambda_)
     loss_weight = options.loss_weight
@@ -170,6 +174,13 @@ def heads_loss(
     if factors is not None:
         head_losses = [own * factors[h].to(own) for h, own in enumerate(head_losses)]
     return rows.total(loss, True), [rows.total(own, False) for own in head_losses], rows.logits(logits)
+
+
+def _with_checked_first(x: DTensor, weight: Layers, bias: Layers, names: Names) -> tuple[DTensor, Layers, Layers]:
+    """The heads with their first layers checked against the features. Those above see local rows of the same width."""
+    x, firsts, of_firsts = checked_heads(x, [head[0] for head in weight], [head[0] for head in bias], names)
+    weight = [[first, *head[1:]] for first, head in zip(firsts, weight, strict=True)]
+    return x, weight, [[first, *head[1:]] for first, head in zip(of_firsts, bias, strict=True)]
 
 
 @torch.no_grad()

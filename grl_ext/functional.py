@@ -390,9 +390,15 @@ def run_layered_heads_loss(
 ) -> LossAndLogits:
     """:func:`run_heads_loss` of heads of which some have hidden layers: their first layers together, each one's last
     with its loss. csrc/autograd/layered_heads.cpp has the same, for the time that each call from Python takes."""
-    if _paths.of_heads(x, ()) is Path.EAGER and not any(is_by_logits(options, h) for h in range(len(weight))):
-        given = None if options is DEFAULTS else options.packed()
-        result = _backend.C.layered_heads_loss(x, weight, bias, targets, lambda_, given)
+    if not any(is_by_logits(options, h) for h in range(len(weight))):
+        path, result = _paths.of_heads(x, ()), None
+        if path is Path.EAGER:
+            given = None if options is DEFAULTS else options.packed()
+            result = _backend.C.layered_heads_loss(x, weight, bias, targets, lambda_, given)
+        elif path is Path.BY_ROWS:
+            from grl_ext import _sharded
+
+            result = _sharded.heads_loss(run_layered_heads_loss, x, weight, bias, targets, lambda_, options, names)
         if result is not None:
             return result
     parts = []
@@ -486,7 +492,8 @@ def run_heads_loss(
     elif path is Path.BY_ROWS:
         from grl_ext import _sharded
 
-        result = _sharded.heads_loss(run_heads_loss, x, weight, bias, targets, lambda_, options, names)
+        layers = [[own] for own in weight], [[own] for own in bias]
+        result = _sharded.heads_loss(run_layered_heads_loss, x, *layers, targets, lambda_, options, names)
         if result is not None:
             return result
     return _plain.heads_loss(x, weight, bias, targets, lambda_, options, names)

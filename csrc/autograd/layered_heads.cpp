@@ -82,10 +82,13 @@ std::optional<LossAndLogits> layered_heads_loss(
     }
     collected.add(std::move(*result), linear);
   }
-  const auto first = first_layers(layered);
-  auto outputs = linear_heads(x, first.weight, first.bias, some(factors, layered));
-  if (!outputs) {
-    return std::nullopt;
+  std::optional<std::vector<Tensor>> outputs;
+  if (!layered.empty()) {
+    const auto first = first_layers(layered);
+    outputs = linear_heads(x, first.weight, first.bias, some(factors, layered));
+    if (!outputs) {
+      return std::nullopt;
+    }
   }
   for (size_t i = 0; i < layered.size(); ++i) {
     const auto h = layered[i];
