@@ -68,7 +68,7 @@ def curve(
 ) -> None:
     """The mean over the seeds (rows of `runs`) as a line, one standard deviation to each side as a band.
 
-    Lines that lie on each other are all seen: a dashed one above those drawn through, the `circles` of another above
+    Lines that lie on each other are all seen: the `circles` of one above the lines drawn through, dashes and dots above
     both.
     """
     values = torch.tensor(runs)
@@ -77,9 +77,9 @@ def curve(
     if circles:
         every = max(1, len(x) // 10)
         look |= {"marker": "o", "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 1.5}
-        axes.plot(x[::every], mean[::every], **look, linestyle="none", zorder=2.2)
+        axes.plot(x[::every], mean[::every], **look, linestyle="none", zorder=2.1)
     # `markevery=[]`: of its circles this line needs only the one in the legend.
-    axes.plot(x, mean, style, **look, label=label, markevery=[], zorder=2 if style == "-" else 2.1)
+    axes.plot(x, mean, style, **look, label=label, markevery=[], zorder=2 if style == "-" else 2.2)
     axes.fill_between(x, mean - sd, mean + sd, color=COLOURS[colour], alpha=0.15, linewidth=0)
 
 

@@ -429,12 +429,12 @@ def test_results_do_not_say_where_their_data_was():
         assert not any(isinstance(setting, str) and Path(setting).is_absolute() for setting in settings), file
 
 
-def test_a_dashed_line_and_circles_are_above_a_line_that_is_drawn_later():
+def test_circles_and_dashes_are_above_a_line_that_is_drawn_later():
     figure, axes = experiment.plt.subplots()
     for style, circles in (("-", True), ("--", False), ("-", False)):
         experiment.curve(axes, range(20), [list(range(20))], "", "blue", style, circles)
     circled, through, dashed, last = axes.lines
-    assert circled.zorder > dashed.zorder > last.zorder == through.zorder
+    assert dashed.zorder > circled.zorder > last.zorder == through.zorder
     assert len(circled.get_xdata()) == 10 and circled.get_linestyle() == "None"
     experiment.plt.close(figure)
 
