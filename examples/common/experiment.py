@@ -68,8 +68,8 @@ def curve(
 ) -> None:
     """The mean over the seeds (rows of `runs`) as a line, one standard deviation to each side as a band.
 
-    Lines that lie on each other are all seen: the `circles` of one above the lines drawn through, dashes and dots above
-    both.
+    Lines that lie on each other are all seen: dashes and dots above the lines drawn through, and through the `circles`
+    of another.
     """
     values = torch.tensor(runs)
     mean, sd = values.mean(0), values.std(0, correction=min(1, len(runs) - 1))
@@ -77,7 +77,8 @@ def curve(
     if circles:
         every = max(1, len(x) // 10)
         look |= {"marker": "o", "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 1.5}
-        axes.plot(x[::every], mean[::every], **look, linestyle="none", zorder=2.1)
+        for part, zorder in (({}, 2.1), ({"markerfacecolor": "none"}, 2.3)):  # the rings once more, above the dashes
+            axes.plot(x[::every], mean[::every], **(look | part), linestyle="none", zorder=zorder)
     # `markevery=[]`: of its circles this line needs only the one in the legend.
     axes.plot(x, mean, style, **look, label=label, markevery=[], zorder=2 if style == "-" else 2.2)
     axes.fill_between(x, mean - sd, mean + sd, color=COLOURS[colour], alpha=0.15, linewidth=0)

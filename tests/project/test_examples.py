@@ -429,13 +429,14 @@ def test_results_do_not_say_where_their_data_was():
         assert not any(isinstance(setting, str) and Path(setting).is_absolute() for setting in settings), file
 
 
-def test_circles_and_dashes_are_above_a_line_that_is_drawn_later():
+def test_lines_that_lie_on_each_other_are_all_seen():
     figure, axes = experiment.plt.subplots()
     for style, circles in (("-", True), ("--", False), ("-", False)):
         experiment.curve(axes, range(20), [list(range(20))], "", "blue", style, circles)
-    circled, through, dashed, last = axes.lines
-    assert dashed.zorder > circled.zorder > last.zorder == through.zorder
-    assert len(circled.get_xdata()) == 10 and circled.get_linestyle() == "None"
+    discs, rings, through, dashed, last = axes.lines
+    assert rings.zorder > dashed.zorder > discs.zorder > last.zorder == through.zorder
+    assert all(len(marks.get_xdata()) == 10 and marks.get_linestyle() == "None" for marks in (discs, rings))
+    assert rings.get_markerfacecolor() == "none"  # the dashes are seen in them
     experiment.plt.close(figure)
 
 
