@@ -432,7 +432,7 @@ def test_results_do_not_say_where_their_data_was():
 def test_lines_that_lie_on_each_other_are_all_seen():
     figure, axes = experiment.plt.subplots()
     for style, circles in (("-", True), ("--", False), ("-", False)):
-        experiment.curve(axes, range(20), [list(range(20))], "", "blue", style, circles)
+        experiment.curve(axes, range(20), [[float(x) for x in range(20)]], "", "blue", style, circles)
     discs, rings, through, dashed, last = axes.lines
     assert rings.zorder > dashed.zorder > discs.zorder > last.zorder == through.zorder
     assert all(len(marks.get_xdata()) == 10 and marks.get_linestyle() == "None" for marks in (discs, rings))
