@@ -29,13 +29,14 @@ from pathlib import Path
 
 import torch
 
-import compare
-import gpu_goals
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(1, str(ROOT))  # before an installed grl_ext; the command line has no PYTHONPATH
 sys.path.append(str(ROOT / "tests"))
 
 import every_kernel  # noqa: E402
+
+import compare  # noqa: E402
+import gpu_goals  # noqa: E402
 
 # What the products of half types run on (csrc/cuda/heads_plan.h): a GPU decides which is to be the default.
 HALF_PATHS = {path: {"GRL_EXT_CUDA_HEADS": path} for path in ("lanes", "matrix")}

@@ -246,7 +246,7 @@ def plot(results: dict, daily: dict[str, list[Tensor]]):
     axes[0].legend()
     for name, tint in colours.items():
         sums = [runs.cumsum(0).tolist() for runs in daily[name]]
-        # The two networks' lines lie on each other.
+        # The two networks' lines lie on each other, and on generated returns on the ridge regression's too.
         experiment.curve(
             axes[2],
             range(len(sums[0])),

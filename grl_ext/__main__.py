@@ -43,7 +43,8 @@ def main() -> None:
         isa = f"GRL_EXT_CPU_ISA={asked}" if asked else "the widest here; GRL_EXT_CPU_ISA can ask for another"
         threads = torch.get_num_threads()
         print(f"CPU kernels:   {info['cpu_isa']} ({isa}), {threads} thread{'s' if threads > 1 else ''}")
-        print(f"CUDA kernels:  {info['cuda_archs'] or 'no'}")
+        unused = " (PyTorch sees no GPU here)" if info["cuda_archs"] and not torch.cuda.device_count() else ""
+        print(f"CUDA kernels:  {info['cuda_archs'] or 'no'}{unused}")
 
     devices = ["cpu", *_gpus()] + (["mps"] if torch.backends.mps.is_available() else [])
     for name in devices:

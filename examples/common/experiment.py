@@ -66,14 +66,21 @@ def curve(
     style: str = "-",
     circles: bool = False,
 ) -> None:
-    """The mean over the seeds (rows of `runs`) as a line, one standard deviation to each side as a band. A line that
-    lies under another is seen by its `circles`."""
+    """The mean over the seeds (rows of `runs`) as a line, one standard deviation to each side as a band.
+
+    Lines that lie on each other are all seen: dashes and dots above the lines drawn through, and through the `circles`
+    of another.
+    """
     values = torch.tensor(runs)
     mean, sd = values.mean(0), values.std(0, correction=min(1, len(runs) - 1))
-    (line,) = axes.plot(x, mean, style, color=COLOURS[colour], label=label, linewidth=1.8)
+    look = {"color": COLOURS[colour], "linewidth": 1.8}
     if circles:
-        line.set(marker="o", markersize=7, markerfacecolor="white", markeredgewidth=1.5)
-        line.set(markevery=max(1, len(x) // 10))
+        every = max(1, len(x) // 10)
+        look |= {"marker": "o", "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 1.5}
+        for part, zorder in (({}, 2.1), ({"markerfacecolor": "none"}, 2.3)):  # the rings once more, above the dashes
+            axes.plot(x[::every], mean[::every], **(look | part), linestyle="none", zorder=zorder)
+    # `markevery=[]`: of its circles this line needs only the one in the legend.
+    axes.plot(x, mean, style, **look, label=label, markevery=[], zorder=2 if style == "-" else 2.2)
     axes.fill_between(x, mean - sd, mean + sd, color=COLOURS[colour], alpha=0.15, linewidth=0)
 
 
@@ -84,7 +91,7 @@ def finish(args: argparse.Namespace, results: dict, figure: Figure, finding: str
         "finding": finding,
         "results": results,
         "command": f"python examples/{args.name}.py",
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+        "settings": {name: _without_folders(value) for name, value in settings.items()},
         "seconds": round(time.time() - args.started, 1),
         "versions": {
             "python": platform.python_version(),
@@ -104,6 +111,12 @@ def finish(args: argparse.Namespace, results: dict, figure: Figure, finding: str
 def save(figure: Figure, folder: Path) -> None:
     figure.savefig(folder / "plot.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def _without_folders(setting: object) -> object:
+    """Of a path the last part: the rest says where it was on this machine, which is nobody else's matter."""
+    is_path = isinstance(setting, Path) or (isinstance(setting, str) and Path(setting).is_absolute())
+    return Path(setting).name if is_path else setting
 
 
 def _version(package: str) -> str:

@@ -162,6 +162,13 @@ def test_a_gpu_without_code_has_no_kernels_and_the_report_says_so(two_gpus, caps
     assert [line.endswith(reason) for line in old.splitlines()[:2]] == [True, True]
 
 
+@pytest.mark.parametrize("gpus, said", [(2, "7.5;8.0"), (0, "7.5;8.0 (PyTorch sees no GPU here)")])
+def test_the_report_of_a_build_for_cuda_says_where_there_is_no_gpu(two_gpus, monkeypatch, capsys, gpus, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    __main__.main()
+    assert f"CUDA kernels:  {said}\n" in capsys.readouterr().out
+
+
 def test_a_graph_takes_no_operator_on_a_gpu_without_code(compiled, monkeypatch):
     monkeypatch.setattr(_backend, "has_kernels", lambda device: False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

@@ -403,7 +403,7 @@ def test_pair_digits_published_is_the_published_setting_and_options_still_count(
     few = [
         "--published",
         "--mnist",
-        "folder",
+        str(tmp_path / "mnist"),
         "--epochs",
         "2",
         "--every",
@@ -418,6 +418,26 @@ def test_pair_digits_published_is_the_published_setting_and_options_still_count(
     settings = pair_digits.main(few)["settings"]
     assert (settings["lr"], settings["batch"], settings["epochs"], settings["pairs"]) == (0.001, 1000, 2, 20)
     assert settings["variants"] == ["reversed", "plain"]
+    assert settings["mnist"] == "mnist"  # not where it was on this machine
+
+
+def test_results_do_not_say_where_their_data_was():
+    files = list((EXAMPLES / "results").rglob("metrics.json"))
+    assert len(files) > 5
+    for file in files:
+        settings = json.loads(file.read_text())["settings"].values()
+        assert not any(isinstance(setting, str) and Path(setting).is_absolute() for setting in settings), file
+
+
+def test_lines_that_lie_on_each_other_are_all_seen():
+    figure, axes = experiment.plt.subplots()
+    for style, circles in (("-", True), ("--", False), ("-", False)):
+        experiment.curve(axes, range(20), [[float(x) for x in range(20)]], "", "blue", style, circles)
+    discs, rings, through, dashed, last = axes.lines
+    assert rings.zorder > dashed.zorder > discs.zorder > last.zorder == through.zorder
+    assert all(len(marks.get_xdata()) == 10 and marks.get_linestyle() == "None" for marks in (discs, rings))
+    assert rings.get_markerfacecolor() == "none"  # the dashes are seen in them
+    experiment.plt.close(figure)
 
 
 def dann_training(method: str = "DANN", **changes) -> dann_digits.Training:

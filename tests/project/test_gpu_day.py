@@ -2,7 +2,9 @@
 measured."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -178,6 +180,12 @@ def test_no_job_sets_the_clocks(tmp_path):
     for part in gpu.parts(["counters"], tmp_path, "9.0", dry=False):
         for one in part.jobs:
             assert one.command[one.command.index("--clock-control") + 1] == "none"
+
+
+def test_the_command_finds_the_tree_from_any_folder_without_pythonpath(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, gpu.__file__, "--help"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_an_unknown_part_is_an_error(tmp_path):
