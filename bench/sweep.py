@@ -122,7 +122,7 @@ class Problem:
         return step
 
     def check(self) -> None:
-        deviates = whole_deviation(self.fused()(), self.layered(torch.float64)())
+        deviates = whole_deviation(self.fused()(), self.layered(torch.float64)(), self.layered()())
         if deviates:
             raise WrongResult(f"{self.network}: {deviates}")
 

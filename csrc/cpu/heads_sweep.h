@@ -15,9 +15,13 @@ namespace grl_ext::cpu {
 // Multiply-adds below which another thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 20;
 
+// Fewer features than these take as long: their sums over a vector's lanes, and the losses, cost more than the products.
+// `python bench/sweep.py` found it.
+constexpr int64_t kLeastFeatures = 64;
+
 // `passes`: how often the features are multiplied.
 inline int64_t thread_count(int64_t rows, int64_t features, int64_t columns, int64_t passes) {
-  const int64_t useful = rows * features * columns * passes / kWorkPerThread;
+  const int64_t useful = rows * std::max(features, kLeastFeatures) * columns * passes / kWorkPerThread;
   return std::max<int64_t>(1, std::min({static_cast<int64_t>(at::get_num_threads()), useful, (rows + 3) / 4}));
 }
 
