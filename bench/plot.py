@@ -54,6 +54,7 @@ def draw_heads(documents: list[dict], path: Path) -> None:
     cases = [[case for case in document["cases"] if case["name"].startswith(HEADS)] for document in documents]
     if not all(cases):
         raise SystemExit("nothing to draw: no case of heads was measured")
+    _check_alike(documents, cases)
     figure = _panels(
         list(zip(*cases, strict=True)),
         [document["environment"] for document in documents],
@@ -63,6 +64,19 @@ def draw_heads(documents: list[dict], path: Path) -> None:
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _check_alike(documents: list[dict], cases: list[list[dict]]) -> None:
+    """Bars stand beside each other by their places, under the facts of the first document."""
+    if len(documents) > 2:
+        raise SystemExit(f"at most two documents can be told apart, got {len(documents)}")
+    rows = [[(case["name"], [row["name"] for row in _rows(case, "total")]) for case in own] for own in cases]
+    facts = [
+        [document["environment"][key] for key in ("device_name", "dtype", "threads", "torch")] for document in documents
+    ]
+    for what, found in (("cases and rows", rows), ("device, dtype, threads and torch", facts)):
+        if any(own != found[0] for own in found):
+            raise SystemExit(f"the documents do not have the same {what}")
 
 
 def _panels(groups: list[list[dict]], facts: list[dict], measure: str, title: str, below: str) -> Figure:

@@ -253,14 +253,21 @@ py::object layered_heads_loss_eager(
     return py::none();
   }
   std::vector<Layers> heads;
-  auto biases = bias.begin();
+  auto of_head = bias.begin();
   for (const auto layers : weight) {
     auto matrices = to_tensors(layers);
-    auto vectors = matrices ? to_optional_tensors(*biases++, matrices->size()) : std::nullopt;
+    if (!matrices || of_head == py::iterator::sentinel()) {
+      return py::none();
+    }
+    auto vectors = to_optional_tensors(*of_head, matrices->size());
     if (!vectors) {
       return py::none();
     }
     heads.push_back({std::move(*matrices), std::move(*vectors)});
+    ++of_head;  // not of_head++: before pybind11 3 a copy of an iterator is one element ahead
+  }
+  if (of_head != py::iterator::sentinel()) {
+    return py::none();
   }
   const auto factors = to_factors(unpack(x), lambda);
   const auto options = to_options(given, targets, heads.size());

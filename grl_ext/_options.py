@@ -76,6 +76,10 @@ def is_by_logits(options: HeadsOptions, h: int) -> bool:
     return options.reduction == "none" or (options.kind is not None and is_own(options.kind[h]))
 
 
+def any_by_logits(options: HeadsOptions, heads: int) -> bool:
+    return options is not DEFAULTS and any(is_by_logits(options, h) for h in range(heads))
+
+
 DEFAULTS = HeadsOptions()  # made once, not in every step
 
 

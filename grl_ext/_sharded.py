@@ -16,7 +16,7 @@ from grl_ext._options import CROSS_ENTROPY, HeadsOptions, as_tensor
 from grl_ext._plain import LossAndLogits, as_rows, checked_heads, weights_of_rows
 
 Placements = tuple[Placement, ...]
-Layers = Sequence[Sequence[Tensor | None]]  # of each head, of each of its layers
+LayersOfHeads = Sequence[Sequence[Tensor | None]]  # weights or biases
 Lambdas = Sequence[Tensor | float | None]
 
 
@@ -94,7 +94,7 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 class _Rows:
     """The layout of x, and its tensors in this process."""
 
-    def __init__(self, x: DTensor, weight: Layers, bias: Layers, lambda_: Lambdas) -> None:
+    def __init__(self, x: DTensor, weight: LayersOfHeads, bias: LayersOfHeads, lambda_: Lambdas) -> None:
         self.mesh, self.leading = x.device_mesh, x.shape[:-1]
         self.placements = x.placements
         self.sums = tuple(Partial() if placement.is_shard() else placement for placement in x.placements)
@@ -103,7 +103,7 @@ class _Rows:
         self.weight, self.bias = self._parameters(weight), self._parameters(bias)
         self.lambda_ = [_here(own, self.everywhere) for own in lambda_]
 
-    def _parameters(self, layers: Layers) -> Layers:
+    def _parameters(self, layers: LayersOfHeads) -> LayersOfHeads:
         return [[None if own is None else _ToLocal.apply(own, self.sums) for own in head] for head in layers]
 
     def logits(self, local: Sequence[Tensor]) -> list[DTensor]:
@@ -138,8 +138,8 @@ def linear_heads(
 def heads_loss(
     run: Callable[..., LossAndLogits],
     x: DTensor,
-    weight: Layers,
-    bias: Layers,
+    weight: LayersOfHeads,
+    bias: LayersOfHeads,
     targets: Sequence[Tensor],
     lambda_: Lambdas,
     options: HeadsOptions,
@@ -176,8 +176,11 @@ def heads_loss(
     return rows.total(loss, True), [rows.total(own, False) for own in head_losses], rows.logits(logits)
 
 
-def _with_checked_first(x: DTensor, weight: Layers, bias: Layers, names: Names) -> tuple[DTensor, Layers, Layers]:
-    """The heads with their first layers checked against the features. Those above see local rows of the same width."""
+def _with_checked_first(
+    x: DTensor, weight: LayersOfHeads, bias: LayersOfHeads, names: Names
+) -> tuple[DTensor, LayersOfHeads, LayersOfHeads]:
+    """The heads with their first layers checked against the features. The layers above are checked where they run, on
+    this process's rows."""
     x, firsts, of_firsts = checked_heads(x, [head[0] for head in weight], [head[0] for head in bias], names)
     weight = [[first, *head[1:]] for first, head in zip(firsts, weight, strict=True)]
     return x, weight, [[first, *head[1:]] for first, head in zip(of_firsts, bias, strict=True)]

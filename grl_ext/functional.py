@@ -28,7 +28,17 @@ from grl_ext._checks import (
     from_array,
     kind_of,
 )
-from grl_ext._options import CROSS_ENTROPY, DEFAULTS, HeadsOptions, Kind, LossOfRows, as_tensor, is_by_logits, is_own
+from grl_ext._options import (
+    CROSS_ENTROPY,
+    DEFAULTS,
+    HeadsOptions,
+    Kind,
+    LossOfRows,
+    any_by_logits,
+    as_tensor,
+    is_by_logits,
+    is_own,
+)
 from grl_ext._paths import EXACT, Path
 from grl_ext._plain import LossAndLogits
 from grl_ext._reversal import for_operator
@@ -390,7 +400,7 @@ def run_layered_heads_loss(
 ) -> LossAndLogits:
     """:func:`run_heads_loss` of heads of which some have hidden layers: their first layers together, each one's last
     with its loss. csrc/autograd/layered_heads.cpp has the same, for the time that each call from Python takes."""
-    if not any(is_by_logits(options, h) for h in range(len(weight))):
+    if not any_by_logits(options, len(weight)):
         path, result = _paths.of_heads(x, ()), None
         if path is Path.EAGER:
             given = None if options is DEFAULTS else options.packed()
@@ -458,7 +468,7 @@ def run_heads_loss(
     names: Names = NUMBERED,
 ) -> LossAndLogits:
     """:func:`heads_loss` of linear heads, with their options packed; its errors use the names."""
-    if options is not DEFAULTS and any(is_by_logits(options, h) for h in range(len(weight))):
+    if any_by_logits(options, len(weight)):
         return _loss_by_logits(x, weight, bias, targets, lambda_, options, names)
     path = _paths.of_heads(x, (*weight, *bias, *targets))
     if path is Path.EAGER:

@@ -3,6 +3,7 @@
 #include "heads.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <algorithm>
@@ -69,8 +70,9 @@ bool any_defined(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) { return tensor.defined(); });
 }
 
-bool any_batched(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && is_batched(t); });
+bool any_batched_or_dual(at::TensorList tensors) {
+  const auto is_one = [](const Tensor& tensor) { return tensor.defined() && is_batched_or_dual(tensor); };
+  return std::any_of(tensors.begin(), tensors.end(), is_one);
 }
 
 torch::autograd::edge_list edges_of(const HeadInputs& inputs) {
@@ -144,10 +146,21 @@ HeadInputs some(const HeadInputs& inputs, const std::vector<size_t>& heads) {
 }
 
 HeadsOptions some(const HeadsOptions& options, const std::vector<size_t>& heads) {
-  return {some(options.targets, heads),      some(options.sample_weight, heads),
-          some(options.class_weight, heads), std::nullopt,
-          some(options.kind, heads),         some(options.label_smoothing, heads),
-          some(options.ignore_index, heads), options.mean};
+  if (heads.size() == options.targets.size()) {
+    return options;
+  }
+  HeadsOptions chosen{some(options.targets, heads),      some(options.sample_weight, heads),
+                      some(options.class_weight, heads), std::nullopt,
+                      some(options.kind, heads),         some(options.label_smoothing, heads),
+                      some(options.ignore_index, heads), options.mean};
+  if (options.loss_weight) {
+    std::vector<Tensor> weights;
+    for (const auto h : heads) {
+      weights.push_back(options.loss_weight->narrow(0, static_cast<int64_t>(h), 1));
+    }
+    chosen.loss_weight = weights.size() == 1 ? weights[0] : at::cat(weights);
+  }
+  return chosen;
 }
 
 std::vector<bool> needs_of(const std::vector<bool>& needs, const std::vector<size_t>& heads) {
@@ -235,8 +248,8 @@ variable_list gradients_of_heads(
   const auto chosen_needs = needs_of(needs, asked);
   // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  auto gradients = at::GradMode::is_enabled() || any_batched(grads) ? composite(grads, chosen, chosen_needs)
-                                                                    : by_kernel(grads, chosen, chosen_needs);
+  auto gradients = at::GradMode::is_enabled() || any_batched_or_dual(grads) ? composite(grads, chosen, chosen_needs)
+                                                                            : by_kernel(grads, chosen, chosen_needs);
   return among_all(std::move(gradients), asked, needs);
 }
 

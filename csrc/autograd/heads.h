@@ -65,7 +65,7 @@ std::vector<bool> recorded(const HeadInputs& inputs);
 
 bool any(const std::vector<bool>& flags);
 bool any_defined(at::TensorList tensors);
-bool any_batched(at::TensorList tensors);
+bool any_batched_or_dual(at::TensorList tensors);
 
 // A node's edges: to x, to each weight, to each bias.
 torch::autograd::edge_list edges_of(const HeadInputs& inputs);
@@ -120,7 +120,6 @@ OptionalTensors some(const OptionalTensors& values, const std::vector<size_t>& h
 
 HeadInputs some(const HeadInputs& inputs, const std::vector<size_t>& heads);
 
-// Without loss_weight.
 HeadsOptions some(const HeadsOptions& options, const std::vector<size_t>& heads);
 
 // The flags of some heads, by GradientSlots of those.

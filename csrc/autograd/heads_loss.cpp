@@ -132,7 +132,7 @@ variable_list backward_from_kept(
 // Whether the forward's gradients can be returned: they are what is asked for, and an earlier backward that failed has
 // not consumed them.
 bool can_reuse(const IncomingGradients& incoming, const std::vector<bool>& needs, const variable_list& gradients) {
-  if (!incoming.is_of_loss_alone() || is_batched(incoming.loss) || at::GradMode::is_enabled()) {
+  if (!incoming.is_of_loss_alone() || is_batched_or_dual(incoming.loss) || at::GradMode::is_enabled()) {
     return false;
   }
   for (size_t i = 0; i < needs.size(); ++i) {
@@ -273,7 +273,7 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     }
     // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const bool plain = !any_batched(grads) && !at::GradMode::is_enabled();
+    const bool plain = !any_batched_or_dual(grads) && !at::GradMode::is_enabled();
     if (plain && saved.size() > at_kept) {
       const std::vector<Tensor> kept(saved.begin() + static_cast<std::ptrdiff_t>(at_kept), saved.end());
       return backward_from_kept(incoming, inputs, options.loss_weight, kept, needs);

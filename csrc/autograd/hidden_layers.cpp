@@ -30,7 +30,7 @@ using torch::autograd::variable_list;
 // Whether `tensor` may be overwritten: nobody else has it and nothing is recorded. What comes from the engine may be
 // overwritten on the CPU only: see Made in scale.h.
 bool is_ours(const Tensor& tensor, Made made) {
-  return !at::GradMode::is_enabled() && is_plain(tensor) && is_unshared(tensor) &&
+  return !at::GradMode::is_enabled() && is_plain(tensor) && !is_batched_or_dual(tensor) && is_unshared(tensor) &&
       (made == Made::kByThisNode || tensor.is_cpu());
 }
 
@@ -43,7 +43,7 @@ Tensor relu_gradient(Tensor grad, const Tensor& output, Made made) {
 // The gradient of the layer below, before its ReLU, from that of this one: (grad weight) where `below` is positive.
 Tensor gradient_below(const Tensor& grad, const Tensor& weight, Tensor below) {
   constexpr int64_t kPieces = 4, kRowsOfPiece = 256;  // fewer rows would make slower products
-  const bool overwrite = below.is_cpu() && !is_batched(grad) && is_ours(below, Made::kElsewhere);
+  const bool overwrite = below.is_cpu() && !is_batched_or_dual(grad) && is_ours(below, Made::kElsewhere);
   if (!overwrite || below.size(0) < kPieces * kRowsOfPiece) {
     return relu_gradient(grad.mm(weight), below, Made::kByThisNode);
   }
@@ -167,15 +167,17 @@ class HiddenLayersBackward : public TraceableNode<HiddenLayersBackward> {
       weight.push_back(saved[1 + 2 * l]);
       bias.push_back(to_optional(saved[2 + 2 * l]));
     }
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (at::GradMode::is_enabled()) {
       outputs = outputs_of(saved[0], weight, bias);
-      saved.clear();
-      return gradients_of_layers(std::move(grad), std::move(outputs), weight, needs);
+    } else {
+      outputs.push_back(std::move(saved[0]));
+      std::move(saved.begin() + 1 + 2 * static_cast<std::ptrdiff_t>(layers), saved.end(), std::back_inserter(outputs));
+      if (!is_batched_or_dual(grad)) {
+        below_autograd.emplace();  // a dozen operators, of which each would look for a graph
+      }
     }
-    outputs.push_back(std::move(saved[0]));
-    std::move(saved.begin() + 1 + 2 * static_cast<std::ptrdiff_t>(layers), saved.end(), std::back_inserter(outputs));
     saved.clear();
-    at::AutoDispatchBelowADInplaceOrView below_autograd;  // a dozen operators, of which each would look for a graph
     return gradients_of_layers(std::move(grad), std::move(outputs), weight, needs);
   }
 

@@ -4,7 +4,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/stack.h>
 
 #include "../accepted.h"
 #include "../ops.h"
@@ -15,18 +14,6 @@ namespace grl_ext {
 namespace {
 
 using at::Tensor;
-
-HeadsOptions options_of(const HeadsOptions& options, const std::vector<size_t>& heads) {
-  auto chosen = some(options, heads);
-  if (options.loss_weight) {
-    std::vector<Tensor> weights;
-    for (const auto h : heads) {
-      weights.push_back(options.loss_weight->select(0, static_cast<int64_t>(h)));
-    }
-    chosen.loss_weight = at::stack(weights);
-  }
-  return chosen;
-}
 
 // The losses of all heads, as they come.
 class Collected {
@@ -54,8 +41,9 @@ class Collected {
 std::optional<LossAndLogits> layered_heads_loss(
     const Tensor& x, const std::vector<Layers>& heads, const std::vector<Factor>& factors,
     const HeadsOptions& options) {
-  // Whatever would decline later: nothing is to be computed, and seen by a dispatch mode, twice.
-  if (!has_kernel(x) || factors.size() != heads.size() || !have_entries(options, heads.size())) {
+  // Declined before anything is computed, so that no dispatch mode sees it twice. Where a later head is declined, those
+  // before it are computed once more.
+  if (heads.empty() || !has_kernel(x) || factors.size() != heads.size() || !have_entries(options, heads.size())) {
     return std::nullopt;
   }
   std::vector<size_t> linear, layered;
@@ -76,7 +64,7 @@ std::optional<LossAndLogits> layered_heads_loss(
   Collected collected(heads.size());
   if (!linear.empty()) {
     const auto first = first_layers(linear);
-    auto result = heads_loss(x, first.weight, first.bias, some(factors, linear), options_of(options, linear));
+    auto result = heads_loss(x, first.weight, first.bias, some(factors, linear), some(options, linear));
     if (!result) {
       return std::nullopt;
     }
@@ -100,7 +88,7 @@ std::optional<LossAndLogits> layered_heads_loss(
     }
     // Taken out, so that nothing else holds what the hidden layers overwrite.
     const auto hidden = hidden_layers(std::exchange((*outputs)[i], Tensor()), layers.slice(1, last - 1), between);
-    auto result = hidden ? heads_loss(*hidden, layers.slice(last), of_last, {Factor{}}, options_of(options, {h}))
+    auto result = hidden ? heads_loss(*hidden, layers.slice(last), of_last, {Factor{}}, some(options, {h}))
                          : std::nullopt;
     if (!result) {
       return std::nullopt;

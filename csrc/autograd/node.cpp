@@ -77,8 +77,9 @@ bool is_plain(const at::Tensor& tensor) {
   return !tensor.key_set().has_any(kNotPlain);
 }
 
-bool is_batched(const at::Tensor& tensor) {
-  return tensor.key_set().has_any(c10::DispatchKeySet{c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+bool is_batched_or_dual(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kBatched{c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched};
+  return tensor.key_set().has_any(kBatched) || torch::autograd::isFwGradDefined(tensor);
 }
 
 bool serves_gpu(int index) {

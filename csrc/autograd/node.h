@@ -151,8 +151,9 @@ class TraceableNode : public torch::autograd::Node {
 // Whether the tensor's values are those at its data pointer: no subclass, no batch of a transform, no lazy conjugate.
 bool is_plain(const at::Tensor& tensor);
 
-// Whether the tensor stands for a batch of tensors: under vmap, or where gradients are taken with is_grads_batched.
-bool is_batched(const at::Tensor& tensor);
+// Whether only PyTorch's own operators see all that the tensor stands for: a batch of tensors (under vmap, or where
+// gradients are taken with is_grads_batched), or a value and its forward-mode tangent.
+bool is_batched_or_dual(const at::Tensor& tensor);
 
 // Whether kernels were compiled for this GPU. Where not, operations are declined, and plain PyTorch takes them.
 bool serves_gpu(int index);

@@ -304,6 +304,14 @@ def test_both_pictures_are_drawn_from_the_committed_run(tmp_path):
         assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
         with pytest.raises(SystemExit, match="nothing to draw"):
             drawn(nothing, tmp_path / "out.png")
+    fewer = {**documents[1], "cases": documents[1]["cases"][::-1]}
+    with pytest.raises(SystemExit, match="do not have the same cases and rows"):
+        plot.draw_heads([documents[0], fewer], tmp_path / "out.png")
+    elsewhere = {**documents[1], "environment": {**documents[1]["environment"], "threads": 1}}
+    with pytest.raises(SystemExit, match="do not have the same device, dtype, threads and torch"):
+        plot.draw_heads([documents[0], elsewhere], tmp_path / "out.png")
+    with pytest.raises(SystemExit, match="at most two documents"):
+        plot.draw_heads([*documents, documents[0]], tmp_path / "out.png")
 
 
 def test_pairs_hold_what_their_label_says():

@@ -36,6 +36,13 @@ def test_the_pages_name_the_commit_that_the_figures_are_of():
         assert f"commit {commit}" in " ".join(page.read_text().split())
 
 
+def test_bytes_are_the_same_on_both_instruction_sets():
+    for case in CASES["avx512"]:
+        if case.startswith(("heads_memory/", "memory/")):
+            for _, name in CASES["avx512"][case]:
+                assert median(case, name, isa="avx512") == pytest.approx(median(case, name, isa="avx2"), rel=1e-6), name
+
+
 def test_each_result_is_of_the_instruction_set_in_its_name():
     for isa, document in DOCUMENTS.items():
         facts = document["environment"]
