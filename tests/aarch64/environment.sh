@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# environment.sh FOLDER REQUIREMENT...   makes FOLDER an environment of an AArch64 Python, run by qemu, with these packages
+#
+# Python and the libraries beneath it are Debian's packages, laid out in FOLDER/system; nothing is installed into this
+# machine. FOLDER/bin/python starts qemu, and pip in it chooses as it does on such a processor. Programs that Python
+# starts run as they are: a compiler that makes code for AArch64 runs at this machine's own speed.
+set -euo pipefail
+folder=$(realpath -m "$1")
+shift
+system=$folder/system
+
+needs() {
+    echo "grl_ext: the AArch64 build needs $1" >&2
+    exit 1
+}
+for tool in apt-get dpkg; do
+    command -v $tool >/dev/null || needs "$tool: its Python is made of Debian's packages"
+done
+command -v aarch64-linux-gnu-g++ >/dev/null || needs "a compiler: apt-get install g++-aarch64-linux-gnu"
+qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static) || needs "an emulator: apt-get install qemu-user"
+
+rm -rf "$folder"
+mkdir -p "$folder"/{bin,apt/lists/partial,apt/archives/partial} "$system"
+touch "$folder/apt/status"
+
+# As apt on an AArch64 machine where nothing is installed: it fetches all that the packages depend on.
+apt() {
+    apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures::=arm64 -o APT::Install-Recommends=false \
+        -o Dir::State="$folder/apt" -o Dir::State::status="$folder/apt/status" -o Dir::Cache="$folder/apt" "$@"
+}
+apt update
+apt --download-only --yes install python3-minimal libpython3-dev python3-pip-whl libstdc++6 libgomp1 >/dev/null ||
+    needs "a package source with arm64, which those of this machine are not"
+for package in "$folder"/apt/archives/*.deb; do
+    dpkg-deb --extract "$package" "$system"
+done
+rm -r "$folder/apt"
+
+version=$(basename "$(readlink "$system/usr/bin/python3")")
+# pyconfig.h includes the one of its processor by a path from /usr/include, where this machine may have its own.
+ln -s ../aarch64-linux-gnu "$system/usr/include/$version/aarch64-linux-gnu"
+
+# A Neoverse N1 has no SVE, as most have not; QEMU_CPU=max has it.
+cat >"$folder/bin/python" <<END
+#!/bin/sh
+export QEMU_CPU="\${QEMU_CPU:-neoverse-n1}"
+exec '$qemu' -L '$system' -0 "\$0" '$system/usr/bin/$version' "\$@"
+END
+chmod +x "$folder/bin/python"
+mkdir -p "$folder/lib/$version/site-packages"
+echo "home = $system/usr/bin" >"$folder/pyvenv.cfg"
+
+PYTHONPATH=$(echo "$system"/usr/share/python-wheels/pip-*.whl) \
+    "$folder/bin/python" -m pip install --quiet --no-compile pip "$@"
