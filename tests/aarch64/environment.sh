@@ -37,12 +37,15 @@ done
 rm -r "$folder/apt"
 
 version=$(basename "$(readlink "$system/usr/bin/python3")")
-# pyconfig.h includes the one of its processor by a path from /usr/include, where this machine may have its own.
-ln -s ../aarch64-linux-gnu "$system/usr/include/$version/aarch64-linux-gnu"
+# Python's headers are at FOLDER/include, which comes before /usr/include, where this machine may have its own. One of
+# them includes the one for the processor by its path from there.
+ln -s system/usr/include/"$version" "$folder/include"
+ln -s ../aarch64-linux-gnu "$folder/include/aarch64-linux-gnu"
 
-# A Neoverse N1 has no SVE, as most have not; QEMU_CPU=max has it.
+# A Neoverse N1 has no SVE, as most have not; QEMU_CPU=max has it. Most of an import in qemu is to compile Python.
 cat >"$folder/bin/python" <<END
 #!/bin/sh
+unset PYTHONDONTWRITEBYTECODE
 export QEMU_CPU="\${QEMU_CPU:-neoverse-n1}"
 exec '$qemu' -L '$system' -0 "\$0" '$system/usr/bin/$version' "\$@"
 END
