@@ -42,16 +42,25 @@ version=$(basename "$(readlink "$system/usr/bin/python3")")
 ln -s system/usr/include/"$version" "$folder/include"
 ln -s ../aarch64-linux-gnu "$folder/include/aarch64-linux-gnu"
 
-# A Neoverse N1 has no SVE, as most have not; QEMU_CPU=max has it. Most of an import in qemu is to compile Python.
-cat >"$folder/bin/python" <<END
+# in_qemu FILE PROGRAM   makes FILE a command that runs the program. A Neoverse N1 has no SVE, as most have not;
+# QEMU_CPU=max has it. Most of an import in qemu is to compile Python, which is to be kept.
+in_qemu() {
+    cat >"$1" <<END
 #!/bin/sh
 unset PYTHONDONTWRITEBYTECODE
 export QEMU_CPU="\${QEMU_CPU:-neoverse-n1}"
-exec '$qemu' -L '$system' -0 "\$0" '$system/usr/bin/$version' "\$@"
+exec '$qemu' -L '$system' -0 "\$0" '$2' "\$@"
 END
-chmod +x "$folder/bin/python"
-mkdir -p "$folder/lib/$version/site-packages"
+    chmod +x "$1"
+}
+in_qemu "$folder/bin/python" "$system/usr/bin/$version"
+packages=$folder/lib/$version/site-packages
+mkdir -p "$packages"
 echo "home = $system/usr/bin" >"$folder/pyvenv.cfg"
-
 PYTHONPATH=$(echo "$system"/usr/share/python-wheels/pip-*.whl) \
     "$folder/bin/python" -m pip install --quiet --no-compile pip "$@"
+
+# PyTorch starts this one itself, for memory that processes share.
+manager=$packages/torch/bin/torch_shm_manager
+mv "$manager" "$manager.aarch64"
+in_qemu "$manager" "$manager.aarch64"
