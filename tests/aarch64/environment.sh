@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# environment.sh FOLDER REQUIREMENT...   makes FOLDER an environment of an AArch64 Python, run by qemu, with these packages
+# environment.sh FOLDER REQUIREMENT...   makes FOLDER an environment of an AArch64 Python in qemu, with these packages
 #
 # Python and the libraries beneath it are Debian's packages, laid out in FOLDER/system; nothing is installed into this
 # machine. FOLDER/bin/python starts qemu, and pip in it chooses as it does on such a processor. Programs that Python
