@@ -2,8 +2,8 @@
 # environment.sh FOLDER REQUIREMENT...   makes FOLDER an environment of an AArch64 Python in qemu, with these packages
 #
 # Python and the libraries beneath it are Debian's packages, laid out in FOLDER/system; nothing is installed into this
-# machine. FOLDER/bin/python starts qemu, and pip in it chooses as it does on such a processor. Programs that Python
-# starts run as they are: a compiler that makes code for AArch64 runs at this machine's own speed.
+# machine. FOLDER/bin/python starts qemu, and pip in it chooses as it does on such a processor. This machine's programs
+# run as ever when Python starts them: a cross compiler does so at full speed.
 set -euo pipefail
 folder=$(realpath -m "$1")
 shift
@@ -48,6 +48,7 @@ in_qemu() {
     cat >"$1" <<END
 #!/bin/sh
 unset PYTHONDONTWRITEBYTECODE
+export PATH="$folder/bin:\$PATH"
 export QEMU_CPU="\${QEMU_CPU:-neoverse-n1}"
 exec '$qemu' -L '$system' -0 "\$0" '$2' "\$@"
 END
@@ -60,7 +61,8 @@ echo "home = $system/usr/bin" >"$folder/pyvenv.cfg"
 PYTHONPATH=$(echo "$system"/usr/share/python-wheels/pip-*.whl) \
     "$folder/bin/python" -m pip install --quiet --no-compile pip "$@"
 
-# PyTorch starts this one itself, for memory that processes share.
-manager=$packages/torch/bin/torch_shm_manager
-mv "$manager" "$manager.aarch64"
-in_qemu "$manager" "$manager.aarch64"
+# What Python starts: ninja, and PyTorch's server of memory that processes share.
+for program in "$folder/bin/ninja" "$packages/torch/bin/torch_shm_manager"; do
+    mv "$program" "$program.aarch64"
+    in_qemu "$program" "$program.aarch64"
+done
