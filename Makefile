@@ -9,6 +9,7 @@
 # make frameworks  docs/frameworks.md with Lightning, transformers, accelerate, ignite and skorch: what it resumes ends with the same bits
 # make asan        the C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, and its CPU tests
 # make versions    the tests with the oldest supported torch and the newest that the package index offers; `make test` has the one between
+# make aarch64     the CPU build compiled for AArch64 and tested in qemu: the layer and the heads; on Debian, with g++-aarch64-linux-gnu and qemu-user
 # make cuda-check  the CUDA build compiled, linked, imported and tested on the CPU, its PTX too, with a toolkit from packages; needs no GPU
 # make gpu         what needs a GPU: bench/gpu.py; after the build PARTS=first takes up to nine minutes and PARTS=second seven; DRY=1 runs it on the CPU, as far as that can be
 # make gpu-build   the extension for the machine with the GPU (GPU_PYTHON, GPU_ARCHS), which then needs no network and no compiler
@@ -29,6 +30,7 @@ TORCH = torch==2.13.0
 OLDEST_TORCH = torch==2.8.0
 NEWEST_TORCH = torch
 CUDA_TORCH = torch==2.11.0  # the oldest that is a CUDA 13 build, for which there are packages with nvcc
+AARCH64_TORCH = torch==2.10.0  # the newest that the package index has as a CPU build for AArch64
 BUILD_TOOLS = 'setuptools>=77' wheel ninja pybind11 numpy
 TEST_TOOLS = pytest pytest-xdist hypothesis expecttest scikit-learn scikit-image matplotlib tqdm pillow mypy basedpyright
 # Another version of a formatter formats otherwise.
@@ -52,7 +54,7 @@ RUN = PYTHONPATH=$(CURDIR) $(PY)
 # A process for each core, with one thread each. Neighbours stay together, so that what a module's tests share is made once or twice.
 PYTEST = GRL_EXT_REQUIRE_COMPILED=1 OMP_NUM_THREADS=1 $(1) -m pytest -q -n auto --dist worksteal --durations=15
 
-.PHONY: env build test bench examples examples-fairness examples-real fuzz steps matrix frameworks asan versions version-oldest version-newest cuda-check gpu gpu-build wheel docs lint format clean
+.PHONY: env build test bench examples examples-fairness examples-real fuzz steps matrix frameworks asan versions version-oldest version-newest aarch64 cuda-check gpu gpu-build wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 env: $(READY)
@@ -160,6 +162,17 @@ cuda-check: export TORCH_CUDA_ARCH_LIST ?= 7.5;9.0+PTX
 cuda-check: $(CUDA_VENV)/.ready
 	$(call test_installed,$(CUDA_VENV))
 
+# All but the compiler runs in qemu. What is compiled is tested, without the long product, which takes qemu minutes.
+.venv-aarch64/.ready: tests/aarch64/environment.sh Makefile
+	bash $< .venv-aarch64 $(AARCH64_TORCH) $(BUILD_TOOLS) pytest pytest-xdist hypothesis expecttest
+	touch $@
+
+aarch64: export GRL_EXT_BUILD = cpu
+aarch64: export CXX = aarch64-linux-gnu-g++
+aarch64: TESTS = layer heads -k 'not fallback and not during_a_long_product'
+aarch64: .venv-aarch64/.ready
+	$(call test_installed,.venv-aarch64)
+
 PARTS ?= all
 gpu: $(if $(DRY),build,env)
 	$(RUN) bench/gpu.py $(if $(DRY),--dry) --parts $(PARTS)
@@ -196,4 +209,4 @@ format: env
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(cpp|h|cu|cuh)$$' | xargs $(TOOL)clang-format -i
 
 clean:
-	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-gpu .venv-oldest .venv-newest .venv-matrix .venv-frameworks .venv-docs .venv-fairness
+	rm -rf build dist *.egg-info grl_ext/*.so $(VENV) $(CUDA_VENV) .venv-gpu .venv-oldest .venv-newest .venv-aarch64 .venv-matrix .venv-frameworks .venv-docs .venv-fairness

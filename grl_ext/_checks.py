@@ -105,7 +105,8 @@ def _check_real(name: str, value: Tensor) -> None:
 def _is_read_by_graph(tensor: Tensor) -> bool:
     """Whether a compiled graph can look at the values when it runs."""
     plain = tensor.device.type == "cpu" and not hasattr(type(tensor), "__tensor_flatten__")  # a DTensor is none
-    return plain and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    # Not by is_exporting(): in torch 2.10 and before, Dynamo takes it for true in every graph.
+    return plain and torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
 
 
 def _check_finite(name: str, value: Tensor) -> None:
