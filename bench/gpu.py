@@ -30,7 +30,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(1, str(ROOT))  # before an installed grl_ext; the command line has no PYTHONPATH
+if __name__ == "__main__":  # the command line has no PYTHONPATH; who imports this has its own grl_ext
+    sys.path.insert(1, str(ROOT))
 sys.path.append(str(ROOT / "tests"))
 
 import every_kernel  # noqa: E402

@@ -59,7 +59,7 @@ class HeadsOptions(NamedTuple):
 
     def some(self, heads: Sequence[int]) -> "HeadsOptions":
         """Those of some heads."""
-        if self is DEFAULTS:
+        if are_defaults(self):
             return self
         *lists, reduction = self
         options = HeadsOptions(*(given if given is None else [given[h] for h in heads] for given in lists), reduction)
@@ -76,8 +76,14 @@ def is_by_logits(options: HeadsOptions, h: int) -> bool:
     return options.reduction == "none" or (options.kind is not None and is_own(options.kind[h]))
 
 
+def are_defaults(options: HeadsOptions) -> bool:
+    """Whether nothing was given, as is most often so. A graph looks at the options themselves: Dynamo of torch 2.8
+    cannot tell two named tuples apart."""
+    return not torch.compiler.is_compiling() and options is DEFAULTS
+
+
 def any_by_logits(options: HeadsOptions, heads: int) -> bool:
-    return options is not DEFAULTS and any(is_by_logits(options, h) for h in range(heads))
+    return not are_defaults(options) and any(is_by_logits(options, h) for h in range(heads))
 
 
 DEFAULTS = HeadsOptions()  # made once, not in every step
