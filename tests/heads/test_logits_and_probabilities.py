@@ -76,8 +76,9 @@ def test_a_head_that_gives_probabilities_has_no_cross_entropy(case, where):
 def test_compiled_heads_refuse_it_too():
     heads = AdversarialHeads(6, adversaries={"domain": nn.Sequential(*layers(nn.Sigmoid()))})
     x, target = batch()
-    with pytest.raises(Exception, match="ends in a Sigmoid, but heads give logits"):
-        torch.compile(heads, backend="eager", fullgraph=True)(x, {"domain": target})
+    # Not fullgraph, where Dynamo of torch 2.8 says that there is an error and not which.
+    with pytest.raises(ValueError, match=r"^head 'domain' ends in a Sigmoid, but heads give logits"):
+        torch.compile(heads, backend="eager")(x, {"domain": target})
 
 
 def test_a_binary_cross_entropy_for_each_output_takes_logits_too():
