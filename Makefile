@@ -132,8 +132,7 @@ frameworks: build .venv-frameworks/.ready
 # theirs, and torch's own exceptions cross the border before libasan knows libstdc++, hence the latter in the preload too.
 ASAN_FLAGS = -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 asan: env
-	rm -rf build/asan && mkdir -p build/asan && cp -r setup.py build_backend.py pyproject.toml README.md LICENSE csrc grl_ext tests bench build/asan/
-	rm -f build/asan/grl_ext/*.so
+	rm -rf build/asan && mkdir -p build/asan && git ls-files -z | xargs -0 cp --parents -t build/asan
 	cd build/asan && CFLAGS="$(ASAN_FLAGS)" LDFLAGS="-fsanitize=address,undefined" GRL_EXT_BUILD=cpu $(PY) setup.py --quiet build_ext --inplace
 	cd build/asan/tests && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan \
