@@ -67,7 +67,7 @@ def draw_heads(documents: list[dict], path: Path) -> None:
 
 
 def _check_alike(documents: list[dict], cases: list[list[dict]]) -> None:
-    """Bars stand beside each other by their places, under the facts of the first document."""
+    """Because bars stand beside each other by their places, under the names and facts of the first document."""
     if len(documents) > 2:
         raise SystemExit(f"at most two documents can be told apart, got {len(documents)}")
     rows = [[(case["name"], [row["name"] for row in _rows(case, "total")]) for case in own] for own in cases]
