@@ -105,7 +105,12 @@ inline const Symbols& symbols() {
 }
 
 inline std::size_t static_shared_bytes(const void* function) {
-  return symbols().shared_of(function);
+  thread_local std::map<const void*, std::size_t> known;
+  const auto [entry, is_new] = known.try_emplace(function);
+  if (is_new) {
+    entry->second = symbols().shared_of(function);
+  }
+  return entry->second;
 }
 
 // ---- Dynamic shared memory

@@ -541,16 +541,23 @@ void check_type() {
   Run<T>({0, 1, heads_of({33}), kOneSm}).check();
 }
 
+// A case whose launches are not repeated: that would be to look at the same accesses twice.
+template <typename T>
+Run<T> once(Case c) {
+  c.again = Again::kNever;
+  return Run<T>(c);
+}
+
 void races() {
   const auto lists = option_heads();
-  Run<float>({20, 100, lists[5], kOneSm}).check_sweeps();
-  Run<float>({20, 100, lists[5], kTight}).check_loss();  // two passes
-  Run<float>({20, 100, lists[7], kOneSm}).check_loss();
-  Run<__half>({20, 35, lists[2], kOneSm}).check_sweeps();
-  Run<float>({9, 516, heads_of({31, 1}), kOneSm}).check_sweeps();  // 512 threads
-  Run<float>({9, 1764, lists[3], kAmpere}).check_loss();  // a single stage
-  Run<float>({kMaxRowsCountedInPlace / 32 + 5, 1, heads_of(std::vector<int>(32, 1)), kTight}).check_loss();
-  Run<float>({20,
+  once<float>({20, 100, lists[5], kOneSm}).check_sweeps();
+  once<float>({20, 100, lists[5], kTight}).check_loss();  // two passes
+  once<float>({20, 100, lists[7], kOneSm}).check_loss();
+  once<__half>({20, 35, lists[2], kOneSm}).check_sweeps();
+  once<float>({9, 516, heads_of({31, 1}), kOneSm}).check_sweeps();  // 512 threads
+  once<float>({9, 1764, lists[3], kAmpere}).check_loss();  // a single stage
+  once<float>({kMaxRowsCountedInPlace / 32 + 5, 1, heads_of(std::vector<int>(32, 1)), kTight}).check_loss();
+  once<float>({20,
               1,
               {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
               kOneSm})
@@ -562,13 +569,13 @@ void races() {
 template <typename T>
 void races_of() {
   const auto lists = option_heads();
-  Run<T>({20, 100, lists[5], kOneSm}).check_sweeps();
-  Run<T>({20, 100, lists[5], kTight}).check_sweeps();
+  once<T>({20, 100, lists[5], kOneSm}).check_sweeps();
+  once<T>({20, 100, lists[5], kTight}).check_sweeps();
   if (capability > 0) {
-    Run<T>({20, 100, lists[6], kOneSm}).check_loss();  // 32 columns
-    Run<T>({37, 40, heads_of({3}), kHopper}).check_loss();
+    once<T>({20, 100, lists[6], kOneSm}).check_loss();  // 32 columns
+    once<T>({37, 40, heads_of({3}), kHopper}).check_loss();
   }
-  Run<T>({20,
+  once<T>({20,
           1,
           {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
           kOneSm})
@@ -812,8 +819,10 @@ void launches() {
   for (HeadsDevice device : devices) {
     device.capability = capability;
     judge<__half>(device);
-    judge<float>(device);
-    judge<double>(device);
+    if (capability == 0) {  // the others are swept by lanes whatever the device has
+      judge<float>(device);
+      judge<double>(device);
+    }
   }
   if (cuda_emulation::launches == 0) {
     ++failures;

@@ -18,6 +18,9 @@
 #include <utility>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 #endif
@@ -29,10 +32,11 @@
 namespace cuda_emulation {
 
 constexpr unsigned kWarpSize = 32;
-constexpr std::size_t kStackBytes = 256 << 10;
+constexpr std::size_t kStackBytes = 64 << 10;
 
-// The machine's own state is not the kernel's: ThreadSanitizer must not check it, nor see order in it.
-#define CUDA_EMULATION_UNSEEN __attribute__((no_sanitize("thread")))
+// The machine's own state is not the kernel's: ThreadSanitizer must not check it, nor see order in it, and for the
+// others it would only be slow.
+#define CUDA_EMULATION_UNSEEN __attribute__((no_sanitize("thread"), no_sanitize("address"), no_sanitize("undefined")))
 
 #ifdef __SANITIZE_THREAD__
 constexpr std::size_t kMaxGridThreads = 8000;  // it knows 8128 at a time
@@ -117,6 +121,50 @@ struct Thread {
   std::vector<std::vector<Copy>> committed_copies;
 };
 
+// The stacks of a block's threads. The next block takes them again: new pages are dear. Not under ThreadSanitizer, to
+// which what two blocks wrote to the same address is a race.
+class Stacks {
+ public:
+  Stacks() = default;
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+  ~Stacks() { release(); }
+
+  char* of(unsigned threads) {
+    const std::size_t bytes = threads * kStackBytes;
+    if (kFibrePerThread || bytes > bytes_) {
+      release();
+      void* const memory =
+          mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (memory == MAP_FAILED) {
+        std::fprintf(stderr, "cuda_emulation: no memory for the stacks of %u threads\n", threads);
+        std::abort();
+      }
+      stacks_ = static_cast<char*>(memory);
+      bytes_ = bytes;
+    }
+    return stacks_;
+  }
+
+ private:
+  void release() {
+    if (stacks_) {
+      munmap(stacks_, bytes_);
+    }
+  }
+
+  char* stacks_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// A stack as if nobody had used it.
+inline char* fresh(char* stack) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(stack, kStackBytes);  // its last user left by a jump
+#endif
+  return stack;
+}
+
 struct Block {
   Block(const cudaLaunchConfig_t& config, const std::function<void()>& kernel, dim3 index)
       : config(config), kernel(kernel), index(index), count(config.blockDim.x * config.blockDim.y * config.blockDim.z),
@@ -161,7 +209,7 @@ template <typename... Args>
 
 // noipa: the compiler must not learn that jump never returns, or AddressSanitizer forgets all about the stack that it
 // leaves.
-#define CUDA_EMULATION_SWITCH CUDA_EMULATION_UNSEEN __attribute__((noipa, no_sanitize("address")))
+#define CUDA_EMULATION_SWITCH CUDA_EMULATION_UNSEEN __attribute__((noipa))
 
 // Goes on where `to` was saved.
 CUDA_EMULATION_SWITCH inline void jump(Resume* to, void* tsan_to) {
@@ -230,25 +278,19 @@ CUDA_EMULATION_UNSEEN inline void report_deadlock() {
   fail("deadlock: the threads above wait for others in vain; %u of %u have returned", returned, this_block->count);
 }
 
-CUDA_EMULATION_UNSEEN inline void run(Block& block) {
+CUDA_EMULATION_UNSEEN inline void run(Block& block, Stacks& stacks) {
   this_block = &block;
   blockIdx = block.index;
   blockDim = block.config.blockDim;
   gridDim = block.config.gridDim;
   block.scheduler_tsan = tsan_current();
 
-  const std::size_t stack_bytes = block.count * kStackBytes;
-  auto* stacks = static_cast<char*>(
-      mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  if (stacks == MAP_FAILED) {
-    fail("no memory for the stacks of %u threads", block.count);
-  }
-  for (char* stack = stacks; block.begun < block.count; stack += kStackBytes) {
+  for (char* stack = stacks.of(block.count); block.begun < block.count; stack += kStackBytes) {
     Thread& thread = block.threads[block.begun];
     thread.tsan = tsan_create();
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_sp = fresh(stack);
     context.uc_stack.ss_size = kStackBytes;
     context.uc_link = nullptr;
     makecontext(&context, fibre_main, 0);
@@ -272,7 +314,6 @@ CUDA_EMULATION_UNSEEN inline void run(Block& block) {
   if (!all_returned) {
     report_deadlock();
   }
-  munmap(stacks, stack_bytes);
 }
 
 inline cudaError_t run_grid(
@@ -302,10 +343,11 @@ inline cudaError_t run_grid(
   // All blocks live until the grid has ended: what one freed and the next got again, memory or ThreadSanitizer's name
   // of a fibre, would be taken for the same.
   std::vector<std::unique_ptr<Block>> blocks;
+  static thread_local Stacks stacks;
   for (auto b = static_cast<unsigned>(block_count); b-- > 0;) {
     blocks.push_back(
         std::make_unique<Block>(config, kernel, dim3{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}));
-    std::thread([&] { run(*blocks.back()); }).join();
+    std::thread([&, &of = stacks] { run(*blocks.back(), of); }).join();
   }
   tsan_acquire(&grid_clock);
   for (const auto& block : blocks) {
@@ -336,7 +378,7 @@ CUDA_EMULATION_UNSEEN inline void order_memory(Thread* first, unsigned count, un
 CUDA_EMULATION_UNSEEN inline void check_together(const Thread& thread) {
   const Site& a = thread.waits;
   const Site& b = this_thread->waits;
-  if (a.line != b.line || std::strcmp(a.call, b.call) != 0) {
+  if (a.line != b.line || (a.call != b.call && std::strcmp(a.call, b.call) != 0)) {
     fail("threads meet in different calls: %s, %s:%d and %s, %s:%d", a.call, a.file, a.line, b.call, b.file, b.line);
   }
 }
@@ -379,12 +421,13 @@ CUDA_EMULATION_UNSEEN inline Lanes exchange(unsigned mask, uint64_t value, Site 
       return received;
     }
   }
-  for (unsigned to = 0; to < self.lanes; ++to) {
-    if (mask >> to & 1) {
-      check_together(warp[to]);
-      for (unsigned from = 0; from < kWarpSize; ++from) {
-        warp[to].received->of[from] = mask >> from & 1 ? warp[from].sent : ~uint64_t{0};
-      }
+  for (unsigned from = 0; from < kWarpSize; ++from) {
+    received.of[from] = mask >> from & 1 ? warp[from].sent : ~uint64_t{0};
+  }
+  for (unsigned lane = 0; lane < self.lanes; ++lane) {
+    if (mask >> lane & 1) {
+      check_together(warp[lane]);
+      *warp[lane].received = received;
     }
   }
   for (unsigned lane = 0; lane < self.lanes; ++lane) {
