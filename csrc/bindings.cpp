@@ -88,14 +88,33 @@ py::object grl_linear_eager(py::handle x, py::handle weight, py::handle bias, py
 
 // The heads' arguments come as sequences with an entry for each head.
 
+// Without the time of an iterator, where it is a list or a tuple.
+class Items {
+ public:
+  explicit Items(py::handle sequence)
+      : held_(py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), "a sequence is wanted"))) {
+    if (!held_) {
+      throw py::error_already_set();
+    }
+  }
+
+  size_t size() const { return static_cast<size_t>(PySequence_Fast_GET_SIZE(held_.ptr())); }
+
+  py::handle operator[](size_t i) const { return PySequence_Fast_GET_ITEM(held_.ptr(), static_cast<Py_ssize_t>(i)); }
+
+ private:
+  py::object held_;
+};
+
 std::optional<std::vector<at::Tensor>> to_tensors(py::handle sequence) {
+  const Items items(sequence);
   std::vector<at::Tensor> tensors;
-  tensors.reserve(py::len_hint(sequence));
-  for (const auto item : sequence) {
-    if (!is_exact(item)) {
+  tensors.reserve(items.size());
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (!is_exact(items[i])) {
       return std::nullopt;
     }
-    tensors.push_back(unpack(item));
+    tensors.push_back(unpack(items[i]));
   }
   return tensors;
 }
@@ -108,19 +127,23 @@ std::optional<OptionalTensors> to_optional_tensors(py::handle sequence, size_t h
     tensors.resize(heads, std::nullopt);
     return tensors;
   }
-  for (const auto item : sequence) {
-    if (!is_exact_or_none(item)) {
+  const Items items(sequence);
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (!is_exact_or_none(items[i])) {
       return std::nullopt;
     }
-    tensors.push_back(unpack_optional(item));
+    tensors.push_back(unpack_optional(items[i]));
   }
   return tensors;
 }
 
 // From the heads' lambdas: None for a predictor, a float or a 0-d tensor for an adversary.
 std::optional<std::vector<Factor>> to_factors(const at::Tensor& x, py::handle sequence) {
+  const Items items(sequence);
   std::vector<Factor> factors;
-  for (const auto item : sequence) {
+  factors.reserve(items.size());
+  for (size_t i = 0; i < items.size(); ++i) {
+    const auto item = items[i];
     const bool is_float = PyFloat_CheckExact(item.ptr());
     if (!is_float && !is_exact_or_none(item)) {
       return std::nullopt;
@@ -211,13 +234,45 @@ py::object hidden_layers_eager(py::handle z, py::handle weight, py::handle bias)
   return wrap(hidden);
 }
 
-// compute(), which gives std::optional<LossAndLogits>, and None if a kernel refuses what it reads.
-template <class F>
-py::object wrap_losses(const F& compute) {
+// Each element of weight and bias is a sequence with an entry for each of the head's layers.
+std::optional<std::vector<Layers>> to_layers(py::handle weight, py::handle bias) {
+  const Items matrices(weight), vectors(bias);
+  if (matrices.size() != vectors.size()) {
+    return std::nullopt;
+  }
+  std::vector<Layers> heads(matrices.size());
+  for (size_t h = 0; h < heads.size(); ++h) {
+    auto weights = to_tensors(matrices[h]);
+    const Items biases(vectors[h]);
+    if (!weights) {
+      return std::nullopt;
+    }
+    heads[h].weight = std::move(*weights);
+    for (size_t l = 0; l < biases.size(); ++l) {
+      if (!is_exact_or_none(biases[l])) {
+        return std::nullopt;
+      }
+      heads[h].bias.push_back(unpack_optional(biases[l]));
+    }
+  }
+  return heads;
+}
+
+py::object heads_loss_eager(
+    py::handle x, py::handle weight, py::handle bias, py::handle targets, py::handle lambda, py::handle given) {
+  if (!is_exact(x) || !on_kernels_device(unpack(x))) {
+    return py::none();
+  }
+  auto heads = to_layers(weight, bias);
+  auto factors = to_factors(unpack(x), lambda);
+  auto options = heads ? to_options(given, targets, heads->size()) : std::nullopt;
+  if (!factors || !options) {
+    return py::none();
+  }
   std::optional<LossAndLogits> result;
   try {
     const py::gil_scoped_release no_gil;
-    result = compute();
+    result = layered_heads_loss(unpack(x), std::move(*heads), std::move(*factors), std::move(*options));
   } catch (const c10::IndexError&) {  // a class that is out of range
     return py::none();
   } catch (const c10::ValueError&) {  // a sample weight or a target that is out of range
@@ -228,53 +283,6 @@ py::object wrap_losses(const F& compute) {
   }
   const auto& [loss, head_losses, logits] = *result;
   return py::make_tuple(loss, wrap(head_losses), wrap(logits));
-}
-
-py::object heads_loss_eager(
-    py::handle x, py::handle weight, py::handle bias, py::handle targets, py::handle lambda, py::handle given) {
-  if (!is_exact(x) || !on_kernels_device(unpack(x))) {
-    return py::none();
-  }
-  const auto matrices = to_tensors(weight);
-  const auto vectors = matrices ? to_optional_tensors(bias, matrices->size()) : std::nullopt;
-  auto factors = to_factors(unpack(x), lambda);
-  auto options = matrices ? to_options(given, targets, matrices->size()) : std::nullopt;
-  if (!vectors || !factors || !options) {
-    return py::none();
-  }
-  return wrap_losses(
-      [&] { return heads_loss(unpack(x), *matrices, *vectors, std::move(*factors), std::move(*options)); });
-}
-
-// Each element of weight and bias is a sequence with an entry for each of the head's layers.
-py::object layered_heads_loss_eager(
-    py::handle x, py::handle weight, py::handle bias, py::handle targets, py::handle lambda, py::handle given) {
-  if (!is_exact(x) || !on_kernels_device(unpack(x))) {
-    return py::none();
-  }
-  std::vector<Layers> heads;
-  auto of_head = bias.begin();
-  for (const auto layers : weight) {
-    auto matrices = to_tensors(layers);
-    if (!matrices || of_head == py::iterator::sentinel()) {
-      return py::none();
-    }
-    auto vectors = to_optional_tensors(*of_head, matrices->size());
-    if (!vectors) {
-      return py::none();
-    }
-    heads.push_back({std::move(*matrices), std::move(*vectors)});
-    ++of_head;  // not of_head++: before pybind11 3 a copy of an iterator is one element ahead
-  }
-  if (of_head != py::iterator::sentinel()) {
-    return py::none();
-  }
-  const auto factors = to_factors(unpack(x), lambda);
-  const auto options = to_options(given, targets, heads.size());
-  if (!factors || !options) {
-    return py::none();
-  }
-  return wrap_losses([&] { return layered_heads_loss(unpack(x), heads, *factors, *options); });
 }
 
 py::dict build_info() {
@@ -296,7 +304,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_heads", torch::wrap_pybind_function(linear_heads_eager));
   m.def("hidden_layers", torch::wrap_pybind_function(hidden_layers_eager));
   m.def("heads_loss", torch::wrap_pybind_function(heads_loss_eager));
-  m.def("layered_heads_loss", torch::wrap_pybind_function(layered_heads_loss_eager));
   m.def("build_info", build_info);
   m.def("serves_gpu", serves_gpu);
 }

@@ -31,13 +31,12 @@ std::optional<LossAndLogits> heads_loss(
 // The layers of one head, with ReLU between them.
 struct Layers {
   std::vector<at::Tensor> weight;
-  OptionalTensors bias;
+  std::vector<std::optional<at::Tensor>> bias;
 };
 
 // Not an operator: the same for heads of which some have several layers.
 std::optional<LossAndLogits> layered_heads_loss(
-    const at::Tensor& x, const std::vector<Layers>& heads, const std::vector<Factor>& factors,
-    const HeadsOptions& options);
+    const at::Tensor& x, std::vector<Layers> heads, std::vector<Factor> factors, HeadsOptions options);
 
 // The factor of a head's part in the features' gradient: 1 for a predictor, which has no lambda, and -lambda for an
 // adversary. Nothing if it is not a head's lambda.

@@ -365,11 +365,10 @@ def heads_loss(
         check_reduction(reduction),
     )
     check_numbers(options)
-    if all(len(own) == 1 for own in weights):
-        return HeadsLoss(*run_heads_loss(x, [w for (w,) in weights], [b for (b,) in biases], targets, lambda_, options))
-    _check_layers(x, weights, biases)
-    check_counts(targets, options, heads)
-    return HeadsLoss(*run_layered_heads_loss(x, weights, biases, targets, lambda_, options))
+    if any(len(own) != 1 for own in weights):
+        _check_layers(x, weights, biases)
+        check_counts(targets, options, heads)
+    return HeadsLoss(*run_heads_loss(x, weights, biases, targets, lambda_, options))
 
 
 def _as_numbers(given):
@@ -389,28 +388,49 @@ def _layers_of(name: str, h: int, given: Tensor | Sequence[Tensor | None]) -> li
     return list(given)
 
 
-def run_layered_heads_loss(
+LayersOfHeads = Sequence[Sequence[Tensor]]
+BiasesOfHeads = Sequence[Sequence[Tensor | None]]
+
+
+def run_heads_loss(
     x: Tensor,
-    weight: Sequence[Sequence[Tensor]],
-    bias: Sequence[Sequence[Tensor | None]],
+    weight: LayersOfHeads,
+    bias: BiasesOfHeads,
     targets: Sequence[Tensor],
     lambda_: Lambdas,
     options: HeadsOptions = DEFAULTS,
     names: Names = NUMBERED,
 ) -> LossAndLogits:
-    """:func:`run_heads_loss` of heads of which some have hidden layers: their first layers together, each one's last
-    with its loss. csrc/autograd/layered_heads.cpp has the same, for the time that each call from Python takes."""
+    """:func:`heads_loss` with the layers of each head in a sequence and the options packed; its errors use the
+    names."""
     if not any_by_logits(options, len(weight)):
         path, result = _paths.of_heads(x, ()), None
         if path is Path.EAGER:
             given = None if options is DEFAULTS else options.packed()
-            result = _backend.C.layered_heads_loss(x, weight, bias, targets, lambda_, given)
+            result = _backend.C.heads_loss(x, weight, bias, targets, lambda_, given)
         elif path is Path.BY_ROWS:
             from grl_ext import _sharded
 
-            result = _sharded.heads_loss(run_layered_heads_loss, x, weight, bias, targets, lambda_, options, names)
+            result = _sharded.heads_loss(run_heads_loss, x, weight, bias, targets, lambda_, options, names)
         if result is not None:
             return result
+    if all(len(own) == 1 for own in weight):
+        layers = [w for (w,) in weight], [b for (b,) in bias]
+        return _loss_of_linear_heads(x, *layers, targets, lambda_, options, names)
+    return _loss_of_layered_heads(x, weight, bias, targets, lambda_, options, names)
+
+
+def _loss_of_layered_heads(
+    x: Tensor,
+    weight: LayersOfHeads,
+    bias: BiasesOfHeads,
+    targets: Sequence[Tensor],
+    lambda_: Lambdas,
+    options: HeadsOptions,
+    names: Names,
+) -> LossAndLogits:
+    """The linear heads together; of the others the first layers together, and each one's last layer with its loss.
+    csrc/autograd/layered_heads.cpp has the same, for the time that each call from Python takes."""
     parts = []
     if linear := [h for h, own in enumerate(weight) if len(own) == 1]:
         parts.append((x, linear, [lambda_[h] for h in linear], names.some(linear)))
@@ -428,8 +448,8 @@ def run_layered_heads_loss(
         features, heads, lambdas, own_names = parts.pop(0)
         loss, *by_head = run_heads_loss(
             features,
-            [weight[h][-1] for h in heads],
-            [bias[h][-1] for h in heads],
+            [weight[h][-1:] for h in heads],
+            [bias[h][-1:] for h in heads],
             [targets[h] for h in heads],
             lambdas,
             options.some(heads),
@@ -458,25 +478,19 @@ def _check_layers(x: Tensor, weight: Sequence[Sequence[Tensor]], bias: Sequence[
                 check_matrix(name, matrix, layers[i - 1].shape[0])
 
 
-def run_heads_loss(
+def _loss_of_linear_heads(
     x: Tensor,
     weight: Sequence[Tensor],
     bias: Sequence[Tensor | None],
     targets: Sequence[Tensor],
     lambda_: Lambdas,
-    options: HeadsOptions = DEFAULTS,
-    names: Names = NUMBERED,
+    options: HeadsOptions,
+    names: Names,
 ) -> LossAndLogits:
-    """:func:`heads_loss` of linear heads, with their options packed; its errors use the names."""
+    """Where they are not computed by one call, or not taken by it."""
     if any_by_logits(options, len(weight)):
         return _loss_by_logits(x, weight, bias, targets, lambda_, options, names)
-    path = _paths.of_heads(x, (*weight, *bias, *targets))
-    if path is Path.EAGER:
-        given = None if options is DEFAULTS else options.packed()
-        result = _backend.C.heads_loss(x, weight, bias, targets, lambda_, given)
-        if result is not None:
-            return result
-    elif path is Path.OPERATOR:
+    if _paths.of_heads(x, (*weight, *bias, *targets)) is Path.OPERATOR:
         x, weight, bias = _plain.checked_heads(x, weight, bias, names)
         check_loss(x, [matrix.shape[0] for matrix in weight], targets, options, names)
         sample_weight, class_weight, loss_weight, *others = options.filled(len(weight))
@@ -499,13 +513,6 @@ def run_heads_loss(
             ignore_index,
             reduction == "mean",
         )
-    elif path is Path.BY_ROWS:
-        from grl_ext import _sharded
-
-        layers = [[own] for own in weight], [[own] for own in bias]
-        result = _sharded.heads_loss(run_layered_heads_loss, x, *layers, targets, lambda_, options, names)
-        if result is not None:
-            return result
     return _plain.heads_loss(x, weight, bias, targets, lambda_, options, names)
 
 
@@ -526,14 +533,15 @@ def _loss_by_logits(
         heads = [h for h in range(len(weight)) if is_by_logits(options, h) == plain]
         if not heads:
             continue
-        layers = [weight[h] for h in heads], [bias[h] for h in heads]
         given, lambdas = [targets[h] for h in heads], [lambda_[h] for h in heads]
         some, own_names = options.some(heads), names.some(heads)
         if plain:
+            layers = [weight[h] for h in heads], [bias[h] for h in heads]
             logits = run_linear_heads(x, *layers, lambdas, own_names)
             check_loss(x, [matrix.shape[0] for matrix in layers[0]], given, some, own_names)
             loss, *by_head = _plain.loss_of_logits(list(logits), given, some)
         else:
+            layers = [[weight[h]] for h in heads], [[bias[h]] for h in heads]
             loss, *by_head = run_heads_loss(x, *layers, given, lambdas, some, own_names)
         total = loss if total is None else _plain.add_losses(total, loss)
         losses.update(zip(heads, by_head[0], strict=True))

@@ -559,7 +559,7 @@ class AdversarialHeads(nn.Module):
             else:
                 weights, biases = weights_and_biases([head.last])
                 loss, (losses[h],), (z,) = functional.run_heads_loss(
-                    before_last.pop(), weights, biases, alone[0], [None], *alone[1:]
+                    before_last.pop(), [weights], [biases], alone[0], [None], *alone[1:]
                 )
                 logits[h] = self._back(z, features)
             total = loss if total is None else add_losses(total, loss)
@@ -577,16 +577,12 @@ class AdversarialHeads(nn.Module):
     ) -> LossAndLogits:
         self._check_features(features)
         lambdas = [lambda_of(head) for head in heads]
-        if all(len(own) == 1 for own in layers):
-            run, parameters = functional.run_heads_loss, weights_and_biases([first for (first,) in layers])
-        else:
-            of_heads = [weights_and_biases(own) for own in layers]
-            run = functional.run_layered_heads_loss
-            parameters = [weights for weights, _ in of_heads], [biases for _, biases in of_heads]
-        if self.dim == -1:
-            return run(features, *parameters, targets, lambdas, options, names)
-        loss, losses, logits = run(self._last(features), *parameters, targets, lambdas, options, names)
-        return loss, losses, [self._back(z, features) for z in logits]
+        parameters = [weights_and_biases(own) for own in layers]
+        weights, biases = [weights for weights, _ in parameters], [biases for _, biases in parameters]
+        loss, losses, logits = functional.run_heads_loss(
+            self._last(features), weights, biases, targets, lambdas, options, names
+        )
+        return loss, losses, logits if self.dim == -1 else [self._back(z, features) for z in logits]
 
     def _loss_of_logits(
         self,

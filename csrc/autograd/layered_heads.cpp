@@ -39,13 +39,7 @@ class Collected {
 }  // namespace
 
 std::optional<LossAndLogits> layered_heads_loss(
-    const Tensor& x, const std::vector<Layers>& heads, const std::vector<Factor>& factors,
-    const HeadsOptions& options) {
-  // Declined before anything is computed, so that no dispatch mode sees it twice. Where a later head is declined, those
-  // before it are computed once more.
-  if (heads.empty() || !has_kernel(x) || factors.size() != heads.size() || !have_entries(options, heads.size())) {
-    return std::nullopt;
-  }
+    const Tensor& x, std::vector<Layers> heads, std::vector<Factor> factors, HeadsOptions options) {
   std::vector<size_t> linear, layered;
   for (size_t h = 0; h < heads.size(); ++h) {
     if (heads[h].weight.empty() || heads[h].bias.size() != heads[h].weight.size()) {
@@ -54,29 +48,37 @@ std::optional<LossAndLogits> layered_heads_loss(
     (heads[h].weight.size() == 1 ? linear : layered).push_back(h);
   }
   const auto first_layers = [&](const std::vector<size_t>& chosen) {
-    Layers first;
+    std::pair<std::vector<Tensor>, OptionalTensors> first;
+    first.first.reserve(chosen.size());
+    first.second.reserve(chosen.size());
     for (const auto h : chosen) {
-      first.weight.push_back(heads[h].weight[0]);
-      first.bias.push_back(heads[h].bias.get(0));
+      first.first.push_back(heads[h].weight[0]);
+      first.second.push_back(heads[h].bias[0]);
     }
     return first;
   };
+  if (layered.empty()) {
+    const auto [weight, bias] = first_layers(linear);
+    return heads_loss(x, weight, bias, std::move(factors), std::move(options));
+  }
+  // Declined before anything is computed, so that no dispatch mode sees it twice. Where a later head is declined, those
+  // before it are computed once more.
+  if (!has_kernel(x) || factors.size() != heads.size() || !have_entries(options, heads.size())) {
+    return std::nullopt;
+  }
   Collected collected(heads.size());
   if (!linear.empty()) {
-    const auto first = first_layers(linear);
-    auto result = heads_loss(x, first.weight, first.bias, some(factors, linear), some(options, linear));
+    const auto [weight, bias] = first_layers(linear);
+    auto result = heads_loss(x, weight, bias, some(factors, linear), some(options, linear));
     if (!result) {
       return std::nullopt;
     }
     collected.add(std::move(*result), linear);
   }
-  std::optional<std::vector<Tensor>> outputs;
-  if (!layered.empty()) {
-    const auto first = first_layers(layered);
-    outputs = linear_heads(x, first.weight, first.bias, some(factors, layered));
-    if (!outputs) {
-      return std::nullopt;
-    }
+  const auto [weight, bias] = first_layers(layered);
+  auto outputs = linear_heads(x, weight, bias, some(factors, layered));
+  if (!outputs) {
+    return std::nullopt;
   }
   for (size_t i = 0; i < layered.size(); ++i) {
     const auto h = layered[i];
@@ -84,7 +86,7 @@ std::optional<LossAndLogits> layered_heads_loss(
     const auto layers = at::TensorList(heads[h].weight);
     OptionalTensors between, of_last;
     for (size_t l = 1; l <= last; ++l) {
-      (l < last ? between : of_last).push_back(heads[h].bias.get(l));
+      (l < last ? between : of_last).push_back(heads[h].bias[l]);
     }
     // Taken out, so that nothing else holds what the hidden layers overwrite.
     const auto hidden = hidden_layers(std::exchange((*outputs)[i], Tensor()), layers.slice(1, last - 1), between);

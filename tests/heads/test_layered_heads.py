@@ -36,7 +36,7 @@ def test_each_head_keeps_its_own_parameters_and_its_lambda(heads):
     weight, bias, targets = layers(heads, generator)
     x = torch.randn(6, 4, generator=generator, dtype=torch.float64).requires_grad_()
     lambdas = [0.5 + h for h in range(heads)]
-    result = _backend.C.layered_heads_loss(x, weight, bias, targets, lambdas, None)
+    result = _backend.C.heads_loss(x, weight, bias, targets, lambdas, None)
     assert result is not None
     parameters = [own for head in (*weight, *bias) for own in head]
     found = torch.autograd.grad(result[0], [x, *parameters])
@@ -83,12 +83,16 @@ def test_the_compiled_composition_is_pythons(option, dtype, monkeypatch):
     }
     taken = []
 
-    class Declines:
+    class DeclinesSeveralLayers:
         def __getattr__(self, name):
             return getattr(compiled, name)
 
-        def layered_heads_loss(self, *arguments):
-            taken.append(compiled.layered_heads_loss(*arguments))
+        def heads_loss(self, x, weight, *others):
+            result = compiled.heads_loss(x, weight, *others)
+            if all(len(layers) == 1 for layers in weight):
+                return result
+            taken.append(result)
+            return None
 
     def computed() -> tuple:
         out = heads(x, targets, **options)
@@ -96,7 +100,7 @@ def test_the_compiled_composition_is_pythons(option, dtype, monkeypatch):
 
     compiled = _backend.C
     ours, gradients = computed()
-    monkeypatch.setattr(_backend, "C", Declines())
+    monkeypatch.setattr(_backend, "C", DeclinesSeveralLayers())
     theirs, expected = computed()
     assert [result is not None for result in taken] == [True]
     for name, loss in theirs.head_losses.items():
@@ -127,7 +131,7 @@ MALFORMED = {
 def test_the_direct_call_declines_what_does_not_fit_together():
     # In a process of its own, which a read outside of a list would end.
     calls = "\n".join(
-        f"assert C.layered_heads_loss(x, {', '.join(map(str, given))}, None) is None, {name!r}"
+        f"assert C.heads_loss(x, {', '.join(map(str, given))}, None) is None, {name!r}"
         for name, given in MALFORMED.items()
     )
     program = f"""
@@ -135,7 +139,7 @@ import torch
 from grl_ext._backend import C
 x, t = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
 w, b = [torch.randn(5, 4), torch.randn(3, 5)], [torch.randn(5), torch.randn(3)]
-assert C.layered_heads_loss(x, [w], [b], [t], [None], None) is not None
+assert C.heads_loss(x, [w], [b], [t], [None], None) is not None
 {calls}
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
