@@ -93,37 +93,28 @@ variable_list backward_by_kernel(
   return among_all({std::move(dx), std::move(dw), std::move(db)}, asked, needs);
 }
 
-// The same in ATen operators, which are differentiable; with the logits' incoming gradients. The logits are made again:
-// those of the forward belong to the user, who may have changed them in place.
-variable_list backward_in_operators(
+// From the gradients of the logits: those that the forward has kept, one for each head and for its own loss, or those
+// that ATen operators make, which are differentiable. With the logits' incoming gradients. The logits are made again
+// then: those of the forward belong to the user, who may have changed them in place.
+variable_list backward_by_logits(
     const IncomingGradients& incoming, const HeadInputs& inputs, const HeadsOptions& options,
-    const std::vector<bool>& needs) {
+    const std::vector<Tensor>& kept, const std::vector<bool>& needs) {
   std::vector<Tensor> logits;
   if (at::GradMode::is_enabled()) {
     logits = *linear_heads(inputs.x, inputs.weight, inputs.bias, inputs.factors);
   }
-  variable_list grad_logits(inputs.count());
-  for (size_t h = 0; h < inputs.count(); ++h) {
-    if (const auto weight = incoming.of_head(h, options.loss_weight); weight.defined()) {
-      const auto z = logits.empty() ? at::linear(inputs.x, inputs.weight[h], inputs.bias.get(h)) : logits[h];
-      grad_logits[h] = (loss_gradient(z, options, h) * weight).to(z.scalar_type());
+  const auto of_own_loss = [&](size_t h, const Tensor& weight) {
+    if (!kept.empty()) {
+      return kept[h] * weight;
     }
-    if (const auto& own = incoming.logits[h]; own.defined()) {
-      grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
-    }
-  }
-  return gradients_of_heads(grad_logits, inputs, needs);
-}
-
-// From the gradients of the logits that the forward has kept, one for each head and for its own loss.
-variable_list backward_from_kept(
-    const IncomingGradients& incoming, const HeadInputs& inputs, const std::optional<Tensor>& loss_weight,
-    const std::vector<Tensor>& kept, const std::vector<bool>& needs) {
+    const auto z = logits.empty() ? at::linear(inputs.x, inputs.weight[h], inputs.bias.get(h)) : logits[h];
+    return (loss_gradient(z, options, h) * weight).to(z.scalar_type());
+  };
   variable_list grad_logits(incoming.logits.begin(), incoming.logits.end());
   for (size_t h = 0; h < inputs.count(); ++h) {
-    if (const auto weight = incoming.of_head(h, loss_weight); weight.defined()) {
-      const auto own = kept[h] * weight;
-      grad_logits[h] = grad_logits[h].defined() ? grad_logits[h] + own : own;
+    if (const auto weight = incoming.of_head(h, options.loss_weight); weight.defined()) {
+      const auto own = of_own_loss(h, weight);
+      grad_logits[h] = grad_logits[h].defined() ? own + grad_logits[h] : own;
     }
   }
   return gradients_of_heads(grad_logits, inputs, needs);
@@ -274,12 +265,13 @@ class HeadsLossBackward : public TraceableNode<HeadsLossBackward> {
     // A forward outside an autocast region keeps its dtype, also where its backward runs inside one.
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const bool plain = !any_batched_or_dual(grads) && !at::GradMode::is_enabled();
-    if (plain && saved.size() > at_kept) {
-      const std::vector<Tensor> kept(saved.begin() + static_cast<std::ptrdiff_t>(at_kept), saved.end());
-      return backward_from_kept(incoming, inputs, options.loss_weight, kept, needs);
+    std::vector<Tensor> kept;
+    if (plain) {
+      kept.assign(saved.begin() + static_cast<std::ptrdiff_t>(at_kept), saved.end());
     }
-    return plain && !any_defined(incoming.logits) ? backward_by_kernel(incoming, inputs, options, needs)
-                                                  : backward_in_operators(incoming, inputs, options, needs);
+    return plain && kept.empty() && !any_defined(incoming.logits)
+        ? backward_by_kernel(incoming, inputs, options, needs)
+        : backward_by_logits(incoming, inputs, options, kept, needs);
   }
 
   const size_t heads_;
