@@ -558,9 +558,9 @@ void races() {
   once<float>({9, 1764, lists[3], kAmpere}).check_loss();  // a single stage
   once<float>({kMaxRowsCountedInPlace / 32 + 5, 1, heads_of(std::vector<int>(32, 1)), kTight}).check_loss();
   once<float>({20,
-              1,
-              {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
-              kOneSm})
+               1,
+               {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
+               kOneSm})
       .check_between_products();
 }
 
@@ -576,9 +576,9 @@ void races_of() {
     once<T>({37, 40, heads_of({3}), kHopper}).check_loss();
   }
   once<T>({20,
-          1,
-          {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
-          kOneSm})
+           1,
+           {with(40, TargetKind::kClasses, true, true, 0.1), with(1, TargetKind::kProbabilities, true, true, 0)},
+           kOneSm})
       .check_between_products();
 }
 

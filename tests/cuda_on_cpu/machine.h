@@ -134,8 +134,8 @@ class Stacks {
     const std::size_t bytes = threads * kStackBytes;
     if (kFibrePerThread || bytes > bytes_) {
       release();
-      void* const memory =
-          mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* const memory = mmap(
+          nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (memory == MAP_FAILED) {
         std::fprintf(stderr, "cuda_emulation: no memory for the stacks of %u threads\n", threads);
         std::abort();
