@@ -67,24 +67,68 @@ struct Ramp {
 template <class T>
 constexpr Ramp<T> kRamp;
 
+// A vector of which only the lanes under the mask, the first `part`, exist in memory; the others are loaded as 0. By
+// instructions where there are some: copying `part` elements takes as long as a whole row of products. The compiler is
+// told that they may read and write any memory.
+template <class T>
+inline Vector<T> load_part(const T* from, [[maybe_unused]] Vector<Integer<T>> mask, [[maybe_unused]] long part) {
+  Vector<T> v = {};
+#if defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 64
+  const auto bits = static_cast<unsigned short>((1u << part) - 1);
+  if constexpr (sizeof(T) == 4) {
+    __asm__ volatile("vmovups (%1), %0%{%2%}%{z%}" : "=v"(v) : "r"(from), "Yk"(bits) : "memory");
+  } else {
+    __asm__ volatile("vmovupd (%1), %0%{%2%}%{z%}" : "=v"(v) : "r"(from), "Yk"(bits) : "memory");
+  }
+#elif defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    __asm__ volatile("vmaskmovps (%1), %2, %0" : "=x"(v) : "r"(from), "x"(mask) : "memory");
+  } else {
+    __asm__ volatile("vmaskmovpd (%1), %2, %0" : "=x"(v) : "r"(from), "x"(mask) : "memory");
+  }
+#else
+  __builtin_memcpy(&v, from, part * sizeof(T));
+#endif
+  return v;
+}
+
+template <class T>
+inline void store_part(T* to, Vector<T> v, [[maybe_unused]] Vector<Integer<T>> mask, [[maybe_unused]] long part) {
+#if defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 64
+  const auto bits = static_cast<unsigned short>((1u << part) - 1);
+  if constexpr (sizeof(T) == 4) {
+    __asm__ volatile("vmovups %1, (%0)%{%2%}" : : "r"(to), "v"(v), "Yk"(bits) : "memory");
+  } else {
+    __asm__ volatile("vmovupd %1, (%0)%{%2%}" : : "r"(to), "v"(v), "Yk"(bits) : "memory");
+  }
+#elif defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    __asm__ volatile("vmaskmovps %1, %2, (%0)" : : "r"(to), "x"(v), "x"(mask) : "memory");
+  } else {
+    __asm__ volatile("vmaskmovpd %1, %2, (%0)" : : "r"(to), "x"(v), "x"(mask) : "memory");
+  }
+#else
+  __builtin_memcpy(to, &v, part * sizeof(T));
+#endif
+}
+
 // Loads and stores a vector, depending on where in the row it lies.
 template <class T, Edge kEdge>
 class Lanes {
  public:
-  explicit Lanes(long part) : part_(part), fresh_(load(kRamp<T>.steps + part)) {}
+  explicit Lanes(long part)
+      : part_(part), fresh_(load(kRamp<T>.steps + part)), first_(~load(kRamp<T>.steps + VectorOf<T>::kLanes - part)) {}
 
   Vector<T> get(const T* from) const {
     if constexpr (kEdge == Edge::kShort) {
-      Vector<T> v = {};
-      __builtin_memcpy(&v, from, part_ * sizeof(T));
-      return v;
+      return load_part(from, first_, part_);
     }
     return load(from);
   }
 
   void put(T* to, Vector<T> v) const {
     if constexpr (kEdge == Edge::kShort) {
-      __builtin_memcpy(to, &v, part_ * sizeof(T));
+      store_part(to, v, first_, part_);
     } else {
       store(to, v);
     }
@@ -95,7 +139,7 @@ class Lanes {
 
  private:
   const long part_;
-  const Vector<Integer<T>> fresh_;
+  const Vector<Integer<T>> fresh_, first_;
 };
 
 template <class T>
