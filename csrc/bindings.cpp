@@ -263,7 +263,7 @@ py::object heads_loss_eager(
   if (!is_exact(x) || !on_kernels_device(unpack(x))) {
     return py::none();
   }
-  auto heads = to_layers(weight, bias);
+  const auto heads = to_layers(weight, bias);
   auto factors = to_factors(unpack(x), lambda);
   auto options = heads ? to_options(given, targets, heads->size()) : std::nullopt;
   if (!factors || !options) {
@@ -272,7 +272,7 @@ py::object heads_loss_eager(
   std::optional<LossAndLogits> result;
   try {
     const py::gil_scoped_release no_gil;
-    result = layered_heads_loss(unpack(x), std::move(*heads), std::move(*factors), std::move(*options));
+    result = layered_heads_loss(unpack(x), *heads, std::move(*factors), std::move(*options));
   } catch (const c10::IndexError&) {  // a class that is out of range
     return py::none();
   } catch (const c10::ValueError&) {  // a sample weight or a target that is out of range

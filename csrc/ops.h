@@ -34,9 +34,9 @@ struct Layers {
   std::vector<std::optional<at::Tensor>> bias;
 };
 
-// Not an operator: the same for heads of which some have several layers.
+// Not an operator: the same for heads of which each may have several layers.
 std::optional<LossAndLogits> layered_heads_loss(
-    const at::Tensor& x, std::vector<Layers> heads, std::vector<Factor> factors, HeadsOptions options);
+    const at::Tensor& x, const std::vector<Layers>& heads, std::vector<Factor> factors, HeadsOptions options);
 
 // The factor of a head's part in the features' gradient: 1 for a predictor, which has no lambda, and -lambda for an
 // adversary. Nothing if it is not a head's lambda.

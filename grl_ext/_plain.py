@@ -36,6 +36,8 @@ from grl_ext._options import (
 )
 from grl_ext._reversal import seen_by
 
+Lambdas = Sequence[Tensor | float | None]  # each head's; None for a predictor
+LayersOfHeads = Sequence[Sequence[Tensor | None]]  # the weights of each head's layers, or their biases
 LossAndLogits = tuple[Tensor, list[Tensor], list[Tensor]]  # the total, each head's loss, each head's logits
 
 # ---------------------------------------------------------------------------------------------------------------------

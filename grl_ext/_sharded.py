@@ -13,11 +13,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from grl_ext._checks import Names, check_lambdas, check_loss
 from grl_ext._options import CROSS_ENTROPY, HeadsOptions, as_tensor
-from grl_ext._plain import LossAndLogits, as_rows, checked_heads, weights_of_rows
+from grl_ext._plain import Lambdas, LayersOfHeads, LossAndLogits, as_rows, checked_heads, weights_of_rows
 
 Placements = tuple[Placement, ...]
-LayersOfHeads = Sequence[Sequence[Tensor | None]]  # weights or biases
-Lambdas = Sequence[Tensor | float | None]
 
 
 def _added_up(placements: Placements) -> Placements:

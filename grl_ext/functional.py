@@ -40,7 +40,7 @@ from grl_ext._options import (
     is_own,
 )
 from grl_ext._paths import EXACT, Path
-from grl_ext._plain import LossAndLogits
+from grl_ext._plain import Lambdas, LayersOfHeads, LossAndLogits
 from grl_ext._reversal import for_operator
 from grl_ext._reversal import gradient_reversal as plain_reversal
 
@@ -154,8 +154,6 @@ def _grl_linear(x, weight, bias, lambda_):
 # ---------------------------------------------------------------------------------------------------------------------
 # Several heads over the same features
 # ---------------------------------------------------------------------------------------------------------------------
-
-Lambdas = Sequence[Tensor | float | None]  # each head's; None for a predictor
 
 
 def linear_heads(
@@ -365,7 +363,7 @@ def heads_loss(
         check_reduction(reduction),
     )
     check_numbers(options)
-    if any(len(own) != 1 for own in weights):
+    if any(len(own) != 1 for own in (*weights, *biases)):
         _check_layers(x, weights, biases)
         check_counts(targets, options, heads)
     return HeadsLoss(*run_heads_loss(x, weights, biases, targets, lambda_, options))
@@ -388,14 +386,10 @@ def _layers_of(name: str, h: int, given: Tensor | Sequence[Tensor | None]) -> li
     return list(given)
 
 
-LayersOfHeads = Sequence[Sequence[Tensor]]
-BiasesOfHeads = Sequence[Sequence[Tensor | None]]
-
-
 def run_heads_loss(
     x: Tensor,
     weight: LayersOfHeads,
-    bias: BiasesOfHeads,
+    bias: LayersOfHeads,
     targets: Sequence[Tensor],
     lambda_: Lambdas,
     options: HeadsOptions = DEFAULTS,
@@ -423,7 +417,7 @@ def run_heads_loss(
 def _loss_of_layered_heads(
     x: Tensor,
     weight: LayersOfHeads,
-    bias: BiasesOfHeads,
+    bias: LayersOfHeads,
     targets: Sequence[Tensor],
     lambda_: Lambdas,
     options: HeadsOptions,
@@ -469,7 +463,7 @@ def _check_layers(x: Tensor, weight: Sequence[Sequence[Tensor]], bias: Sequence[
             raise ValueError(f"weight[{h}] must hold at least one layer's matrix, got none")
         if len(bias[h]) != len(layers):
             raise ValueError(
-                f"bias[{h}] must have an entry for each of the head's {len(layers)} layers, got {len(bias[h])}"
+                f"bias[{h}] must have an entry for each of the head's layers, {len(layers)}, got {len(bias[h])}"
             )
         for i, matrix in enumerate(layers):
             name = f"weight[{h}]" if len(layers) == 1 else f"weight[{h}][{i}]"
@@ -487,7 +481,8 @@ def _loss_of_linear_heads(
     options: HeadsOptions,
     names: Names,
 ) -> LossAndLogits:
-    """Where they are not computed by one call, or not taken by it."""
+    """What the direct call does not take: graphs, losses that are made from logits, and whatever plain PyTorch knows or
+    its checks refuse."""
     if any_by_logits(options, len(weight)):
         return _loss_by_logits(x, weight, bias, targets, lambda_, options, names)
     if _paths.of_heads(x, (*weight, *bias, *targets)) is Path.OPERATOR:

@@ -1,5 +1,6 @@
-// The losses of heads of which some have hidden layers, as functional.py composes them, in one call from Python: the
-// first layers of these heads together, their hidden layers, each one's last layer with its loss.
+// The losses of heads of which some may have hidden layers, in one call from Python. Linear heads are heads_loss; of the
+// others, as functional.py composes them, the first layers together, the hidden layers, each one's last layer with its
+// loss.
 #include <pytorch.h>
 
 #include <ATen/TensorOperators.h>
@@ -39,7 +40,7 @@ class Collected {
 }  // namespace
 
 std::optional<LossAndLogits> layered_heads_loss(
-    const Tensor& x, std::vector<Layers> heads, std::vector<Factor> factors, HeadsOptions options) {
+    const Tensor& x, const std::vector<Layers>& heads, std::vector<Factor> factors, HeadsOptions options) {
   std::vector<size_t> linear, layered;
   for (size_t h = 0; h < heads.size(); ++h) {
     if (heads[h].weight.empty() || heads[h].bias.size() != heads[h].weight.size()) {
@@ -48,14 +49,15 @@ std::optional<LossAndLogits> layered_heads_loss(
     (heads[h].weight.size() == 1 ? linear : layered).push_back(h);
   }
   const auto first_layers = [&](const std::vector<size_t>& chosen) {
-    std::pair<std::vector<Tensor>, OptionalTensors> first;
-    first.first.reserve(chosen.size());
-    first.second.reserve(chosen.size());
+    std::vector<Tensor> weight;
+    OptionalTensors bias;
+    weight.reserve(chosen.size());
+    bias.reserve(chosen.size());
     for (const auto h : chosen) {
-      first.first.push_back(heads[h].weight[0]);
-      first.second.push_back(heads[h].bias[0]);
+      weight.push_back(heads[h].weight[0]);
+      bias.push_back(heads[h].bias[0]);
     }
-    return first;
+    return std::pair(std::move(weight), std::move(bias));
   };
   if (layered.empty()) {
     const auto [weight, bias] = first_layers(linear);

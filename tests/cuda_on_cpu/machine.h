@@ -121,50 +121,6 @@ struct Thread {
   std::vector<std::vector<Copy>> committed_copies;
 };
 
-// The stacks of a block's threads. The next block takes them again: new pages are dear. Not under ThreadSanitizer, to
-// which what two blocks wrote to the same address is a race.
-class Stacks {
- public:
-  Stacks() = default;
-  Stacks(const Stacks&) = delete;
-  Stacks& operator=(const Stacks&) = delete;
-  ~Stacks() { release(); }
-
-  char* of(unsigned threads) {
-    const std::size_t bytes = threads * kStackBytes;
-    if (kFibrePerThread || bytes > bytes_) {
-      release();
-      void* const memory = mmap(
-          nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (memory == MAP_FAILED) {
-        std::fprintf(stderr, "cuda_emulation: no memory for the stacks of %u threads\n", threads);
-        std::abort();
-      }
-      stacks_ = static_cast<char*>(memory);
-      bytes_ = bytes;
-    }
-    return stacks_;
-  }
-
- private:
-  void release() {
-    if (stacks_) {
-      munmap(stacks_, bytes_);
-    }
-  }
-
-  char* stacks_ = nullptr;
-  std::size_t bytes_ = 0;
-};
-
-// A stack as if nobody had used it.
-inline char* fresh(char* stack) {
-#ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(stack, kStackBytes);  // its last user left by a jump
-#endif
-  return stack;
-}
-
 struct Block {
   Block(const cudaLaunchConfig_t& config, const std::function<void()>& kernel, dim3 index)
       : config(config), kernel(kernel), index(index), count(config.blockDim.x * config.blockDim.y * config.blockDim.z),
@@ -205,6 +161,49 @@ template <typename... Args>
   std::fprintf(stderr, format, args...);
   std::fputc('\n', stderr);
   std::abort();
+}
+
+// The stacks of a block's threads. The next block takes them again: new pages are dear. Not under ThreadSanitizer, to
+// which what two blocks wrote to the same address is a race.
+class Stacks {
+ public:
+  Stacks() = default;
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+  ~Stacks() { release(); }
+
+  char* of(unsigned threads) {
+    const std::size_t bytes = threads * kStackBytes;
+    if (kFibrePerThread || bytes > bytes_) {
+      release();
+      void* const memory = mmap(
+          nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (memory == MAP_FAILED) {
+        fail("no memory for the stacks of %u threads", threads);
+      }
+      stacks_ = static_cast<char*>(memory);
+      bytes_ = bytes;
+    }
+    return stacks_;
+  }
+
+ private:
+  void release() {
+    if (stacks_) {
+      munmap(stacks_, bytes_);
+    }
+  }
+
+  char* stacks_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// A stack as if nobody had used it.
+inline char* fresh(char* stack) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(stack, kStackBytes);  // its last user left by a jump
+#endif
+  return stack;
 }
 
 // noipa: the compiler must not learn that jump never returns, or AddressSanitizer forgets all about the stack that it
@@ -343,7 +342,7 @@ inline cudaError_t run_grid(
   // All blocks live until the grid has ended: what one freed and the next got again, memory or ThreadSanitizer's name
   // of a fibre, would be taken for the same.
   std::vector<std::unique_ptr<Block>> blocks;
-  static thread_local Stacks stacks;
+  static thread_local Stacks stacks;  // of who launches, not of the block's own thread
   for (auto b = static_cast<unsigned>(block_count); b-- > 0;) {
     blocks.push_back(
         std::make_unique<Block>(config, kernel, dim3{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}));

@@ -57,8 +57,8 @@ def rounded_otherwise(seed: int) -> Iterator[None]:
 
     def other(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         z = linear(x, weight, bias)
-        signs = torch.rand(z.shape, generator=numbers, dtype=torch.float64) * 2 - 1
-        return z * (1 + torch.finfo(z.dtype).eps * signs).to(z.dtype)
+        share = torch.rand(z.shape, generator=numbers, dtype=torch.float64) * 2 - 1
+        return z * (1 + torch.finfo(z.dtype).eps * share).to(z.dtype)
 
     with mock.patch.object(F, "linear", other):
         yield
@@ -105,7 +105,7 @@ def difference(
         if our.is_floating_point() or our.is_complex():
             finite = their[their.isfinite()].abs()
             scale = max(1.0, finite.max().item()) if finite.numel() else 1.0
-            tolerance = relative * scale + 64 * of_rounding
+            tolerance = relative * scale + 64 * of_rounding  # ours rounds in more places
         if not torch.allclose(our, their, rtol=0, atol=tolerance, equal_nan=True):
             off = (our - their).abs().max().item()
             return f"{name} is off by {off:.2g}, allowed are {tolerance:.2g}:\n{our}\ninstead of\n{their}"

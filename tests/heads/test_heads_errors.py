@@ -492,12 +492,12 @@ LAYERS = {
     "a bias too few": (
         {"bias": lambda b: [b[0][:1], b[1]]},
         ValueError,
-        "bias[0] must have an entry for each of the head's 2 layers, got 1",
+        "bias[0] must have an entry for each of the head's layers, 2, got 1",
     ),
     "another head's bias": (
         {"bias": lambda b: [[*b[0], b[1]], []]},
         ValueError,
-        "bias[0] must have an entry for each of the head's 2 layers, got 3",
+        "bias[0] must have an entry for each of the head's layers, 2, got 3",
     ),
     "a bias of another size": (
         {"bias": lambda b: [[b[0][0], torch.ones(4)], b[1]]},
@@ -800,3 +800,10 @@ def test_no_bias_is_the_default_and_targets_are_needed():
     with pytest.raises(ValueError) as caught:
         heads_loss(x, weight, lambda_=[0.5])
     assert str(caught.value) == "targets must have an entry for each of the 1 heads, got 0"
+
+
+@pytest.mark.parametrize("biases", [0, 2])
+def test_a_linear_head_has_one_bias(path, biases):
+    x, weight, target = torch.ones(3, 4), torch.ones(2, 4), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"^bias\[0\] must have an entry for each .* layers, 1, got {biases}$"):
+        heads_loss(x, [weight], [[torch.zeros(2)] * biases], [target], lambda_=[None])

@@ -6,13 +6,6 @@
 // to the gradients, so that features are read from memory once. z, g: K x kMaxBlockRows, one column after the other, so
 // that the losses' vectors run over rows.
 
-// The compiler keeps an array of vectors in registers only if every loop over it is unrolled.
-#if defined(__clang__)
-#define GRL_EXT_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define GRL_EXT_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 template <int N>
 struct Constant {
   static constexpr int kValue = N;

@@ -1,5 +1,12 @@
 // Vectors of the instruction set's width, as the compiler's own vector types: +, *, < and ?: work on all lanes.
 
+// The compiler keeps an array of vectors in registers only if every loop over it is unrolled.
+#if defined(__clang__)
+#define GRL_EXT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define GRL_EXT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 template <class T>
 struct VectorOf {
   static constexpr int kLanes = GRL_EXT_VECTOR_BYTES / sizeof(T);
@@ -67,68 +74,60 @@ struct Ramp {
 template <class T>
 constexpr Ramp<T> kRamp;
 
-// A vector of which only the lanes under the mask, the first `part`, exist in memory; the others are loaded as 0. By
-// instructions where there are some: copying `part` elements takes as long as a whole row of products. The compiler is
-// told that they may read and write any memory.
+// The first lanes of a vector, where only these exist in memory; the others are loaded as 0. By instructions with a mask
+// where there are some, which know 4-byte lanes only: copying so few elements takes as long as a whole row of products.
+// "memory", because the compiler cannot see what they read and write.
 template <class T>
-inline Vector<T> load_part(const T* from, [[maybe_unused]] Vector<Integer<T>> mask, [[maybe_unused]] long part) {
-  Vector<T> v = {};
-#if defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 64
-  const auto bits = static_cast<unsigned short>((1u << part) - 1);
-  if constexpr (sizeof(T) == 4) {
-    __asm__ volatile("vmovups (%1), %0%{%2%}%{z%}" : "=v"(v) : "r"(from), "Yk"(bits) : "memory");
-  } else {
-    __asm__ volatile("vmovupd (%1), %0%{%2%}%{z%}" : "=v"(v) : "r"(from), "Yk"(bits) : "memory");
-  }
-#elif defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) {
-    __asm__ volatile("vmaskmovps (%1), %2, %0" : "=x"(v) : "r"(from), "x"(mask) : "memory");
-  } else {
-    __asm__ volatile("vmaskmovpd (%1), %2, %0" : "=x"(v) : "r"(from), "x"(mask) : "memory");
-  }
-#else
-  __builtin_memcpy(&v, from, part * sizeof(T));
-#endif
-  return v;
-}
+class FirstLanes {
+ public:
+  explicit FirstLanes(long count)
+      : count_(count), bits_(static_cast<unsigned short>((1u << (count * sizeof(T) / 4)) - 1)),
+        mask_(~load(kRamp<T>.steps + VectorOf<T>::kLanes - count)) {}
 
-template <class T>
-inline void store_part(T* to, Vector<T> v, [[maybe_unused]] Vector<Integer<T>> mask, [[maybe_unused]] long part) {
+  Vector<T> get(const T* from) const {
+    Vector<T> v = {};
 #if defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 64
-  const auto bits = static_cast<unsigned short>((1u << part) - 1);
-  if constexpr (sizeof(T) == 4) {
-    __asm__ volatile("vmovups %1, (%0)%{%2%}" : : "r"(to), "v"(v), "Yk"(bits) : "memory");
-  } else {
-    __asm__ volatile("vmovupd %1, (%0)%{%2%}" : : "r"(to), "v"(v), "Yk"(bits) : "memory");
-  }
+    __asm__ volatile("vmovups (%1), %0%{%2%}%{z%}" : "=v"(v) : "r"(from), "Yk"(bits_) : "memory");
 #elif defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) {
-    __asm__ volatile("vmaskmovps %1, %2, (%0)" : : "r"(to), "x"(v), "x"(mask) : "memory");
-  } else {
-    __asm__ volatile("vmaskmovpd %1, %2, (%0)" : : "r"(to), "x"(v), "x"(mask) : "memory");
-  }
+    __asm__ volatile("vmaskmovps (%1), %2, %0" : "=x"(v) : "r"(from), "x"(mask_) : "memory");
 #else
-  __builtin_memcpy(to, &v, part * sizeof(T));
+    __builtin_memcpy(&v, from, count_ * sizeof(T));
 #endif
-}
+    return v;
+  }
+
+  void put(T* to, Vector<T> v) const {
+#if defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 64
+    __asm__ volatile("vmovups %1, (%0)%{%2%}" : : "r"(to), "v"(v), "Yk"(bits_) : "memory");
+#elif defined(__x86_64__) && GRL_EXT_VECTOR_BYTES == 32
+    __asm__ volatile("vmaskmovps %1, %2, (%0)" : : "r"(to), "x"(v), "x"(mask_) : "memory");
+#else
+    __builtin_memcpy(to, &v, count_ * sizeof(T));
+#endif
+  }
+
+ private:
+  [[maybe_unused]] const long count_;
+  [[maybe_unused]] const unsigned short bits_;
+  [[maybe_unused]] const Vector<Integer<T>> mask_;
+};
 
 // Loads and stores a vector, depending on where in the row it lies.
 template <class T, Edge kEdge>
 class Lanes {
  public:
-  explicit Lanes(long part)
-      : part_(part), fresh_(load(kRamp<T>.steps + part)), first_(~load(kRamp<T>.steps + VectorOf<T>::kLanes - part)) {}
+  explicit Lanes(long part) : first_(part), fresh_(load(kRamp<T>.steps + part)) {}
 
   Vector<T> get(const T* from) const {
     if constexpr (kEdge == Edge::kShort) {
-      return load_part(from, first_, part_);
+      return first_.get(from);
     }
     return load(from);
   }
 
   void put(T* to, Vector<T> v) const {
     if constexpr (kEdge == Edge::kShort) {
-      store_part(to, v, first_, part_);
+      first_.put(to, v);
     } else {
       store(to, v);
     }
@@ -138,8 +137,8 @@ class Lanes {
   Vector<T> fresh_or(Vector<T> a, Vector<T> b) const { return kEdge == Edge::kOverlap ? fresh_ ? a : b : a; }
 
  private:
-  const long part_;
-  const Vector<Integer<T>> fresh_, first_;
+  const FirstLanes<T> first_;
+  const Vector<Integer<T>> fresh_;
 };
 
 template <class T>
@@ -169,53 +168,48 @@ inline T sum_lanes(Vector<T> v) {
   return sum_lanes<T, VectorOf<T>::kLanes>(reinterpret_cast<const T*>(&v));
 }
 
+// From the highest power's coefficient to the lowest's.
+template <class T, int N>
+inline Vector<T> polynomial(Vector<T> x, const T (&coefficients)[N]) {
+  Vector<T> p = broadcast(coefficients[0]);
+  GRL_EXT_UNROLL
+  for (int i = 1; i < N; ++i) {
+    p = p * x + coefficients[i];
+  }
+  return p;
+}
+
 // exp(x) for x <= 0: 2^n * p(r) with x = n ln2 + r, |r| <= ln2/2. Relative error below 2e-7; below -87 the result is 0.
 inline Vector<float> exp_nonpositive(Vector<float> x) {
-  typedef int Ints __attribute__((vector_size(GRL_EXT_VECTOR_BYTES)));
+  using Ints = Vector<Integer<float>>;
   const Ints vanishes = x < -87.0f;
   x = vanishes ? broadcast(-87.0f) : x;
   const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
   const Vector<float> count = __builtin_convertvector(n, Vector<float>);
   const Vector<float> r = (x - count * 0.693359375f) + count * 2.12194440e-4f;
   // Taylor to the seventh power: the remainder r^8/8! is below 6e-9 of the result.
-  Vector<float> p = broadcast(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const Vector<float> p = polynomial<float>(
+      r, {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f});
   const Ints bits = (n + 127) << 23;
   Vector<float> scale;
   __builtin_memcpy(&scale, &bits, sizeof(scale));
   return vanishes ? Vector<float>{} : p * scale;
 }
 
-// The same. Relative error below 4e-16; below -708 the result is 0. Rounded by adding 1.5 * 2^52, which leaves n in the
+// The same. Relative error below 3e-16; below -708 the result is 0. n is rounded by adding 1.5 * 2^52, which leaves n in the
 // lowest bits: most instruction sets do not convert doubles to 64-bit integers.
 inline Vector<double> exp_nonpositive(Vector<double> x) {
-  typedef long Longs __attribute__((vector_size(GRL_EXT_VECTOR_BYTES)));
+  using Longs = Vector<Integer<double>>;
   const Longs vanishes = x < -708.0;
   x = vanishes ? broadcast(-708.0) : x;
   const Vector<double> shifted = x * 1.4426950408889634 + 0x1.8p52;
   const Vector<double> count = shifted - 0x1.8p52;
   const Vector<double> r = (x - count * 0x1.62e42fee00000p-1) - count * 0x1.a39ef35793c76p-33;
   // Taylor to the 13th power: the remainder r^14/14! is below 5e-18 of the result.
-  Vector<double> p = broadcast(1.0 / 6227020800);
-  p = p * r + 1.0 / 479001600;
-  p = p * r + 1.0 / 39916800;
-  p = p * r + 1.0 / 3628800;
-  p = p * r + 1.0 / 362880;
-  p = p * r + 1.0 / 40320;
-  p = p * r + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
+  const Vector<double> p = polynomial<double>(
+      r,
+      {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+       1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0});
   Longs bits;
   __builtin_memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits + 1023) << 52;
@@ -227,7 +221,7 @@ inline Vector<double> exp_nonpositive(Vector<double> x) {
 // log(x) for finite x >= 1, or NaN: x = 2^n m with m around 1, and log m = 2 artanh(s), s = (m - 1) / (m + 1), |s| <
 // 0.172. The series to s^9 leaves less than 3e-9 of the result; log(1) is exactly 0.
 inline Vector<float> log_at_least_one(Vector<float> x) {
-  typedef int Ints __attribute__((vector_size(GRL_EXT_VECTOR_BYTES)));
+  using Ints = Vector<Integer<float>>;
   Ints bits;
   __builtin_memcpy(&bits, &x, sizeof(bits));
   const Ints n = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2): m is between it and sqrt(2)
@@ -236,18 +230,14 @@ inline Vector<float> log_at_least_one(Vector<float> x) {
   __builtin_memcpy(&m, &bits, sizeof(m));
   const Vector<float> s = (m - 1.0f) / (m + 1.0f);
   const Vector<float> square = s * s;
-  Vector<float> p = broadcast(2.0f / 9);
-  p = p * square + 2.0f / 7;
-  p = p * square + 2.0f / 5;
-  p = p * square + 2.0f / 3;
-  p = p * square + 2.0f;
+  const Vector<float> p = polynomial<float>(square, {2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f});
   const Vector<float> count = __builtin_convertvector(n, Vector<float>);
   return x == x ? count * 0.693147181f + p * s : x;
 }
 
 // The same; the series to s^21 leaves less than 1e-18 of the result. n comes as a double by the bits of 2^52 + n.
 inline Vector<double> log_at_least_one(Vector<double> x) {
-  typedef long Longs __attribute__((vector_size(GRL_EXT_VECTOR_BYTES)));
+  using Longs = Vector<Integer<double>>;
   Longs bits;
   __builtin_memcpy(&bits, &x, sizeof(bits));
   const Longs n = (bits - 0x3fe6a09e667f3bcd) >> 52;  // at least 0, as x is at least 1
@@ -259,16 +249,7 @@ inline Vector<double> log_at_least_one(Vector<double> x) {
   count -= 0x1p52;
   const Vector<double> s = (m - 1.0) / (m + 1.0);
   const Vector<double> square = s * s;
-  Vector<double> p = broadcast(2.0 / 21);
-  p = p * square + 2.0 / 19;
-  p = p * square + 2.0 / 17;
-  p = p * square + 2.0 / 15;
-  p = p * square + 2.0 / 13;
-  p = p * square + 2.0 / 11;
-  p = p * square + 2.0 / 9;
-  p = p * square + 2.0 / 7;
-  p = p * square + 2.0 / 5;
-  p = p * square + 2.0 / 3;
-  p = p * square + 2.0;
+  const Vector<double> p = polynomial<double>(
+      square, {2.0 / 21, 2.0 / 19, 2.0 / 17, 2.0 / 15, 2.0 / 13, 2.0 / 11, 2.0 / 9, 2.0 / 7, 2.0 / 5, 2.0 / 3, 2.0});
   return x == x ? count * 0.6931471805599453 + p * s : x;
 }
